@@ -1,0 +1,90 @@
+"""What a measurement depends on, in words that do not name the machine or its folders."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from treeq_export import __version__
+
+# Instruction sets that decide how fast low-bit arithmetic can be (x86, then Arm).
+INSTRUCTION_SETS = (
+    "avx2",
+    "fma",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def read_cpu(cpu_info: Path = _CPU_INFO) -> tuple[str, list[str]]:
+    """Return the processor's model name and those of `INSTRUCTION_SETS` that it has.
+
+    Args:
+        cpu_info: A file in the format of Linux' /proc/cpuinfo; where it is missing the model is
+            what Python knows and the list is empty.
+    """
+    fields: dict[str, str] = {}
+    if cpu_info.is_file():
+        for line in cpu_info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    return model, [name for name in INSTRUCTION_SETS if name in flags]
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def runtime_version() -> str | None:
+    """Return the version of ONNX Runtime, whichever of its packages is installed."""
+    return version_of("onnxruntime") or version_of("onnxruntime-gpu")
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe_environment(threads: int) -> dict[str, Any]:
+    """Return the environment of a measurement that is about to start.
+
+    Args:
+        threads: Threads that every runtime is given.
+
+    Returns:
+        Processor, memory (bytes), load average over 1, 5 and 15 minutes, and versions.
+    """
+    model, instruction_sets = read_cpu()
+    return {
+        "cpu": model,
+        "instruction_sets": instruction_sets,
+        "cores": count_cores(),
+        "threads": threads,
+        "ram_bytes": psutil.virtual_memory().total,
+        "load_average": list(os.getloadavg()),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": version_of("torch"),
+        "onnxruntime": runtime_version(),
+        "numpy": version_of("numpy"),
+        "treeq_export": __version__,
+    }

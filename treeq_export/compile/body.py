@@ -1,0 +1,248 @@
+"""The arithmetic of quant/numerics.py written as standard ONNX nodes.
+
+Used twice: `LowerQLinear` writes it into the graph with INT4/INT8 weights, `AddFunctionBodies`
+writes it into a FunctionProto that unpacks bit planes first. The form is the one that ONNX
+Runtime fuses to integer arithmetic (`MatMulIntegerToFloat`):
+
+    x' = x H;  s = step * rms(x');  Clip(x' * (1/s)) -> Q(scale 1, INT8) -> DQ -> MatMul(DQ w) -> *s
+
+With several weight scales per channel the sums are kept apart, as MatMulInteger over groups.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from treeq_export.compile.signature import QLinearSignature
+from treeq_export.quant.numerics import SCALE_FLOOR, code_range
+from treeq_export.quant.spec import PACK_WORD
+
+
+class BodyWriter:
+    """Records nodes under a common name prefix.
+
+    Args:
+        prefix: Put before every node and value name, such as "transformer_blocks.0.ff.net.2/".
+        shared: Returns the value of a large constant by name, or None to write it as a node.
+    """
+
+    def __init__(
+        self,
+        prefix: str = "",
+        shared: Callable[[str, NDArray[Any]], ir.Value] | None = None,
+    ) -> None:
+        self.tape = ir.tape.Tape()
+        self.prefix = prefix
+        self._shared = shared
+        self._count = 0
+
+    def op(self, op_type: str, *inputs: ir.Value, label: str = "", **attributes: Any) -> ir.Value:
+        """Append a node and return its output.
+
+        Args:
+            op_type: Standard ONNX operator.
+            *inputs: Its inputs.
+            label: Name of node and value after the prefix; the operator and a number if empty.
+            **attributes: Its attributes.
+        """
+        name = f"{self.prefix}{label or f'{op_type}_{self._count}'}"
+        self._count += 1
+        value = self.tape.op(op_type, inputs, attributes, name=name)
+        value.name = name
+        return value
+
+    def constant(self, array: Any, dtype: Any, label: str = "") -> ir.Value:
+        """Append a Constant node."""
+        tensor = ir.tensor(np.asarray(array, dtype=dtype))
+        return self.op("Constant", label=label, value=tensor)
+
+    def hadamard(self, matrix: NDArray[np.float32]) -> ir.Value:
+        """Return the rotation matrix, shared between layers where the graph allows it."""
+        if self._shared is None:
+            return self.constant(matrix, np.float32, "hadamard")
+        return self._shared(f"treeq.hadamard_{len(matrix)}", matrix)
+
+
+def _reshape(writer: BodyWriter, x: ir.Value, *shape: int) -> ir.Value:
+    """Append a Reshape; 0 copies an axis."""
+    return writer.op("Reshape", x, writer.constant(shape, np.int64))
+
+
+def write_rotation(
+    writer: BodyWriter, x: ir.Value, signature: QLinearSignature, matrix: NDArray[np.float32]
+) -> ir.Value:
+    """Append x' = x H_g."""
+    group, k = signature.rotation_group, signature.in_features
+    if group == 1:
+        return x
+    lead = [0] * (signature.rank - 1)
+    grouped = _reshape(writer, x, *lead, k // group, group)
+    rotated = writer.op("MatMul", grouped, writer.hadamard(matrix))
+    return _reshape(writer, rotated, *lead, k)
+
+
+def write_scale(writer: BodyWriter, rotated: ir.Value, signature: QLinearSignature) -> ir.Value:
+    """Append s_x, (..., 1); a scalar for static scales."""
+    step = max(signature.act_step, SCALE_FLOOR)
+    if signature.act_scale == "tensor_static":
+        return writer.constant([step], np.float32, "act_scale")
+    axes = writer.constant([-1], np.int64)
+    if signature.act_scale == "token_rms":
+        square = writer.op("Mul", rotated, rotated)
+        statistic = writer.op("Sqrt", writer.op("ReduceMean", square, axes, keepdims=1))
+    else:
+        statistic = writer.op("ReduceMax", writer.op("Abs", rotated), axes, keepdims=1)
+    raw = writer.op("Mul", statistic, writer.constant(step, np.float32))
+    floor = writer.constant(SCALE_FLOOR, np.float32)
+    return writer.op("Max", raw, floor, label="act_scale")
+
+
+def write_codes(
+    writer: BodyWriter, rotated: ir.Value, scale: ir.Value, signature: QLinearSignature
+) -> ir.Value:
+    """Append q_x = clip(rint(x' * (1 / s_x))) as INT8."""
+    qmin, qmax = code_range(signature.act_bits)
+    scaled = writer.op("Mul", rotated, writer.op("Reciprocal", scale))
+    clipped = writer.op(
+        "Clip", scaled, writer.constant(qmin, np.float32), writer.constant(qmax, np.float32)
+    )
+    return writer.op("QuantizeLinear", clipped, *_unit_scale(writer), label="codes")
+
+
+def _unit_scale(writer: BodyWriter) -> tuple[ir.Value, ir.Value]:
+    return writer.constant(1.0, np.float32), writer.constant(0, np.int8)
+
+
+def write_channel_product(
+    writer: BodyWriter, codes: ir.Value, weight: ir.Value, weight_scale: ir.Value
+) -> ir.Value:
+    """Append (q_x q_w^T) * s_w.
+
+    Args:
+        writer: Where to.
+        codes: (..., K) INT8.
+        weight: (K, N) INT8.
+        weight_scale: (N,) float32.
+    """
+    x = writer.op("DequantizeLinear", codes, *_unit_scale(writer))
+    w = writer.op("DequantizeLinear", weight, weight_scale, axis=1)
+    return writer.op("MatMul", x, w, label="product")
+
+
+def write_group_product(
+    writer: BodyWriter,
+    codes: ir.Value,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    signature: QLinearSignature,
+) -> ir.Value:
+    """Append sum over groups of (q_x q_w^T)_g * s_w,g.
+
+    Args:
+        writer: Where to.
+        codes: (..., K) INT8.
+        weight: (G, K/G, N) INT8.
+        weight_scale: (G, 1, N) float32.
+        signature: The layer's.
+    """
+    rank = signature.rank
+    lead = [0] * (rank - 1)
+    grouped = _reshape(writer, codes, *lead, signature.num_groups, signature.group_size)
+    perm = [*range(rank - 2), rank - 1, rank - 2, rank]
+    outer = writer.op("Transpose", grouped, perm=perm)
+    sums = writer.op("MatMulInteger", outer, weight, label="product")
+    scaled = writer.op("Mul", writer.op("Cast", sums, to=ir.DataType.FLOAT.value), weight_scale)
+    axes = writer.constant([rank - 2], np.int64)
+    return writer.op("ReduceSum", scaled, axes, keepdims=0)
+
+
+def write_float_product(
+    writer: BodyWriter,
+    rotated: ir.Value,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    signature: QLinearSignature,
+) -> ir.Value:
+    """Append x' W'^T with a dequantized weight: weight-only quantization."""
+    w = writer.op("Mul", writer.op("Cast", weight, to=ir.DataType.FLOAT.value), weight_scale)
+    if signature.num_groups > 1:
+        w = _reshape(writer, w, signature.in_features, signature.out_features)
+    return writer.op("MatMul", rotated, w, label="product")
+
+
+def write_unpacked_weight(
+    writer: BodyWriter, planes: ir.Value, signature: QLinearSignature
+) -> ir.Value:
+    """Append the unpacking of bit planes (bits, N, K/32) to INT8 (K, N), or (G, K/G, N)."""
+    bits, k = signature.weight_bits, signature.in_features
+    masks = np.left_shift(np.uint32(1), np.arange(PACK_WORD, dtype=np.uint32)).view(np.int32)
+    words = writer.op("Unsqueeze", planes, writer.constant([-1], np.int64))
+    masked = writer.op("BitwiseAnd", words, writer.constant(masks, np.int32))
+    set_bits = writer.op("Cast", masked, to=ir.DataType.BOOL.value)
+    ones = writer.op("Cast", set_bits, to=ir.DataType.INT32.value)
+    weights = (1 << np.arange(bits)).reshape(bits, 1, 1, 1)
+    valued = writer.op("Mul", ones, writer.constant(weights, np.int32))
+    unsigned = writer.op(
+        "ReduceSum", valued, writer.constant([0], np.int64), keepdims=0
+    )  # (N, words, 32)
+    codes = writer.op("Sub", unsigned, writer.constant(1 << (bits - 1), np.int32))
+    flat = _reshape(writer, codes, 0, -1)
+    if k % PACK_WORD:
+        flat = writer.op(
+            "Slice",
+            flat,
+            writer.constant([0], np.int64),
+            writer.constant([k], np.int64),
+            writer.constant([1], np.int64),
+        )
+    turned = writer.op("Transpose", flat, perm=[1, 0])
+    if signature.num_groups > 1:
+        turned = _reshape(writer, turned, signature.num_groups, signature.group_size, -1)
+    return writer.op("Cast", turned, to=ir.DataType.INT8.value, label="weight_quantized")
+
+
+def write_function_scale(
+    writer: BodyWriter, weight_scale: ir.Value, signature: QLinearSignature
+) -> ir.Value:
+    """Append the reordering of scales (N, G) to (N,), or (G, 1, N)."""
+    if signature.num_groups == 1:
+        return _reshape(writer, weight_scale, -1)
+    turned = writer.op("Transpose", weight_scale, perm=[1, 0])
+    return writer.op("Unsqueeze", turned, writer.constant([1], np.int64))
+
+
+def write_qlinear(
+    writer: BodyWriter,
+    x: ir.Value,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    bias: ir.Value | None,
+    signature: QLinearSignature,
+    matrix: NDArray[np.float32],
+) -> ir.Value:
+    """Append the whole layer and return y.
+
+    Args:
+        writer: Where to.
+        x: (..., K) float32.
+        weight: INT8 (K, N), or (G, K/G, N).
+        weight_scale: float32 (N,), or (G, 1, N).
+        bias: (N,) or None.
+        signature: The layer's.
+        matrix: Hadamard matrix of the rotation group.
+    """
+    rotated = write_rotation(writer, x, signature, matrix)
+    if not signature.act_bits:
+        y = write_float_product(writer, rotated, weight, weight_scale, signature)
+    else:
+        scale = write_scale(writer, rotated, signature)
+        codes = write_codes(writer, rotated, scale, signature)
+        if signature.num_groups == 1:
+            product = write_channel_product(writer, codes, weight, weight_scale)
+        else:
+            product = write_group_product(writer, codes, weight, weight_scale, signature)
+        y = writer.op("Mul", product, scale)
+    return y if bias is None else writer.op("Add", y, bias)

@@ -1,0 +1,61 @@
+"""Pass `NameLayers`: name every quantized layer and write down where it begins and ends.
+
+Rules:
+1. A `treeq::QLinear` node takes its layer's name.
+2. The layer's output is the node's output; where the only consumer adds the layer's Monarch
+   branch, it is the sum. That value is named `<layer>.output`.
+3. The list of layers goes into the model's metadata as `treeq.layers`, JSON, in graph order:
+   name, input value, output value. Later passes keep these value names.
+"""
+
+import json
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.signature import DOMAIN, MONARCH, QLINEAR, layer_name, nodes_of
+
+LAYERS_KEY = "treeq.layers"
+
+
+class NameLayers(InPlacePass):
+    """Name the layers; ensures that `read_layers` works on the model."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change the model in place."""
+        outputs = set(model.graph.outputs)
+        layers = []
+        for node in nodes_of(model, QLINEAR):
+            name = layer_name(node)
+            node.name = name
+            output = _layer_output(node)
+            if output not in outputs:
+                output.name = f"{name}.output"
+            source = node.inputs[0]
+            assert source is not None
+            layers.append({"name": name, "input": source.name, "output": output.name})
+        model.metadata_props[LAYERS_KEY] = json.dumps(layers)
+        return PassResult(model, bool(layers))
+
+
+def _layer_output(node: ir.Node) -> ir.Value:
+    """Return the node's output, or the sum with its branch."""
+    output = node.outputs[0]
+    consumers = [use.node for use in output.uses()]
+    if len(consumers) != 1 or consumers[0].op_type != "Add":
+        return output
+    for other in consumers[0].inputs:
+        producer = None if other is None else other.producer()
+        if (
+            producer is not None
+            and (producer.domain, producer.op_type) == (DOMAIN, MONARCH)
+            and layer_name(producer) == layer_name(node)
+        ):
+            producer.name = f"{layer_name(node)}/branch"
+            return consumers[0].outputs[0]
+    return output
+
+
+def read_layers(model: ir.Model) -> list[dict[str, str]]:
+    """Return name, input and output value of every quantized layer, in graph order."""
+    return json.loads(model.metadata_props.get(LAYERS_KEY, "[]"))

@@ -1,0 +1,163 @@
+"""The quantized linear as a module: fake-quantized in PyTorch, `treeq::QLinear` when exported.
+
+The forward pass computes the arithmetic of quant/numerics.py with exact integer sums: products of
+codes are summed in float32 where no partial sum can reach 2^24, in float64 otherwise. Rounding
+and clipping of activations pass gradients straight through inside the clipping range, so that
+branch factors and scales can be trained while the weight codes stay frozen.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treeq_export.model.monarch import Monarch
+from treeq_export.plan import LayerPlan
+from treeq_export.quant.numerics import SCALE_FLOOR, code_range
+from treeq_export.quant.packing import pack, unpack
+from treeq_export.quant.rotation import hadamard
+
+_EXACT_FLOAT32 = 1 << 24
+
+
+class QLinear(nn.Module):
+    """A linear layer with low-bit weights and activations, and an optional Monarch branch.
+
+    Args:
+        layer: Its entry in the plan.
+        tensors: The layer's tensors by short name: codes (N, K) int8, weight_scale (N, G) float32,
+            activation_step (1,) float32, branch.R and branch.L where there is a branch.
+        bias: (N,) float32, or None.
+    """
+
+    planes: Tensor
+    activation_step: Tensor | None
+
+    def __init__(
+        self, layer: LayerPlan, tensors: Mapping[str, NDArray[Any]], bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        planes = pack(tensors["codes"], layer.weight.bits)
+        self.register_buffer("planes", torch.from_numpy(planes))
+        self.weight_scale = nn.Parameter(
+            torch.from_numpy(tensors["weight_scale"].copy()), requires_grad=False
+        )
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        step = tensors.get("activation_step")
+        # The exported attribute: reading a parameter while it is traced is not possible.
+        self.step = 0.0 if step is None else float(step[0])
+        self.activation_step = None if step is None else nn.Parameter(
+            torch.from_numpy(step.copy()), requires_grad=False
+        )
+        self.branch = None
+        if layer.branch is not None:
+            self.branch = Monarch(
+                torch.from_numpy(tensors["branch.R"].copy()),
+                torch.from_numpy(tensors["branch.L"].copy()),
+            )
+        group = layer.rotation_group
+        matrix = torch.from_numpy(hadamard(group).astype(np.float32))
+        self.register_buffer("_hadamard", matrix, persistent=False)
+        codes = torch.from_numpy(np.ascontiguousarray(tensors["codes"]))
+        self.register_buffer("_codes", codes, persistent=False)
+
+    @property
+    def codes(self) -> NDArray[np.int8]:
+        """The weight codes (N, K), unpacked from the planes."""
+        return unpack(self.planes.numpy(), self.layer.in_features)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Return x H_g, (..., K)."""
+        group = self.layer.rotation_group
+        if group == 1:
+            return x
+        matrix = self.get_buffer("_hadamard").to(x.dtype)
+        return (x.reshape(*x.shape[:-1], -1, group) @ matrix).reshape(x.shape)
+
+    def activation_scale(self, rotated: Tensor) -> Tensor:
+        """Return s_x of rotated activations (..., K), as (..., 1)."""
+        assert self.activation_step is not None
+        step = self.activation_step.to(rotated.dtype)
+        kind = self.layer.activation.scale
+        if kind == "token_rms":
+            scale = torch.sqrt(torch.mean(rotated * rotated, dim=-1, keepdim=True)) * step
+        elif kind == "token_absmax":
+            scale = rotated.abs().amax(dim=-1, keepdim=True) * step
+        else:
+            scale = step.expand(*rotated.shape[:-1], 1)
+        return scale.clamp_min(SCALE_FLOOR)
+
+    def quantize(self, rotated: Tensor, scale: Tensor) -> Tensor:
+        """Return the activation codes (..., K) as floating point, with straight-through gradient."""
+        assert self.layer.activation.bits is not None
+        qmin, qmax = code_range(self.layer.activation.bits)
+        clipped = torch.clamp(rotated * (1.0 / scale), qmin, qmax)
+        return clipped + (torch.round(clipped) - clipped).detach()
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """Return the exact sums q_x q_w^T per group of input channels.
+
+        Args:
+            codes: (..., K), integers held as floating point.
+
+        Returns:
+            (..., G, N), integers held as floating point.
+        """
+        groups = self.weight_scale.shape[1]
+        size = self.layer.in_features // groups
+        bound = size << (self.layer.weight.bits + (self.layer.activation.bits or 0) - 2)
+        exact = codes.dtype if bound < _EXACT_FLOAT32 else torch.float64
+        weight = self.get_buffer("_codes")
+        sums = [
+            functional.linear(
+                codes[..., g * size : (g + 1) * size].to(exact),
+                weight[:, g * size : (g + 1) * size].to(exact),
+            )
+            for g in range(groups)
+        ]
+        return torch.stack(sums, dim=-2).to(codes.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        rotated = self.rotate(x)
+        if self.layer.activation.bits is None:
+            n, k = self.layer.out_features, self.layer.in_features
+            grouped = self.get_buffer("_codes").reshape(n, self.weight_scale.shape[1], -1)
+            weight = (grouped.to(x.dtype) * self.weight_scale[:, :, None]).reshape(n, k)
+            y = functional.linear(rotated, weight)
+        else:
+            scale = self.activation_scale(rotated)
+            sums = self.accumulate(self.quantize(rotated, scale))
+            y = (sums * self.weight_scale.t()).sum(dim=-2) * scale
+        return y if self.bias is None else y + self.bias
+
+    def _symbolic(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        inputs = [x, self.planes, self.weight_scale]
+        if self.bias is not None:
+            inputs.append(self.bias)
+        return torch.onnx.ops.symbolic(
+            "treeq::QLinear",
+            inputs,
+            attrs={
+                "weight_bits": layer.weight.bits,
+                "act_bits": layer.activation.bits or 0,
+                "act_scale": layer.activation.scale,
+                "act_step": self.step,
+                "rotation_group": layer.rotation_group,
+                "group_size": layer.weight.group_size or 0,
+                "out_features": layer.out_features,
+            },
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], layer.out_features),
+            version=1,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., N) of x (..., K): the quantized linear plus its branch."""
+        y = self._symbolic(x) if torch.compiler.is_exporting() else self._linear(x)
+        return y if self.branch is None else y + self.branch(x)

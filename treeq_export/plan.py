@@ -1,0 +1,287 @@
+"""The plan: the only thing that the stages share.
+
+Two files. `plan.json` holds the assignment, one entry per quantized linear in execution order;
+`plan.safetensors` holds what calibration computed, under `<layer>.<tensor>`:
+
+    codes             int8     (N, K)        q_w
+    weight_scale      float32  (N, G)        s_w; G = 1 or K / group_size
+    activation_step   float32  (1,)          step of the activation; absent where not quantized
+    branch.R          float32  (b_in, K/b_in, b_out*r)
+    branch.L          float32  (b_out, b_in*r, N/b_out)
+
+A plan belongs to one checkpoint (`checkpoint_sha256`) and names its tensors (`tensors_sha256`, null
+before calibration). Saving the same plan gives the same bytes. Nothing executes on load.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from treeq_export.artefacts import atomic_path, sha256_of_file, write_bytes
+from treeq_export.errors import PlanError
+from treeq_export.quant.spec import (
+    ActivationFormat,
+    BranchFormat,
+    Spec,
+    WeightFormat,
+    check_branch,
+    check_divides,
+)
+
+FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
+TENSORS_FILE = "plan.safetensors"
+
+Tensors = dict[str, NDArray[Any]]
+
+
+class ModelRecord(Spec):
+    """What a plan knows about its model."""
+
+    name: str
+    class_name: str
+    num_parameters: Annotated[int, Field(ge=0)]
+
+
+class TreePath(Spec):
+    """Place of a layer in the network's tree.
+
+    Attributes:
+        block: Number of the transformer block, in execution order.
+        position: Name inside the block, such as "attn1.to_q".
+        leaf: Number of the leaf; layers that read the same input (q, k, v) share one.
+    """
+
+    block: Annotated[int, Field(ge=0)]
+    position: str
+    leaf: Annotated[int, Field(ge=0)]
+
+
+class LayerPlan(Spec):
+    """The assignment of one linear layer."""
+
+    name: str
+    in_features: Annotated[int, Field(ge=1)]
+    out_features: Annotated[int, Field(ge=1)]
+    tree: TreePath
+    weight: WeightFormat
+    activation: ActivationFormat
+    rotation_group: Annotated[int, Field(ge=1)] = 1
+    branch: BranchFormat | None = None
+
+    def check_shapes(self) -> None:
+        """Check that group, rotation and branch fit the layer.
+
+        Raises:
+            FormatError: One does not.
+        """
+        k = self.in_features
+        check_divides(self.name, "rotation_group", self.rotation_group, k, power=True)
+        if self.weight.group_size is not None:
+            check_divides(self.name, "group_size", self.weight.group_size, k, power=False)
+        if self.branch is not None:
+            check_branch(self.name, self.branch, k, self.out_features)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of quantized weights, N K."""
+        return self.in_features * self.out_features
+
+
+class StrategyRecord(Spec):
+    """Which search strategy made the plan, with its options."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class Plan(Spec):
+    """The assignment of a whole network."""
+
+    format_version: int
+    model: ModelRecord
+    checkpoint_sha256: str
+    strategy: StrategyRecord
+    layers: tuple[LayerPlan, ...] = Field(strict=False)
+    tensors_sha256: str | None = None
+
+    @property
+    def average_weight_bits(self) -> float:
+        """Mean weight bits, weighted by number of weights."""
+        return self._average([layer.weight.bits for layer in self.layers])
+
+    @property
+    def average_activation_bits(self) -> float:
+        """Mean activation bits, weighted by number of weights; 32 where not quantized."""
+        return self._average([layer.activation.bits or 32 for layer in self.layers])
+
+    @property
+    def branch_parameter_fraction(self) -> float:
+        """Parameters of all branches over the number of quantized weights."""
+        total = sum(
+            layer.branch.num_parameters(layer.in_features, layer.out_features)
+            for layer in self.layers
+            if layer.branch is not None
+        )
+        return total / max(sum(layer.num_weights for layer in self.layers), 1)
+
+    def layer(self, name: str) -> LayerPlan:
+        """Return the entry of one layer.
+
+        Raises:
+            PlanError: The plan has no such layer.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise PlanError(f"{name}: not in the plan of {len(self.layers)} layers.")
+
+    def _average(self, bits: list[int]) -> float:
+        weights = [layer.num_weights for layer in self.layers]
+        weighted = sum(b * n for b, n in zip(bits, weights, strict=True))
+        return weighted / max(sum(weights), 1)
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Return the canonical text of `plan.json`."""
+    return json.dumps(plan.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of `plan.json`."""
+    return Plan.model_json_schema()
+
+
+def save_plan(folder: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]] | None = None) -> Plan:
+    """Write a plan, and its tensors where given; the JSON file comes last.
+
+    Args:
+        folder: The run folder.
+        plan: The plan; its `tensors_sha256` is replaced.
+        tensors: `<layer>.<tensor>` to array; None writes a plan that awaits calibration.
+
+    Returns:
+        The plan as saved.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    digest = None
+    if tensors is not None:
+        path = folder / TENSORS_FILE
+        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        with atomic_path(path) as temporary:
+            save_file(ordered, temporary)
+        digest = sha256_of_file(path)
+    saved = plan.model_copy(update={"tensors_sha256": digest})
+    write_bytes(folder / PLAN_FILE, plan_to_json(saved).encode())
+    return saved
+
+
+def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
+    """Read and check `plan.json`.
+
+    Args:
+        folder: The run folder.
+        checkpoint_sha256: Digest of the checkpoint in use; None skips that check.
+
+    Returns:
+        The plan; every layer's shapes have been checked.
+
+    Raises:
+        PlanError: Missing, malformed, newer format, or of another checkpoint.
+        FormatError: A group or rotation size does not fit its layer.
+    """
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise PlanError(f"{path}: no plan. Run `treeq-export search --run {folder}` first.")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"{path}: not JSON ({error}). Run `treeq-export search --run {folder}` again."
+        ) from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise PlanError(
+            f"{path}: format_version {version}, expected {FORMAT_VERSION}. "
+            "Install the treeq-export that wrote it, or search again with this one."
+        )
+    try:
+        plan = Plan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(
+            f"{path}: {where}: {first['msg']} (received {first['input']!r:.60}). "
+            f"Mend it by the schema of `treeq-export inspect --schema`, or search again."
+        ) from error
+    if checkpoint_sha256 is not None and plan.checkpoint_sha256 != checkpoint_sha256:
+        raise PlanError(
+            f"{path}: belongs to checkpoint {plan.checkpoint_sha256[:12]}, "
+            f"received {checkpoint_sha256[:12]}. Use its checkpoint, or another --out folder."
+        )
+    for layer in plan.layers:
+        layer.check_shapes()
+    return plan
+
+
+def load_tensors(folder: Path, plan: Plan) -> Tensors:
+    """Read `plan.safetensors` and check it against the plan.
+
+    Args:
+        folder: The run folder.
+        plan: The plan of that folder.
+
+    Returns:
+        `<layer>.<tensor>` to array.
+
+    Raises:
+        PlanError: Calibration has not run, or the file is not the one the plan names.
+    """
+    path = folder / TENSORS_FILE
+    if plan.tensors_sha256 is None or not path.is_file():
+        raise PlanError(
+            f"{path}: the plan has no scales and codes. "
+            f"Run `treeq-export calibrate --run {folder}` first."
+        )
+    if sha256_of_file(path) != plan.tensors_sha256:
+        raise PlanError(
+            f"{path}: not the file that plan.json names. "
+            f"Run `treeq-export calibrate --run {folder}` again."
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PlanError(f"{path}: {error}. Calibrate again.") from error
+    for layer in plan.layers:
+        _check_tensors(path, layer, tensors)
+    return tensors
+
+
+def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors) -> None:
+    n, k = layer.out_features, layer.in_features
+    groups = k // layer.weight.group_size if layer.weight.group_size else 1
+    expected: dict[str, tuple[int, ...]] = {"codes": (n, k), "weight_scale": (n, groups)}
+    if layer.activation.bits is not None:
+        expected["activation_step"] = (1,)
+    if layer.branch is not None:
+        b_in, b_out, rank = layer.branch.b_in, layer.branch.b_out, layer.branch.rank
+        expected["branch.R"] = (b_in, k // b_in, b_out * rank)
+        expected["branch.L"] = (b_out, b_in * rank, n // b_out)
+    for tensor, shape in expected.items():
+        found = tensors.get(f"{layer.name}.{tensor}")
+        if found is None or found.shape != shape:
+            received = "nothing" if found is None else str(found.shape)
+            raise PlanError(
+                f"{path}: {layer.name}.{tensor}: received {received}, expected {shape}. "
+                "Calibrate again."
+            )

@@ -1,0 +1,1 @@
+"""The reference arithmetic: number formats, quantizers, rotation, packing and error measures."""

@@ -1,0 +1,46 @@
+"""Grouped orthonormal Hadamard rotation along the input channels.
+
+x' = x H_g with H_g block diagonal, each block the Sylvester-Hadamard matrix of order g divided by
+sqrt(g). It is symmetric and its own inverse, so (W H_g)(x H_g)^T = W x^T: rotating both weight and
+activation leaves the product as it is, while a token's entries become close to Gaussian.
+"""
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import hadamard as sylvester
+
+
+@cache
+def hadamard(group: int) -> NDArray[np.float64]:
+    """Return the orthonormal Hadamard matrix of order `group`.
+
+    Args:
+        group: A power of two; 1 gives [[1.]].
+
+    Returns:
+        (group, group) float64, read-only; symmetric, H @ H = I.
+
+    >>> hadamard(2).round(3).tolist()
+    [[0.707, 0.707], [0.707, -0.707]]
+    """
+    matrix = sylvester(group).astype(np.float64) / np.sqrt(group)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def rotate(x: NDArray[np.floating], group: int) -> NDArray[np.floating]:
+    """Rotate the last axis in groups: x' = x H_g.
+
+    Args:
+        x: (..., K) floating point; `group` divides K.
+        group: Power of two; 1 returns x unchanged.
+
+    Returns:
+        (..., K), same dtype.
+    """
+    if group == 1:
+        return x
+    grouped = x.reshape(*x.shape[:-1], -1, group)
+    return (grouped @ hadamard(group).astype(x.dtype)).reshape(x.shape)

@@ -1,0 +1,276 @@
+"""The recipe: what a user writes to describe a run. One YAML file, one pydantic model.
+
+Paths are relative to the recipe. Defaults live here and nowhere else.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from treeq_export.errors import RecipeError
+from treeq_export.quant.spec import Bits, BranchFormat
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which checkpoint, and how it is called.
+
+    Attributes:
+        checkpoint: Folder in diffusers layout, or an original DiT `.pt` file.
+        latent_size: Height and width of the latent; None takes the config's sample_size.
+        num_text_tokens: Text tokens of random conditioning (PixArt, SD3, Flux).
+        conditioning: Safetensors file with text embeddings, one row per prompt; None is random.
+    """
+
+    checkpoint: str
+    latent_size: Positive | None = None
+    num_text_tokens: Positive = 16
+    conditioning: str | None = None
+
+
+class SamplerSection(Section):
+    """How images are sampled.
+
+    Attributes:
+        scheduler: "flow_match_euler" (rectified flow) or "ddim" (noise prediction).
+        steps: Number of denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        batch_size: Images per forward pass; results do not depend on it.
+    """
+
+    scheduler: Literal["flow_match_euler", "ddim"] = "flow_match_euler"
+    steps: Positive = 25
+    guidance_scale: Annotated[float, Field(ge=1.0, strict=False)] = 1.0
+    batch_size: Positive = 50
+
+
+class SearchSection(Section):
+    """Which formats the layers get.
+
+    Attributes:
+        strategy: "uniform": the same formats for every layer.
+        weight_bits: 2..8.
+        activation_bits: 2..8, or None to keep activations in floating point.
+        activation_scale: "auto" is token_rms below 7 bits and token_absmax from 7 on.
+        group_size: Input channels that share a weight scale; None is one scale per channel.
+        rotation_group: Hadamard group, a power of two that divides each layer's in_features.
+        branch: Shape of the Monarch branch; None is no branch.
+        exclude: Glob patterns of layers that stay in floating point.
+    """
+
+    strategy: Literal["uniform"] = "uniform"
+    weight_bits: Bits = 4
+    activation_bits: Bits | None = 4
+    activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
+    group_size: Positive | None = None
+    rotation_group: Positive = 128
+    branch: BranchFormat | None = BranchFormat(b_in=1, b_out=1, rank=8)
+    exclude: list[str] = []
+
+
+class CalibrateSection(Section):
+    """How scales and branches are found.
+
+    Attributes:
+        num_samples: Trajectories sampled from the model itself.
+        num_clip_steps: Points of the clipping grid of the weight scales.
+        max_tokens: Tokens per layer that static activation scales are fitted to.
+    """
+
+    num_samples: Positive = 16
+    num_clip_steps: Positive = 40
+    max_tokens: Positive = 4096
+
+
+class CompileSection(Section):
+    """Which graphs are written.
+
+    Attributes:
+        targets: "portable" (standard ONNX) and "ort" (packed op with a function body).
+        external_data: "auto" writes a .data file above 1.5 GB of weights.
+        max_batch: Upper end of the dynamic batch.
+    """
+
+    targets: Annotated[list[Literal["portable", "ort"]], Field(min_length=1)] = ["portable", "ort"]
+    external_data: Literal["auto", "always", "never"] = "auto"
+    max_batch: Annotated[int, Field(ge=2)] = 256
+
+
+class ParityGates(Section):
+    """Least parity of every target."""
+
+    min_end_to_end_sqnr_db: Annotated[float, Field(strict=False)] = 40.0
+    min_equal_code_fraction: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.999
+    min_layer_sqnr_db: Annotated[float, Field(strict=False)] = 40.0
+
+
+class ValidateSection(Section):
+    """How parity is measured.
+
+    Attributes:
+        batch_size: Images whose inputs are fed to both sides.
+        gates: Limits; one not met ends the run with status 3.
+    """
+
+    batch_size: Positive = 8
+    gates: ParityGates = ParityGates()
+
+
+class BenchSection(Section):
+    """How speed is measured.
+
+    Attributes:
+        batch_sizes: Batches to time (a batch of classifier-free guidance is two images).
+        rounds: Interleaved rounds; each target runs once a round.
+        warmup: Rounds that are not counted.
+        threads: Threads of every runtime.
+    """
+
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)] = [2]
+    rounds: Annotated[int, Field(ge=3)] = 20
+    warmup: Positive = 3
+    threads: Positive = 2
+
+
+class QualityGates(Section):
+    """Limits of image quality; None is not checked."""
+
+    max_frechet_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
+    min_class_accuracy: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
+    min_psnr_db: Annotated[float, Field(strict=False)] | None = None
+
+
+class EvaluateSection(Section):
+    """How image quality is measured.
+
+    Attributes:
+        num_samples: Images per seed, for full precision and quantized alike.
+        seeds: One complete measurement each; the report gives the mean.
+        classifier: ONNX file, images -> logits, features; None skips Frechet distance and accuracy.
+        reference: Safetensors file with mean and covariance of real images' features.
+        runner: What produces the quantized images: a compiled target, or "torch" (fake-quantized).
+        gates: Limits; one not met ends the run with status 3.
+    """
+
+    num_samples: Annotated[int, Field(ge=2)] = 100
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+    classifier: str | None = None
+    reference: str | None = None
+    runner: Literal["portable", "ort", "torch"] = "portable"
+    gates: QualityGates = QualityGates()
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str
+    seed: NonNegative = 0
+    model: ModelSection
+    sampler: SamplerSection = SamplerSection()
+    search: SearchSection = SearchSection()
+    calibrate: CalibrateSection = CalibrateSection()
+    compile: CompileSection = CompileSection()
+    validate_: ValidateSection = Field(default=ValidateSection(), alias="validate")
+    bench: BenchSection = BenchSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and make its paths absolute.
+
+    Args:
+        path: The YAML file.
+        overrides: "section.key=value" assignments, the values YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: Unreadable, not YAML, an unknown key, or a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise RecipeError(f"{path}: not YAML: {text}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: received {type(raw).__name__}, expected sections such as model:")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+    return _with_absolute_paths(recipe, path.absolute().parent)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override}: expected section.key=value.")
+    *parents, last = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent} is no section.")
+        node = child
+    node[last] = yaml.safe_load(value)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Say the first problem in one line, with the nearest known key for a misspelt one."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{where}: unknown key. {hint}"
+    if first["type"] == "missing":
+        return f"{where}: missing. Add it."
+    return f"{where}: received {first['input']!r:.60}. {first['msg']}."
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at `location`."""
+    section: Any = Recipe
+    for part in location:
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                kinds = getattr(field.annotation, "__args__", (field.annotation,))
+                section = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((folder / path).resolve())
+
+    model = recipe.model.model_copy(
+        update={
+            "checkpoint": absolute(recipe.model.checkpoint),
+            "conditioning": absolute(recipe.model.conditioning),
+        }
+    )
+    evaluate = recipe.evaluate.model_copy(
+        update={
+            "classifier": absolute(recipe.evaluate.classifier),
+            "reference": absolute(recipe.evaluate.reference),
+        }
+    )
+    return recipe.model_copy(update={"model": model, "evaluate": evaluate})

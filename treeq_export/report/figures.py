@@ -1,0 +1,322 @@
+"""Plots as inline SVG that follow the page's colours, light or dark.
+
+matplotlib draws with marker colours; each is replaced by a CSS variable of the page's style. Same
+input, same text: ids are salted with the figure's name, and no date is written. No pyplot, so
+nothing global is left behind.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from treeq_export.records import BenchRow, LayerParity, TargetParity
+from treeq_export.report.quantities import INFINITY, format_bytes, format_number, format_ratio
+
+INK, MUTED, LINE, BAND = "#010101", "#010102", "#010103", "#010104"
+OURS, SECOND, THIRD, BASELINE, ALARM = "#010105", "#010106", "#010107", "#010108", "#010109"
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    BAND: "var(--band)",
+    OURS: "var(--series-1)",
+    SECOND: "var(--series-2)",
+    THIRD: "var(--series-3)",
+    BASELINE: "var(--series-0)",
+    ALARM: "var(--bad)",
+}
+
+WIDTH_IN = 11.0
+# A raw time beyond this many times the slowest median is drawn at the edge, so that one
+# interrupted round does not flatten all bars.
+EDGE = 1.6
+# An SQNR of infinity is drawn this far above the best finite one.
+HEADROOM_DB = 15.0
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.0,
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0.0,
+    "ytick.major.size": 0.0,
+    "legend.frameon": False,
+}
+
+Draw = Callable[[Figure], None]
+
+
+def draw_parity(targets: Sequence[TargetParity], limit_db: float) -> str:
+    """Draw the SQNR of every layer, one panel per target.
+
+    Args:
+        targets: The targets, each with its layers in execution order.
+        limit_db: The gate on a layer's own error.
+
+    Returns:
+        SVG text: own error as dots, propagated and quantization error as lines. A value of
+        infinity is a triangle at a labelled level; one that is nan or -infinity, a cross below.
+    """
+
+    def draw(figure: Figure) -> None:
+        for axes, target in zip(_panels(figure, len(targets)), targets, strict=True):
+            _draw_layers(axes, target.layers, limit_db)
+            axes.set_title(target.target)
+
+    return _to_svg("parity", 3.3 * len(targets), draw)
+
+
+def _draw_layers(axes: Axes, layers: Sequence[LayerParity], limit_db: float) -> None:
+    series = (
+        ("quantization, against full precision", "quantization_sqnr_db", SECOND, "-"),
+        ("propagated through the network", "propagated_sqnr_db", THIRD, "-"),
+        ("own error", "sqnr_db", OURS, ""),
+    )
+    values = {key: [getattr(layer, key) for layer in layers] for _, key, _, _ in series}
+    finite = [v for column in values.values() for v in column if math.isfinite(v)]
+    top = max([*finite, limit_db]) + HEADROOM_DB
+    bottom = min([*finite, 0.0]) - HEADROOM_DB
+    small = 4.5 if len(layers) <= 80 else 2.6
+    for label, key, color, style in series:
+        drawn = [_drawable(value, top, bottom) for value in values[key]]
+        inside = [y if bottom < y < top else math.nan for y in drawn]
+        kind = {"linestyle": style or "none", "linewidth": 1.3, "color": color, "label": label}
+        axes.plot(inside, marker="o", markersize=small if not style else small * 0.55, **kind)
+        for edge, marker in ((top, "^"), (bottom, "x")):
+            places = [x for x, y in enumerate(drawn) if y == edge]
+            axes.plot(places, [edge] * len(places), marker, color=color, markersize=small)
+    axes.axhline(limit_db, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"own-error gate {format_number(limit_db)} dB",
+        (1.0, limit_db),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, 2.5),
+        textcoords="offset points",
+        ha="right",
+        color=ALARM,
+        fontsize=8,
+    )
+    _label_levels(axes, top, bottom, [y for column in values.values() for y in column])
+    _mark_blocks(axes, [block_of_name(layer.name) for layer in layers])
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8)
+
+
+def _drawable(value: float, top: float, bottom: float) -> float:
+    if value == math.inf:
+        return top
+    return value if math.isfinite(value) else bottom
+
+
+def _label_levels(axes: Axes, top: float, bottom: float, values: Sequence[float]) -> None:
+    """Tick the finite range in round numbers, and the two levels for what is not finite."""
+    step = next(s for s in (10, 20, 50, 100, 1000) if (top - bottom) / s <= 9)
+    first = math.ceil((bottom + HEADROOM_DB) / step) * step
+    ticks: list[float] = [float(t) for t in np.arange(first, top - 0.4 * HEADROOM_DB, step)]
+    labels = [format_number(tick) for tick in ticks]
+    if math.inf in values:
+        ticks.append(top)
+        labels.append(f"{INFINITY} bit-exact")
+    lowest = bottom + HEADROOM_DB * 0.8
+    if any(not math.isfinite(value) and value != math.inf for value in values):
+        ticks.append(bottom)
+        labels.append("nan / -∞")
+        lowest = bottom - HEADROOM_DB * 0.4
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(lowest, top + HEADROOM_DB * 0.4)
+    axes.set_ylabel("SQNR, dB")
+
+
+def block_of_name(name: str) -> str:
+    """Return the part of a layer's name up to its first number: the block it belongs to.
+
+    >>> block_of_name("transformer_blocks.3.ff.net.0.proj")
+    'transformer_blocks.3'
+    """
+    parts = name.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: number + 1])
+
+
+def _mark_blocks(axes: Axes, blocks: Sequence[str]) -> None:
+    """Shade every other block and number the blocks on the x axis."""
+    ticks: list[float] = []
+    labels: list[str] = []
+    start = 0
+    for at, (block, members) in enumerate(groupby(blocks)):
+        end = start + len(list(members))
+        if at % 2:
+            axes.axvspan(start - 0.5, end - 0.5, color=BAND, linewidth=0)
+        ticks.append((start + end - 1) / 2)
+        labels.append(block.rpartition(".")[2] if "." in block else "·")
+        start = end
+    every = max(1, math.ceil(len(ticks) / 40))
+    axes.set_xticks(ticks[::every], labels[::every])
+    axes.set_xlim(-0.7, max(start, 1) - 0.3)
+    axes.set_xlabel("layers in execution order, by block")
+    axes.grid(visible=False, axis="x")
+
+
+def draw_speed(rows: Sequence[BenchRow], ours: Iterable[str]) -> str:
+    """Draw the median of every target as a bar and all raw times as dots, a panel per batch.
+
+    Args:
+        rows: The times.
+        ours: Names of our targets; the other bars are baselines.
+
+    Returns:
+        SVG text. Dots run from the first round at a bar's upper edge to the last at its lower.
+    """
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    panels = [[row for row in rows if row.batch == batch] for batch in batches]
+
+    def draw(figure: Figure) -> None:
+        heights = [len(panel) + 1.4 for panel in panels]
+        for axes, panel in zip(_panels(figure, len(panels), heights), panels, strict=True):
+            _draw_times(axes, panel, set(ours))
+            axes.set_title(f"batch {panel[0].batch}")
+
+    return _to_svg("speed", sum(0.42 * len(panel) + 0.85 for panel in panels), draw)
+
+
+def _draw_times(axes: Axes, rows: Sequence[BenchRow], ours: set[str]) -> None:
+    edge = EDGE * max(row.median_ms for row in rows)
+    widest = max(min(time, edge) for row in rows for time in [row.median_ms, *row.all_times_ms])
+    colors = [OURS if row.target in ours else BASELINE for row in rows]
+    medians = [row.median_ms for row in rows]
+    axes.barh(range(len(rows)), medians, height=0.62, color=colors, alpha=0.8)
+    for at, row in enumerate(rows):
+        times = np.asarray(row.all_times_ms)
+        spread = at + np.linspace(-0.24, 0.24, len(times)) if len(times) > 1 else np.array([at])
+        late = times > edge
+        axes.plot(times[~late], spread[~late], "o", color=INK, markersize=2.0, alpha=0.65)
+        axes.plot(np.full(late.sum(), edge), spread[late], ">", color=ALARM, markersize=3.5)
+        text = f"{format_number(row.median_ms)} ms"
+        if late.any():
+            text += f"  ({late.sum()} beyond the axis, up to {format_number(times.max())} ms)"
+        axes.annotate(
+            text,
+            (1.0, at),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+        )
+    _finish_bars(axes, [row.target for row in rows], widest * 1.04)
+    axes.set_xlabel("milliseconds per call; bar: median, dots: every round in order")
+
+
+def draw_sizes(sizes: Sequence[tuple[str, int]], full_bytes: int) -> str:
+    """Draw the size of every graph as a bar.
+
+    Args:
+        sizes: Name and bytes; the float32 graph is the one called "fp32".
+        full_bytes: Bytes that the ratios refer to.
+
+    Returns:
+        SVG text.
+    """
+
+    def draw(figure: Figure) -> None:
+        (axes,) = _panels(figure, 1)
+        values = [size / 1e6 for _, size in sizes]
+        colors = [BASELINE if name == "fp32" else OURS for name, _ in sizes]
+        axes.barh(range(len(sizes)), values, height=0.62, color=colors, alpha=0.8)
+        for at, (_, size) in enumerate(sizes):
+            axes.annotate(
+                f"{format_bytes(size)}  ({format_ratio(full_bytes / size)} smaller)"
+                if size != full_bytes
+                else format_bytes(size),
+                (size / 1e6, at),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+            )
+        _finish_bars(axes, [name for name, _ in sizes], max(values) * 1.3)
+        axes.set_xlabel("megabytes (1e6 bytes), model and external data")
+
+    return _to_svg("size", 0.42 * len(sizes) + 0.7, draw)
+
+
+def _finish_bars(axes: Axes, names: Sequence[str], right: float) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_xlim(0, right)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+
+
+def _panels(figure: Figure, number: int, heights: Sequence[float] | None = None) -> list[Axes]:
+    grid = figure.subplots(number, 1, squeeze=False, height_ratios=heights)
+    return list(grid[:, 0])
+
+
+def _to_svg(name: str, height_in: float, draw: Draw) -> str:
+    """Run `draw` on a figure under the page's style and return its SVG."""
+    buffer = io.StringIO()
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({**_STYLE, "svg.hashsalt": f"treeq-{name}"})
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _make_inline(buffer.getvalue(), name)
+
+
+def _make_inline(svg: str, name: str) -> str:
+    """Turn an SVG document into an element that can stand in an HTML page among others.
+
+    Namespaces, metadata, style sheets and the fixed size go; ids get a prefix; marker colours
+    become variables of the page.
+    """
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag == f"{_SVG}metadata" or child.tag == f"{_SVG}style":
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        link = element.attrib.pop(_LINK, None)
+        if link is not None:
+            element.set("href", link)
+        for key, value in element.attrib.items():
+            element.set(key, _rewrite_attribute(key, value, name))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _rewrite_attribute(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    value = value.replace("url(#", f"url(#{name}-")
+    if key == "href":
+        value = value.replace("#", f"#{name}-", 1)
+    if key == "style":
+        for color, variable in VARIABLES.items():
+            value = value.replace(color, variable)
+    return value

@@ -1,0 +1,149 @@
+"""Numbers as a reader sees them; one function per kind of quantity, used by terminal and HTML.
+
+A value that was not measured (None) is a dash. Infinity is shown as it is: an SQNR of infinity is
+a result (bit-exact), not an error. Sizes are decimal: 1 MB is 1e6 bytes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+DASH = "–"
+INFINITY = "∞"
+
+
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Return `value` with at most `digits` significant digits.
+
+    >>> format_number(0.99987), format_number(float("inf")), format_number(None)
+    ('0.9999', '∞', '–')
+    """
+    if value is None:
+        return DASH
+    if math.isinf(value):
+        return INFINITY if value > 0 else "-" + INFINITY
+    return f"{value:.{digits}g}" if math.isfinite(value) else "nan"
+
+
+def format_fixed(value: float | None, decimals: int = 2) -> str:
+    """Return `value` with a fixed number of decimals.
+
+    >>> format_fixed(4.0), format_fixed(13.87, 1)
+    ('4.00', '13.9')
+    """
+    if value is None or not math.isfinite(value):
+        return format_number(value)
+    return f"{value:.{decimals}f}"
+
+
+def format_db(value: float | None) -> str:
+    """Return decibels with one decimal, without the unit.
+
+    >>> format_db(13.87), format_db(float("inf"))
+    ('13.9', '∞')
+    """
+    return format_fixed(value, 1)
+
+
+def format_percent(value: float | None, decimals: int = 1) -> str:
+    """Return a fraction in percent, never rounded up to 100 or down to 0.
+
+    >>> format_percent(0.975), format_percent(0.99996), format_percent(1.0)
+    ('97.5 %', '99.996 %', '100.0 %')
+    """
+    if value is None or not math.isfinite(value):
+        return format_number(value)
+    percent = 100 * value
+    for places in range(decimals, 8):
+        text = f"{percent:.{places}f}"
+        if float(text) not in (0.0, 100.0) or percent in (0.0, 100.0):
+            return f"{text} %"
+    return f"{percent!r} %"
+
+
+def format_bytes(value: float | None) -> str:
+    """Return a size in B, kB, MB or GB (powers of 1000).
+
+    >>> format_bytes(8_412_345), format_bytes(512)
+    ('8.41 MB', '512 B')
+    """
+    if value is None:
+        return DASH
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def format_count(value: int | None) -> str:
+    """Return an integer with its thousands apart.
+
+    >>> format_count(2_123_904)
+    '2,123,904'
+    """
+    return DASH if value is None else f"{value:,}"
+
+
+def format_ratio(value: float | None) -> str:
+    """Return a ratio with three significant digits and a times sign.
+
+    >>> format_ratio(7.638), format_ratio(0.8)
+    ('7.64×', '0.80×')
+    """
+    if value is None or not math.isfinite(value):
+        return format_number(value)
+    decimals = 2 if abs(value) < 10 else 1
+    return f"{value:.{decimals}f}\u00d7"
+
+
+def format_seconds(value: float | None) -> str:
+    """Return a duration in seconds, or minutes and seconds from two minutes on.
+
+    >>> format_seconds(3.21), format_seconds(754.0)
+    ('3.2 s', '12 min 34 s')
+    """
+    if value is None or not math.isfinite(value):
+        return format_number(value)
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {int(value % 60)} s"
+
+
+def format_measured(measured: float, limit: float) -> str:
+    """Return a gate's value with as many digits as tell it from its limit.
+
+    >>> format_measured(47.3149, 40.0), format_measured(39.9999999, 40.0)
+    ('47.31', '39.9999999')
+    """
+    for digits in range(4, 17):
+        text = format_number(measured, digits)
+        if measured == limit or text != format_number(limit, digits):
+            return text
+    return repr(measured)
+
+
+def format_bits(bits: int | None) -> str:
+    """Return the bits of a format, "fp" where it is floating point.
+
+    >>> format_bits(4), format_bits(None)
+    ('4', 'fp')
+    """
+    return "fp" if bits is None else str(bits)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, text) pairs, in the order given.
+
+    >>> flatten({"cpu": {"model": "x", "cores": 2}, "flags": ["a", "b"]})
+    [('cpu.model', 'x'), ('cpu.cores', '2'), ('flags', 'a, b')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += flatten(cast("Mapping[str, Any]", value), f"{name}.")
+        elif isinstance(value, list | tuple):
+            rows.append((name, ", ".join(str(item) for item in cast("list[Any]", value))))
+        else:
+            rows.append((name, DASH if value is None else str(value)))
+    return rows

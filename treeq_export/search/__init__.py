@@ -1,0 +1,1 @@
+"""Search: which format each layer gets. Strategies share one interface (search/stage.py)."""
