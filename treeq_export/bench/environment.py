@@ -81,7 +81,7 @@ def describe_environment(threads: int) -> dict[str, Any]:
         "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
         "load_average": list(os.getloadavg()),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": " ".join((platform.system(), *platform.libc_ver(), platform.machine())),
         "python": platform.python_version(),
         "torch": version_of("torch"),
         "onnxruntime": runtime_version(),

@@ -89,9 +89,7 @@ def _read_source(path: Path) -> Any:
         return None
 
 
-def _quantize(
-    fp32: Path, path: Path, calibration: Sequence[Inputs], reduce_range: bool
-) -> None:
+def _quantize(fp32: Path, path: Path, calibration: Sequence[Inputs], reduce_range: bool) -> None:
     # The quantization tools pull in onnx and a shape inference; the children need neither.
     from onnxruntime.quantization import (
         CalibrationDataReader,

@@ -8,18 +8,15 @@ Rules:
    name, input value, output value. Later passes keep these value names.
 """
 
-import json
-
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from treeq_export.compile.signature import DOMAIN, MONARCH, QLINEAR, layer_name, nodes_of
-
-LAYERS_KEY = "treeq.layers"
+from treeq_export.runners.compiled import LayerSite, write_layers
 
 
 class NameLayers(InPlacePass):
-    """Name the layers; ensures that `read_layers` works on the model."""
+    """Name the layers; ensures that `runners.compiled.read_layers` finds them."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the model in place."""
@@ -33,8 +30,10 @@ class NameLayers(InPlacePass):
                 output.name = f"{name}.output"
             source = node.inputs[0]
             assert source is not None
-            layers.append({"name": name, "input": source.name, "output": output.name})
-        model.metadata_props[LAYERS_KEY] = json.dumps(layers)
+            assert source.name is not None
+            assert output.name is not None
+            layers.append(LayerSite(name, source.name, output.name))
+        write_layers(model, layers)
         return PassResult(model, bool(layers))
 
 
@@ -55,7 +54,3 @@ def _layer_output(node: ir.Node) -> ir.Value:
             return consumers[0].outputs[0]
     return output
 
-
-def read_layers(model: ir.Model) -> list[dict[str, str]]:
-    """Return name, input and output value of every quantized layer, in graph order."""
-    return json.loads(model.metadata_props.get(LAYERS_KEY, "[]"))

@@ -119,9 +119,10 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """
     where = checkpoint.path
     tensors = _read_tensors(checkpoint)
-    if where.is_file():
-        tensors = dit_original.convert_tensors(where, tensors, checkpoint.config)
     model = _build_model(checkpoint)
+    if where.is_file():
+        dit_original.check_positions(where, tensors["pos_embed"], model)
+        tensors = dit_original.convert_tensors(tensors, checkpoint.config["num_layers"])
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_names(where, expected, tensors)
     _check_shapes(where, expected, tensors)

@@ -22,23 +22,23 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from treeq_export.errors import CheckpointError
 
 # Heads cannot be read from shapes; these are the published widths (S, B, L, XL).
 _NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-_REQUIRED = (
-    "x_embedder.proj.weight",
-    "pos_embed",
-    "y_embedder.embedding_table.weight",
-    "t_embedder.mlp.0.weight",
-    "final_layer.linear.weight",
-    "blocks.0.attn.qkv.weight",
-)
+_POSITION_TOLERANCE = 1e-3  # rounding the table to half precision moves it by 5e-4
+_REQUIRED = {  # name to number of axes
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "t_embedder.mlp.0.weight": 2,
+    "final_layer.linear.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+}
 _GLOBAL = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -70,11 +70,13 @@ def make_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         CheckpointError: Not a DiT, or of a width whose number of heads is unknown.
     """
-    for name in _REQUIRED:
-        if name not in tensors:
+    for name, num_axes in _REQUIRED.items():
+        if name not in tensors or tensors[name].ndim != num_axes:
+            received = str(tuple(tensors[name].shape)) if name in tensors else "nothing"
             raise CheckpointError(
-                f"{path}: {name}: missing, so this is no original DiT. For another model, give a "
-                "diffusers folder with config.json."
+                f"{path}: {name}: received {received}, expected a tensor of {num_axes} axes, so "
+                "this is no original DiT. For another model, give a diffusers folder with "
+                "config.json."
             )
     hidden, in_channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
     if hidden not in _NUM_HEADS:
@@ -90,13 +92,13 @@ def make_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             f"{path}: pos_embed: received {num_tokens} positions, expected a square number. "
             "Only square images are supported."
         )
-    depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)", name)))
+    blocks = [match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
     return {
         "num_attention_heads": _NUM_HEADS[hidden],
         "attention_head_dim": hidden // _NUM_HEADS[hidden],
         "in_channels": in_channels,
         "out_channels": tensors["final_layer.linear.weight"].shape[0] // patch**2,
-        "num_layers": depth,
+        "num_layers": 1 + max(map(int, blocks)),
         "sample_size": grid * patch,
         "patch_size": patch,
         "num_embeds_ada_norm": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
@@ -104,23 +106,16 @@ def make_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def convert_tensors(
-    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def convert_tensors(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """Rename an original state dict to diffusers' names; tensors are views, not copies.
 
     Args:
-        path: The file, for errors.
-        tensors: The original state dict.
-        config: What `make_config` deduced from it.
+        tensors: The original state dict; `pos_embed` is dropped, see `check_positions`.
+        num_layers: Number of blocks, which all get the one timestep and label embedder.
 
     Returns:
         A state dict of DiTTransformer2DModel; unknown names are kept for the caller to refuse.
-
-    Raises:
-        CheckpointError: The position table is not the fixed sin-cos one.
     """
-    _check_positions(path, tensors["pos_embed"], config)
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -129,7 +124,7 @@ def convert_tensors(
         if module in _GLOBAL:
             converted[f"{_GLOBAL[module]}.{kind}"] = tensor
         elif module in _SHARED:
-            for block in range(config["num_layers"]):
+            for block in range(num_layers):
                 target = f"transformer_blocks.{block}.norm1.emb.{_SHARED[module]}.{kind}"
                 converted[target] = tensor
         else:
@@ -153,40 +148,29 @@ def _convert_block_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-def make_positions(grid: int, hidden: int) -> Tensor:
-    """Return the 2-D sin-cos table of the DiT paper.
-
-    Half of the channels encode the column, half the row, each as sines, then cosines, of
-    position * 10000^(-i / (hidden / 4)).
+def check_positions(path: Path, table: Tensor, model: nn.Module) -> None:
+    """Refuse a position table that is not the fixed sin-cos one, which diffusers computes.
 
     Args:
-        grid: Patches along one side.
-        hidden: Channels, divisible by 4.
+        path: The file, for errors.
+        table: The checkpoint's `pos_embed`, (1, tokens, hidden).
+        model: The DiTTransformer2DModel built for it.
 
-    Returns:
-        (1, grid * grid, hidden) float32, rows in raster order.
+    Raises:
+        CheckpointError: Another shape, or other values.
     """
-    frequency = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)
-    column = line[None].expand(grid, -1, -1)
-    row = line[:, None].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=2).reshape(1, grid * grid, hidden).float()
-
-
-def _check_positions(path: Path, table: Tensor, config: Mapping[str, Any]) -> None:
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    expected = make_positions(config["sample_size"] // config["patch_size"], hidden)
-    if table.shape != expected.shape:
+    computed = dict(model.named_buffers())["pos_embed.pos_embed"]
+    if table.shape != computed.shape:
         raise CheckpointError(
             f"{path}: pos_embed: received shape {tuple(table.shape)}, expected "
-            f"{tuple(expected.shape)}. Use a checkpoint of the published architecture."
+            f"{tuple(computed.shape)}. Use a checkpoint of the published architecture."
         )
-    difference = (table.float() - expected).abs().max().item()
-    if not difference < 1e-3:  # a half-precision table differs by 5e-4; NaN is refused too
+    difference = (table.float() - computed).abs().max().item()
+    if not difference < _POSITION_TOLERANCE:  # NaN is refused too
         raise CheckpointError(
-            f"{path}: pos_embed: differs from the fixed sin-cos table by {difference:.3g}, expected "
-            "less than 0.001. Learned positions are not supported; use a published checkpoint."
+            f"{path}: pos_embed: differs from the fixed sin-cos table by {difference:.3g}, "
+            f"expected less than {_POSITION_TOLERANCE}. Learned positions are not supported; use "
+            "a published checkpoint."
         )
 
 
@@ -198,4 +182,4 @@ def use_original_timesteps(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if name.endswith("norm1.emb.time_proj"):
-            module.downscale_freq_shift = 0
+            cast(Any, module).downscale_freq_shift = 0

@@ -6,6 +6,7 @@ tensor (q, k and v) share a leaf, since one activation quantizer serves them all
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ def _record_calls(denoiser: Denoiser) -> list[tuple[str, nn.Linear, Tensor]]:
     handles = []
     for name, module in denoiser.model.named_modules():
         if isinstance(module, nn.Linear) and _IN_BLOCK.fullmatch(name) and "emb" not in name:
-            handles.append(module.register_forward_pre_hook(_recorder(name, calls)))
+            handles.append(module.register_forward_pre_hook(_recorder(name, module, calls)))
     try:
         with torch.no_grad():
             denoiser(*denoiser.make_example_inputs(1, seed=0).values())
@@ -92,9 +93,10 @@ def _record_calls(denoiser: Denoiser) -> list[tuple[str, nn.Linear, Tensor]]:
     return calls
 
 
-def _recorder(name: str, calls: list[tuple[str, nn.Linear, Tensor]]):
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        calls.append((name, module, inputs[0]))
+def _recorder(
+    name: str, linear: nn.Linear, calls: list[tuple[str, nn.Linear, Tensor]]
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((name, linear, inputs[0]))
 
     return record

@@ -108,7 +108,10 @@ def make_scheduler(section: SamplerSection) -> Any:
     Returns:
         FlowMatchEulerDiscreteScheduler or DDIMScheduler.
     """
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     if section.scheduler == "flow_match_euler":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)

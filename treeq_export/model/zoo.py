@@ -8,7 +8,7 @@ position in the order of `input_names`, and returns the raw network output:
     SD3      encoder_hidden_states (b, t, d), pooled_projections (b, p)
     Flux     the same, guidance (b,) where distilled; sample is packed, (b, tokens, channels)
 
-All but class_labels are float32. Whatever does not depend on the batch (Flux' position ids, PixArt's
+All but class_labels are float32. What does not depend on the batch (Flux' position ids, PixArt's
 resolution) is a constant inside, so that exported graphs have these inputs only.
 """
 
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
+from treeq_export.model.conditioning import load_prompts, text_shapes
 from treeq_export.recipe import ModelSection
 
 NUM_TIMESTEPS = 1000
@@ -138,9 +137,9 @@ class DiTDenoiser(Denoiser):
     def forward(self, *inputs: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
         sample, timestep, class_labels = inputs
-        return self.model(
-            sample, timestep=timestep, class_labels=class_labels, return_dict=False
-        )[0]
+        return self.model(sample, timestep=timestep, class_labels=class_labels, return_dict=False)[
+            0
+        ]
 
     def make_conditioning(self, num: int, seed: int) -> dict[str, Tensor]:
         """Return labels that cycle through the classes, whatever the seed."""
@@ -280,16 +279,16 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
 
     Raises:
         RecipeError: The latent size is missing or does not fit the patches.
-        CheckpointError: The conditioning file does not fit, or the output cannot predict the sample.
+        CheckpointError: The conditioning file does not fit, or the output has other channels.
     """
     config = _config(model)
     _check_channels(checkpoint, config)
     if checkpoint.class_name == "DiTTransformer2DModel":
         return DiTDenoiser(model, _image_shape(config, section)).eval()
-    row_shapes = _text_shapes(checkpoint.class_name, config, section.num_text_tokens)
+    row_shapes = text_shapes(checkpoint.class_name, config, section.num_text_tokens)
     prompts = None
     if section.conditioning is not None:
-        prompts = _load_prompts(Path(section.conditioning), row_shapes)
+        prompts = load_prompts(Path(section.conditioning), row_shapes)
         row_shapes = {name: tuple(rows.shape[1:]) for name, rows in prompts.items()}
     if checkpoint.class_name == "FluxTransformer2DModel":
         return FluxDenoiser(model, _packed_shape(config, section), row_shapes, prompts).eval()
@@ -310,9 +309,9 @@ def _check_channels(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     allowed = (num_in,) if checkpoint.class_name.startswith("Flux") else (num_in, 2 * num_in)
     if num_out not in allowed:
         raise CheckpointError(
-            f"{checkpoint.path}: received out_channels {num_out} for in_channels {num_in}, expected "
-            f"{' or '.join(map(str, allowed))}. Inpainting and control variants are not supported; "
-            "use the base model."
+            f"{checkpoint.path}: received out_channels {num_out} for in_channels {num_in}, "
+            f"expected {' or '.join(map(str, allowed))}. Inpainting and control variants are not "
+            "supported; use the base model."
         )
 
 
@@ -355,54 +354,5 @@ def _grid_ids(num_tokens: int) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
 
 
-def _text_shapes(
-    class_name: str, config: Mapping[str, Any], num_text_tokens: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one row of every text input, in call order."""
-    if class_name == "PixArtTransformer2DModel":
-        width = config["caption_channels"] or config["cross_attention_dim"]
-        return {
-            "encoder_hidden_states": (num_text_tokens, width),
-            "encoder_attention_mask": (num_text_tokens,),
-        }
-    return {
-        "encoder_hidden_states": (num_text_tokens, config["joint_attention_dim"]),
-        "pooled_projections": (config["pooled_projection_dim"],),
-    }
-
-
 def _ones_mask(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"encoder_attention_mask": torch.ones_like(conditioning["encoder_attention_mask"])}
-
-
-def _load_prompts(path: Path, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read text embeddings: one tensor per text input, first axis prompts, any number of tokens."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({error}). Set model.conditioning to a file "
-            f"with {', '.join(row_shapes)}, or leave it out for random conditioning."
-        ) from error
-    if set(tensors) != set(row_shapes):
-        raise CheckpointError(
-            f"{path}: received tensors {', '.join(sorted(tensors)) or 'none'}, expected "
-            f"{', '.join(row_shapes)}. Name them like the model's inputs."
-        )
-    states = tensors["encoder_hidden_states"]
-    num_prompts = len(states) if states.ndim else 0
-    num_tokens = states.shape[1] if states.ndim == 3 else None
-    for name, shape in row_shapes.items():
-        rows = tensors[name]
-        wanted = shape
-        if num_tokens and name.startswith("encoder_"):
-            wanted = (num_tokens, *shape[1:])  # the file decides on the number of tokens
-        if num_prompts == 0 or tuple(rows.shape) != (num_prompts, *wanted):
-            axes = ", ".join(map(str, ("prompts", *wanted)))
-            raise CheckpointError(
-                f"{path}: {name}: received shape {tuple(rows.shape)}, expected ({axes}). "
-                "Save one row per prompt, the same number of prompts for every tensor."
-            )
-        if not rows.to(torch.float32).isfinite().all():
-            raise CheckpointError(f"{path}: {name}: holds NaN or infinity. Encode the prompts again.")
-    return {name: tensors[name].to(torch.float32).contiguous() for name in row_shapes}

@@ -5,10 +5,14 @@ input, same text: ids are salted with the figure's name, and no date is written.
 nothing global is left behind.
 """
 
+# matplotlib's stubs leave its **kwargs untyped.
+# pyright: reportUnknownMemberType=false
+
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -42,8 +46,9 @@ HEADROOM_DB = 15.0
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 9.0,
     "font.family": "sans-serif",
     "text.color": INK,
@@ -69,11 +74,12 @@ _STYLE = {
 Draw = Callable[[Figure], None]
 
 
-def draw_parity(targets: Sequence[TargetParity], limit_db: float) -> str:
+def draw_parity(targets: Sequence[TargetParity], blocks: Mapping[str, int], limit_db: float) -> str:
     """Draw the SQNR of every layer, one panel per target.
 
     Args:
         targets: The targets, each with its layers in execution order.
+        blocks: Number of the block of each layer.
         limit_db: The gate on a layer's own error.
 
     Returns:
@@ -83,17 +89,19 @@ def draw_parity(targets: Sequence[TargetParity], limit_db: float) -> str:
 
     def draw(figure: Figure) -> None:
         for axes, target in zip(_panels(figure, len(targets)), targets, strict=True):
-            _draw_layers(axes, target.layers, limit_db)
+            _draw_layers(axes, target.layers, blocks, limit_db)
             axes.set_title(target.target)
 
     return _to_svg("parity", 3.3 * len(targets), draw)
 
 
-def _draw_layers(axes: Axes, layers: Sequence[LayerParity], limit_db: float) -> None:
+def _draw_layers(
+    axes: Axes, layers: Sequence[LayerParity], blocks: Mapping[str, int], limit_db: float
+) -> None:
     series = (
         ("quantization, against full precision", "quantization_sqnr_db", SECOND, "-"),
         ("propagated through the network", "propagated_sqnr_db", THIRD, "-"),
-        ("own error", "sqnr_db", OURS, ""),
+        ("own error", "sqnr_db", OURS, "none"),
     )
     values = {key: [getattr(layer, key) for layer in layers] for _, key, _, _ in series}
     finite = [v for column in values.values() for v in column if math.isfinite(v)]
@@ -103,25 +111,23 @@ def _draw_layers(axes: Axes, layers: Sequence[LayerParity], limit_db: float) -> 
     for label, key, color, style in series:
         drawn = [_drawable(value, top, bottom) for value in values[key]]
         inside = [y if bottom < y < top else math.nan for y in drawn]
-        kind = {"linestyle": style or "none", "linewidth": 1.3, "color": color, "label": label}
-        axes.plot(inside, marker="o", markersize=small if not style else small * 0.55, **kind)
+        axes.plot(
+            inside,
+            marker="o",
+            markersize=small * 0.55 if style == "-" else small,
+            linestyle=style,
+            linewidth=1.3,
+            color=color,
+            label=label,
+        )
         for edge, marker in ((top, "^"), (bottom, "x")):
             places = [x for x, y in enumerate(drawn) if y == edge]
             axes.plot(places, [edge] * len(places), marker, color=color, markersize=small)
-    axes.axhline(limit_db, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"own-error gate {format_number(limit_db)} dB",
-        (1.0, limit_db),
-        xycoords=("axes fraction", "data"),
-        xytext=(-3, 2.5),
-        textcoords="offset points",
-        ha="right",
-        color=ALARM,
-        fontsize=8,
-    )
+    label = f"gate on own error, {format_number(limit_db)} dB"
+    axes.axhline(limit_db, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
     _label_levels(axes, top, bottom, [y for column in values.values() for y in column])
-    _mark_blocks(axes, [block_of_name(layer.name) for layer in layers])
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8)
+    _mark_blocks(axes, [blocks.get(layer.name) for layer in layers])
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, fontsize=8)
 
 
 def _drawable(value: float, top: float, bottom: float) -> float:
@@ -134,33 +140,22 @@ def _label_levels(axes: Axes, top: float, bottom: float, values: Sequence[float]
     """Tick the finite range in round numbers, and the two levels for what is not finite."""
     step = next(s for s in (10, 20, 50, 100, 1000) if (top - bottom) / s <= 9)
     first = math.ceil((bottom + HEADROOM_DB) / step) * step
-    ticks: list[float] = [float(t) for t in np.arange(first, top - 0.4 * HEADROOM_DB, step)]
+    ticks: list[float] = [float(t) for t in np.arange(first, top - 0.7 * HEADROOM_DB, step)]
     labels = [format_number(tick) for tick in ticks]
     if math.inf in values:
         ticks.append(top)
-        labels.append(f"{INFINITY} bit-exact")
+        labels.append(f"{INFINITY}: bit-exact")
     lowest = bottom + HEADROOM_DB * 0.8
     if any(not math.isfinite(value) and value != math.inf for value in values):
         ticks.append(bottom)
-        labels.append("nan / -∞")
+        labels.append("nan, -inf")
         lowest = bottom - HEADROOM_DB * 0.4
     axes.set_yticks(ticks, labels)
     axes.set_ylim(lowest, top + HEADROOM_DB * 0.4)
     axes.set_ylabel("SQNR, dB")
 
 
-def block_of_name(name: str) -> str:
-    """Return the part of a layer's name up to its first number: the block it belongs to.
-
-    >>> block_of_name("transformer_blocks.3.ff.net.0.proj")
-    'transformer_blocks.3'
-    """
-    parts = name.split(".")
-    number = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[: number + 1])
-
-
-def _mark_blocks(axes: Axes, blocks: Sequence[str]) -> None:
+def _mark_blocks(axes: Axes, blocks: Sequence[int | None]) -> None:
     """Shade every other block and number the blocks on the x axis."""
     ticks: list[float] = []
     labels: list[str] = []
@@ -170,7 +165,7 @@ def _mark_blocks(axes: Axes, blocks: Sequence[str]) -> None:
         if at % 2:
             axes.axvspan(start - 0.5, end - 0.5, color=BAND, linewidth=0)
         ticks.append((start + end - 1) / 2)
-        labels.append(block.rpartition(".")[2] if "." in block else "·")
+        labels.append("?" if block is None else str(block))
         start = end
     every = max(1, math.ceil(len(ticks) / 40))
     axes.set_xticks(ticks[::every], labels[::every])
@@ -197,6 +192,7 @@ def draw_speed(rows: Sequence[BenchRow], ours: Iterable[str]) -> str:
         for axes, panel in zip(_panels(figure, len(panels), heights), panels, strict=True):
             _draw_times(axes, panel, set(ours))
             axes.set_title(f"batch {panel[0].batch}")
+        axes.set_xlabel("milliseconds per call; bar: median, dots: every round, first on top")
 
     return _to_svg("speed", sum(0.42 * len(panel) + 0.85 for panel in panels), draw)
 
@@ -226,7 +222,6 @@ def _draw_times(axes: Axes, rows: Sequence[BenchRow], ours: set[str]) -> None:
             color=INK,
         )
     _finish_bars(axes, [row.target for row in rows], widest * 1.04)
-    axes.set_xlabel("milliseconds per call; bar: median, dots: every round in order")
 
 
 def draw_sizes(sizes: Sequence[tuple[str, int]], full_bytes: int) -> str:
@@ -246,10 +241,9 @@ def draw_sizes(sizes: Sequence[tuple[str, int]], full_bytes: int) -> str:
         colors = [BASELINE if name == "fp32" else OURS for name, _ in sizes]
         axes.barh(range(len(sizes)), values, height=0.62, color=colors, alpha=0.8)
         for at, (_, size) in enumerate(sizes):
+            smaller = f"  ({format_ratio(full_bytes / size)} smaller)" if size < full_bytes else ""
             axes.annotate(
-                f"{format_bytes(size)}  ({format_ratio(full_bytes / size)} smaller)"
-                if size != full_bytes
-                else format_bytes(size),
+                format_bytes(size) + smaller,
                 (size / 1e6, at),
                 xytext=(6, 0),
                 textcoords="offset points",

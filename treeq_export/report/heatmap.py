@@ -58,7 +58,7 @@ def describe_layer(layer: LayerPlan) -> str:
         parts.append(f"Hadamard group {layer.rotation_group}")
     if layer.branch is not None:
         branch = layer.branch
-        parts.append(f"branch {branch.b_out}×{branch.b_in} blocks of rank {branch.rank}")
+        parts.append(f"branch {branch.b_out}x{branch.b_in} blocks of rank {branch.rank}")
     return "; ".join(parts)
 
 

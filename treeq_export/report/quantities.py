@@ -8,15 +8,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-DASH = "–"
-INFINITY = "∞"
+DASH = "-"
+INFINITY = "inf"
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
     """Return `value` with at most `digits` significant digits.
 
     >>> format_number(0.99987), format_number(float("inf")), format_number(None)
-    ('0.9999', '∞', '–')
+    ('0.9999', 'inf', '-')
     """
     if value is None:
         return DASH
@@ -40,7 +40,7 @@ def format_db(value: float | None) -> str:
     """Return decibels with one decimal, without the unit.
 
     >>> format_db(13.87), format_db(float("inf"))
-    ('13.9', '∞')
+    ('13.9', 'inf')
     """
     return format_fixed(value, 1)
 
@@ -85,15 +85,15 @@ def format_count(value: int | None) -> str:
 
 
 def format_ratio(value: float | None) -> str:
-    """Return a ratio with three significant digits and a times sign.
+    """Return a ratio with three significant digits and an x.
 
     >>> format_ratio(7.638), format_ratio(0.8)
-    ('7.64×', '0.80×')
+    ('7.64x', '0.80x')
     """
     if value is None or not math.isfinite(value):
         return format_number(value)
     decimals = 2 if abs(value) < 10 else 1
-    return f"{value:.{decimals}f}\u00d7"
+    return f"{value:.{decimals}f}x"
 
 
 def format_seconds(value: float | None) -> str:

@@ -12,6 +12,8 @@ strict JSON: a number that is not finite is one of the strings "Infinity", "-Inf
 """
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +27,7 @@ from treeq_export.records import (
     BenchRecord,
     CompileRecord,
     GateResult,
+    LayerParity,
     ParityRecord,
     QualityRecord,
     Record,
@@ -139,6 +142,9 @@ class LayerSummary(Summary):
     name: str
     sqnr_db: float
     equal_code_fraction: float | None
+
+
+Layer = TypeVar("Layer", LayerSummary, LayerParity)
 
 
 class ParitySummary(Summary):
@@ -318,9 +324,7 @@ def _summarize_bench(record: BenchRecord | None) -> BenchSummary | None:
     return BenchSummary(
         rows=[BenchRowSummary(**row.model_dump()) for row in record.rows],
         speedup={
-            speedup.target: SpeedupSummary(
-                ratio=speedup.ratio, low=speedup.low, high=speedup.high
-            )
+            speedup.target: SpeedupSummary(ratio=speedup.ratio, low=speedup.low, high=speedup.high)
             for speedup in headline_speedups(record)
         },
         environment=record.environment,
@@ -352,9 +356,11 @@ def judge(evidence: Evidence) -> Verdict:
     """Say whether the gates of a run are met."""
     gates, missing = evidence.gates, evidence.missing
     failed = [gate.name for gate in gates if not gate.passed]
-    for target in evidence.parity.targets if evidence.parity else []:
-        if not target.passed and all(gate.passed for gate in target.gates):
-            failed.append(f"{target.target} parity")
+    failed += [
+        f"{target.target} parity"
+        for target in (evidence.parity.targets if evidence.parity else [])
+        if not target.passed and all(gate.passed for gate in target.gates)
+    ]
     state: Literal["passed", "failed", "incomplete"] = "passed"
     headline = f"All {len(gates)} gates passed"
     if failed:
@@ -366,6 +372,14 @@ def judge(evidence: Evidence) -> Verdict:
     elif not gates:
         state, headline = "incomplete", "No gate was set: nothing to pass or fail"
     return Verdict(state, headline, tuple(failed), tuple(missing))
+
+
+def sort_worst_first(layers: Iterable[Layer]) -> list[Layer]:
+    """Return layers by ascending own SQNR: nan first, then -inf; equal ones in the order given."""
+    return sorted(
+        layers,
+        key=lambda layer: (0, 0.0) if math.isnan(layer.sqnr_db) else (1, layer.sqnr_db),
+    )
 
 
 def report_to_json(report: Report) -> dict[str, Any]:

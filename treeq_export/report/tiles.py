@@ -66,8 +66,12 @@ def _tile_size(report: Report, evidence: Evidence) -> Tile:
     ]
     if not lines:
         return Tile("Smaller than float32", UNMEASURED, ("no target compiled",), measured=False)
-    headline = format_ratio(full / report.size[evidence.targets[0]])
-    return Tile("Smaller than float32", headline, (*lines, f"float32: {format_bytes(full)}"))
+    first = evidence.targets[0]
+    return Tile(
+        f"Smaller than float32, {first}",
+        format_ratio(full / report.size[first]),
+        (*lines, f"float32: {format_bytes(full)}"),
+    )
 
 
 def _tile_speed(evidence: Evidence) -> Tile:
@@ -84,7 +88,7 @@ def _tile_speed(evidence: Evidence) -> Tile:
     if not shown:
         return Tile(label, UNMEASURED, ("no baseline was timed",), measured=False)
     return Tile(
-        label,
+        f"{label}, {shown[0].target}",
         format_ratio(shown[0].ratio),
         (
             *(f"{speedup.target}: {describe_speedup(speedup)}" for speedup in shown),
@@ -97,7 +101,7 @@ def describe_speedup(speedup: Speedup) -> str:
     """Return a ratio with its interval, and a word where it is no gain.
 
     >>> describe_speedup(Speedup(target="ort", baseline="b", batch=2, ratio=0.8, low=0.7, high=0.9))
-    '0.80× [0.70, 0.90] slower'
+    '0.80x [0.70, 0.90] slower'
     """
     interval = f"[{format_fixed(speedup.low)}, {format_fixed(speedup.high)}]"
     word = ""
@@ -147,7 +151,7 @@ def _tile_parity(report: Report, evidence: Evidence) -> Tile:
     if not report.parity or not shown:
         return Tile(label, UNMEASURED, ("run treeq-export validate",), measured=False)
     return Tile(
-        label,
+        f"{label}, {shown[0]}",
         f"{format_db(report.parity[shown[0]].sqnr_db)} dB",
         (
             *(f"{name}: {format_db(report.parity[name].sqnr_db)} dB" for name in shown),

@@ -1,0 +1,206 @@
+"""Running the bench: which targets there are, their times, their memory, the record."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from treeq_export.bench.environment import describe_environment
+from treeq_export.bench.memory import measure_memory
+from treeq_export.bench.peer import make_int8_peer
+from treeq_export.bench.timing import compare_times, time_rounds
+from treeq_export.errors import PlanError, RunnerError
+from treeq_export.recipe import BenchSection, ModelSection
+from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
+
+if TYPE_CHECKING:
+    from treeq_export.model.zoo import Denoiser
+
+BENCH_FILE = "bench.json"
+TORCH = "torch_fp32"
+FP32 = "ort_fp32"
+PEER = "ort_int8"
+NUM_CALIBRATION_BATCHES = 4
+
+Inputs = dict[str, NDArray[Any]]
+
+
+def run_bench(
+    run: Path,
+    denoiser: "Denoiser",
+    section: BenchSection,
+    *,
+    targets: Sequence[str],
+    seed: int,
+    on_step: Callable[[float], None],
+    model: ModelSection | None = None,
+) -> BenchRecord:
+    """Time every target, measure its memory, and write `bench.json`.
+
+    Args:
+        run: The run folder, with `onnx/<target>/model.onnx` of compile.
+        denoiser: The full-precision model.
+        section: Batch sizes, rounds and threads.
+        targets: "torch_fp32", "ort_fp32", "ort_int8" (the peer, made here) or compiled targets.
+        seed: Of the inputs and of the bootstrap.
+        on_step: Called with the fraction done, 0..1.
+        model: The recipe's model section; torch_fp32's memory is measured only where it is given,
+            because its process loads the checkpoint anew.
+
+    Returns:
+        The record: all raw times, memory, ratios with intervals, the environment.
+
+    Raises:
+        PlanError: A compiled graph is missing; names `compile`.
+        RunnerError: A runtime fails, or its output has another shape than the other targets'.
+        OutputError: The folder cannot be written to.
+    """
+    environment = describe_environment(section.threads)
+    environment |= {"rounds": section.rounds, "warmup": section.warmup, "seed": seed}
+    example = _example_inputs(denoiser, section.batch_sizes[0], seed)
+    paths = _find_models(run, denoiser, targets, seed)
+    advance = _make_progress(
+        len(targets) * (len(section.batch_sizes) * (section.warmup + section.rounds) + 1), on_step
+    )
+    rows: list[BenchRow] = []
+    with ExitStack() as stack:
+        runners = {
+            target: stack.enter_context(_open(target, paths, denoiser, section.threads))
+            for target in targets
+        }
+        for batch in section.batch_sizes:
+            inputs = _example_inputs(denoiser, batch, seed)
+            rows += _time_batch(runners, inputs, batch, section, advance)
+    memory: list[BenchMemory] = []
+    for target in targets:
+        what = _describe_load(target, paths, model)
+        if what is not None:
+            memory.append(measure_memory(target, what, example, section.threads))
+        advance()
+    record = BenchRecord(
+        rows=rows, memory=memory, speedups=compare_rows(rows, seed), environment=environment
+    )
+    save_record(run / BENCH_FILE, record)
+    return record
+
+
+def compare_rows(rows: Sequence[BenchRow], seed: int) -> list[Speedup]:
+    """Return every target's ratio to each of its baselines that was timed.
+
+    Baselines are ort_fp32 and torch_fp32, and ort_int8 for targets of ours.
+
+    Args:
+        rows: Times, the same rounds for all rows of a batch.
+        seed: Of the bootstrap.
+    """
+    speedups: list[Speedup] = []
+    for row in rows:
+        baselines = (FP32, TORCH) if row.target in (FP32, TORCH, PEER) else (FP32, TORCH, PEER)
+        for other in rows:
+            if other.batch != row.batch or other.target not in baselines or other is row:
+                continue
+            ratio = compare_times(other.all_times_ms, row.all_times_ms, seed)
+            speedups.append(
+                Speedup(
+                    target=row.target,
+                    baseline=other.target,
+                    batch=row.batch,
+                    ratio=ratio.ratio,
+                    low=ratio.low,
+                    high=ratio.high,
+                )
+            )
+    return speedups
+
+
+def _find_models(
+    run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int
+) -> dict[str, Path]:
+    """Return the model file of every target but torch_fp32; the peer is made where needed."""
+    folders = {target: target for target in targets if target not in (TORCH, FP32, PEER)}
+    if FP32 in targets or PEER in targets:
+        folders[FP32] = "fp32"
+    paths: dict[str, Path] = {}
+    for target, folder in folders.items():
+        path = run.absolute() / "onnx" / folder / "model.onnx"
+        if not path.is_file():
+            raise PlanError(
+                f"{path}: missing, and the {target} target needs it. "
+                f"Run `treeq-export compile --run {run}` first."
+            )
+        paths[target] = path
+    if PEER in targets:
+        calibration = [
+            _example_inputs(denoiser, 2, seed + batch) for batch in range(NUM_CALIBRATION_BATCHES)
+        ]
+        paths[PEER] = make_int8_peer(paths[FP32], run.absolute() / "onnx" / PEER, calibration)
+    return paths
+
+
+def _example_inputs(denoiser: "Denoiser", batch: int, seed: int) -> Inputs:
+    return {
+        name: value.numpy() for name, value in denoiser.make_example_inputs(batch, seed).items()
+    }
+
+
+def _make_progress(total: int, on_step: Callable[[float], None]) -> Callable[[], None]:
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        on_step(done / total)
+
+    return advance
+
+
+def _open(
+    target: str, paths: Mapping[str, Path], denoiser: "Denoiser", threads: int
+) -> AbstractContextManager[Any]:
+    # Imported here: the processes of bench.memory import this package and one runtime only.
+    if target == TORCH:
+        from treeq_export.runners.torch_runner import TorchRunner
+
+        return TorchRunner(denoiser, threads=threads)
+    from treeq_export.runners.ort_runner import OrtRunner
+
+    return OrtRunner(paths[target], threads=threads)
+
+
+def _time_batch(
+    runners: Mapping[str, Any],
+    inputs: Inputs,
+    batch: int,
+    section: BenchSection,
+    advance: Callable[[], None],
+) -> list[BenchRow]:
+    """Check that all targets return the same shape, then time them."""
+    shapes = {target: runner.run(inputs).shape for target, runner in runners.items()}
+    first, expected = next(iter(shapes.items()))
+    for target, shape in shapes.items():
+        if shape != expected:
+            raise RunnerError(
+                f"{target}: returned shape {shape} at batch {batch}, expected {expected} as "
+                f"{first}. Compile the target again."
+            )
+    calls = {
+        target: (lambda runner=runner: runner.run(inputs)) for target, runner in runners.items()
+    }
+    times = time_rounds(calls, rounds=section.rounds, warmup=section.warmup, on_turn=advance)
+    return [
+        BenchRow(
+            target=target, batch=batch, median_ms=median(times[target]), all_times_ms=times[target]
+        )
+        for target in runners
+    ]
+
+
+def _describe_load(
+    target: str, paths: Mapping[str, Path], model: ModelSection | None
+) -> dict[str, Any] | None:
+    if target != TORCH:
+        return {"onnx": str(paths[target])}
+    return None if model is None else {"torch": model.model_dump(mode="json")}

@@ -1,0 +1,136 @@
+"""The audit: what did each quantized layer become in the runtime that loads the graph?
+
+ONNX Runtime writes the graph as it would run it. Each layer is found in there by its weight: the
+INT8 initializer with the layer's codes, whatever name constant folding gave it. The node that
+multiplies it has to be one of the integer operators. Names and counts in the source graph would
+prove nothing: the runtime may silently fall back to float.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from treeq_export.errors import CompileError
+from treeq_export.plan import LayerPlan, Plan
+from treeq_export.records import AuditLayer
+
+# Integer matrix products of ONNX Runtime's CPU provider.
+INTEGER_OPS = frozenset(
+    {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"}
+)
+_MISSING = "not found"
+
+
+def optimized_graph(path: Path, folder: Path) -> ir.Model:
+    """Return the graph that ONNX Runtime's CPU provider makes of a model.
+
+    Args:
+        path: The model.
+        folder: Where the optimized graph is written; it has to outlive the result.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", "optimized.data"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+    )
+    try:
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CompileError(f"{path}: ONNX Runtime refuses it: {reason}") from error
+    return ir.load(folder / "optimized.onnx")
+
+
+def audit_graph(
+    path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]
+) -> list[AuditLayer]:
+    """Say what every quantized layer became in ONNX Runtime.
+
+    Args:
+        path: The compiled model.
+        plan: Its plan.
+        tensors: The plan's tensors, for the codes.
+
+    Returns:
+        One entry per layer, in execution order.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        graph = optimized_graph(path, Path(folder)).graph
+        consumers = _consumers_by_digest(graph)
+    return [_audit_layer(layer, tensors[f"{layer.name}.codes"], consumers) for layer in plan.layers]
+
+
+def check_audit(target: str, audit: list[AuditLayer]) -> None:
+    """Check that every layer with quantized activations became integer arithmetic.
+
+    Raises:
+        CompileError: Names the layers that did not, and what they became.
+    """
+    failed = [entry for entry in audit if not entry.integer and not entry.weight_only]
+    if failed:
+        listed = ", ".join(f"{entry.name} ({entry.op_type})" for entry in failed[:8])
+        more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+        raise CompileError(
+            f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
+            f"integer arithmetic in ONNX Runtime {onnxruntime.__version__}: {listed}{more}. "
+            "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
+        )
+
+
+def check_metadata(model: ir.Model) -> None:
+    """Check that no local path is left in the graph.
+
+    Raises:
+        CompileError: A node or value still carries metadata of the exporter.
+    """
+    for node in model.graph.all_nodes():
+        if node.metadata_props or node.doc_string:
+            raise CompileError(
+                f"{node.name}: carries the exporter's metadata, which holds local paths. "
+                "Run the CleanMetadata pass on this target."
+            )
+
+
+def _digest(array: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
+    """Return, by digest of every INT8 initializer, the operators that read it."""
+    consumers: dict[str, list[str]] = {}
+    for value in graph.initializers.values():
+        if value.dtype == ir.DataType.INT8 and value.const_value is not None:
+            digest = _digest(value.const_value.numpy())
+            ops = consumers.setdefault(digest, [])
+            ops.extend(use.node.op_type for use in value.uses())
+    return consumers
+
+
+def _audit_layer(
+    layer: LayerPlan, codes: NDArray[np.int8], consumers: Mapping[str, list[str]]
+) -> AuditLayer:
+    ops = consumers.get(_digest(codes.T), [_MISSING])
+    return AuditLayer(
+        name=layer.name,
+        op_type=" + ".join(sorted(set(ops))),
+        integer=all(op in INTEGER_OPS for op in ops),
+        weight_only=layer.activation.bits is None,
+    )

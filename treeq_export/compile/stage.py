@@ -1,0 +1,140 @@
+"""The compile stage: one model file per target, audited before it takes its final name."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.compile.audit import audit_graph, check_audit, check_metadata
+from treeq_export.compile.export import export_graph
+from treeq_export.compile.targets import FP32, lower
+from treeq_export.errors import CompileError
+from treeq_export.model.quantized import quantize_model
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import Plan, plan_to_json
+from treeq_export.recipe import CompileSection
+from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
+from treeq_export.runners.compiled import MODEL_FILE, model_path
+
+RECORD_FILE = "compile.json"
+DATA_FILE = "model.onnx.data"
+PLAN_KEY = "treeq.plan_sha256"
+EXTERNAL_ABOVE_BYTES = 1_500_000_000
+_PROTOBUF_LIMIT_BYTES = 2_000_000_000
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Return the bytes of all initializers."""
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def save_model(model: ir.Model, path: Path, external_data: str) -> None:
+    """Write a model, with its weights beside it where they are large or the recipe says so.
+
+    Args:
+        model: The model.
+        path: The model file; external data goes to `<path>.data`.
+        external_data: "auto", "always" or "never".
+
+    Raises:
+        CompileError: "never" for a model above protobuf's limit of 2 GB.
+    """
+    size = initializer_bytes(model)
+    if external_data == "never" and size > _PROTOBUF_LIMIT_BYTES:
+        raise CompileError(
+            f"{path}: {size / 1e9:.1f} GB of weights do not fit one ONNX file (2 GB). "
+            "Set compile.external_data to auto or always."
+        )
+    external = external_data == "always" or size > EXTERNAL_ABOVE_BYTES
+    ir.save(model, path, external_data=DATA_FILE if external else None)
+
+
+def compile_target(
+    run: Path,
+    graph: ir.Model,
+    target: str,
+    plan: Plan,
+    tensors: Mapping[str, NDArray[Any]],
+    external_data: str,
+) -> CompiledTarget:
+    """Lower, write and audit one target; its folder appears only when the audit has passed.
+
+    Args:
+        run: The run folder.
+        graph: The exported graph; it is changed.
+        target: "portable", "ort" or "fp32".
+        plan: The plan.
+        tensors: The plan's tensors.
+        external_data: See `save_model`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CompileError: A layer did not become integer arithmetic, or local paths are left.
+    """
+    model = lower(graph, target)
+    model.metadata_props[PLAN_KEY] = hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
+    check_metadata(model)
+    final = model_path(run, target)
+    audit: list[AuditLayer] = []
+    with atomic_folder(final.parent) as folder:
+        save_model(model, folder / MODEL_FILE, external_data)
+        if target != FP32:
+            audit = audit_graph(folder / MODEL_FILE, plan, tensors)
+            check_audit(target, audit)
+    return CompiledTarget(
+        target=target,
+        path=str(final.relative_to(run)),
+        size_bytes=sum(file.stat().st_size for file in final.parent.iterdir()),
+        sha256=sha256_of_file(final),
+        audit=audit,
+    )
+
+
+def run_compile(
+    run: Path,
+    denoiser: Denoiser,
+    plan: Plan,
+    tensors: Mapping[str, NDArray[Any]],
+    section: CompileSection,
+    on_step: Callable[[float], None],
+) -> CompileRecord:
+    """Write every target of the recipe and the fp32 graph, and `compile.json`.
+
+    Args:
+        run: The run folder.
+        denoiser: The full-precision model.
+        plan: The calibrated plan.
+        tensors: Its tensors.
+        section: The recipe's compile section.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        What was written, the fp32 graph last.
+
+    Raises:
+        CompileError: The model cannot be exported, or an audit failed; names the layers.
+    """
+    steps = len(section.targets) + 3
+    exported = export_graph(quantize_model(denoiser, plan, tensors), section.max_batch)
+    on_step(1 / steps)
+    done: list[CompiledTarget] = []
+    for index, target in enumerate(section.targets, start=2):
+        last = target == section.targets[-1]
+        graph = exported if last else exported.clone()
+        done.append(compile_target(run, graph, target, plan, tensors, section.external_data))
+        on_step(index / steps)
+    del exported
+    graph = export_graph(denoiser, section.max_batch)
+    on_step((steps - 1) / steps)
+    done.append(compile_target(run, graph, FP32, plan, tensors, section.external_data))
+    record = CompileRecord(targets=done)
+    save_record(run / RECORD_FILE, record)
+    on_step(1.0)
+    return record

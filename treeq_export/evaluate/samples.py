@@ -1,0 +1,119 @@
+"""Samples of one seed, cached as safetensors so that an interrupted evaluation goes on.
+
+A file is used again only if its fingerprint equals that of what is asked for: weights, sampler,
+number, seed, conditioning. It is written as a whole or not at all.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from treeq_export import __version__
+from treeq_export.artefacts import atomic_path, sha256_of_file
+from treeq_export.errors import PlanError, TreeqError
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import PLAN_FILE, TENSORS_FILE
+
+_TENSOR = "samples"
+_KEY = "fingerprint"
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_denoiser(denoiser: Denoiser) -> str:
+    """Return the digest of a model's configuration and of all its tensors as they are in memory."""
+    config = dict(cast(Any, denoiser.model).config)
+    public = {name: str(config[name]) for name in sorted(config) if not name.startswith("_")}
+    tensors = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
+    return _digest_lines([denoiser.class_name, json.dumps(public), digest_tensors(tensors)])
+
+
+def digest_quantized(run: Path, runner: str) -> str:
+    """Return the digest of the files that the quantized images come from.
+
+    Args:
+        run: The run folder.
+        runner: "torch" (the plan and its tensors) or a compiled target (graph and external data).
+
+    Raises:
+        PlanError: The files are missing; names the stage that writes them.
+    """
+    if runner == "torch":
+        stage, files = "calibrate", [run / PLAN_FILE, run / TENSORS_FILE]
+    else:
+        path = run / "onnx" / runner / "model.onnx"
+        stage, files = "compile", [path, *sorted(path.parent.glob(f"{path.name}.*"))]
+    for file in files:
+        if not file.is_file():
+            raise PlanError(f"{file}: missing. Run `treeq-export {stage} --run {run}` first.")
+    return _digest_lines(sha256_of_file(file) for file in files)
+
+
+def make_fingerprint(**parts: Any) -> str:
+    """Return a digest of JSON values that decide what is sampled, and of this package's version."""
+    return _digest_lines([__version__, json.dumps(parts, sort_keys=True)])
+
+
+def _digest_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sample_or_load(path: Path, fingerprint: str, make: Callable[[], Tensor]) -> NDArray[np.float32]:
+    """Return cached samples, or make and cache them.
+
+    Args:
+        path: The safetensors file.
+        fingerprint: Of what is asked for.
+        make: Samples, (n, *sample_shape) float32.
+
+    Returns:
+        The samples; they may hold NaN (`check_finite`).
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get(_KEY) == fingerprint:
+                return file.get_tensor(_TENSOR)
+    except (OSError, SafetensorError):
+        pass  # none yet, or not a file of ours: sampled anew
+    samples = np.ascontiguousarray(make().numpy())
+    with atomic_path(path) as temporary:
+        save_file({_TENSOR: samples}, temporary, metadata={_KEY: fingerprint})
+    return samples
+
+
+def check_finite(samples: NDArray[np.float32], who: str, remedy: str) -> None:
+    """Check that every sample is finite.
+
+    Args:
+        samples: (n, ...).
+        who: What made them, for the message.
+        remedy: What to do, for the message.
+
+    Raises:
+        TreeqError: Some are not.
+    """
+    bad = int((~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)).sum())
+    if bad:
+        raise TreeqError(
+            f"{who}: {bad} of {len(samples)} images hold NaN or infinity, expected none. {remedy}"
+        )

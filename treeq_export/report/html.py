@@ -1,0 +1,236 @@
+"""`report.html`: one self-contained file. It loads nothing, runs nothing, and carries no date.
+
+Texts from a run (layer names, environment) are escaped by jinja2; only the plots, whose text
+matplotlib has escaped, are inserted as they are. Paths are shown relative to the run folder.
+"""
+
+# jinja2 leaves the type of its filters open.
+# pyright: reportUnknownMemberType=false
+
+import base64
+import os
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from treeq_export import __version__
+from treeq_export.recipe import Recipe
+from treeq_export.records import AuditLayer, QualityRecord, TargetParity
+from treeq_export.report import figures, quantities
+from treeq_export.report.heatmap import lay_out_bits
+from treeq_export.report.summary import (
+    FP32,
+    STAGE_OF_SECTION,
+    Evidence,
+    Report,
+    baseline_speedups,
+    judge,
+    sort_worst_first,
+)
+from treeq_export.report.tiles import describe_speedup, make_tiles
+
+TEMPLATE = "template.html.j2"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Narrower images are enlarged without smoothing, which would hide what quantization did.
+PIXELATED_BELOW = 512
+
+# Recipe entries that are files: section and key.
+_PATHS = (
+    ("model", "checkpoint"),
+    ("model", "conditioning"),
+    ("evaluate", "classifier"),
+    ("evaluate", "reference"),
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of samples.
+
+    Attributes:
+        title: What it shows.
+        uri: The PNG as a data URI; empty where it cannot be shown.
+        problem: Why it cannot be shown; empty where it can.
+        pixelated: Whether to enlarge it without smoothing.
+    """
+
+    title: str
+    uri: str
+    problem: str
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the targets made of one layer.
+
+    Attributes:
+        name: The layer.
+        entries: One per target, in the order of `Evidence.targets`; None where it is not listed.
+    """
+
+    name: str
+    entries: tuple[AuditLayer | None, ...]
+
+    @property
+    def problem(self) -> bool:
+        """Whether a target lost the layer, or computes it in floating point unasked."""
+        return any(
+            entry is None or not (entry.integer or entry.weight_only) for entry in self.entries
+        )
+
+
+def render_html(report: Report) -> str:
+    """Return the page.
+
+    Args:
+        report: A report with its evidence.
+
+    Raises:
+        ValueError: The report was read back from report.json and has no evidence.
+    """
+    if report.evidence is None:
+        raise ValueError("report.json does not hold what report.html shows: build the report anew")
+    environment = Environment(
+        loader=FunctionLoader(_read_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        {
+            "number": quantities.format_number,
+            "fixed": quantities.format_fixed,
+            "db": quantities.format_db,
+            "percent": quantities.format_percent,
+            "bytes": quantities.format_bytes,
+            "count": quantities.format_count,
+            "ratio": quantities.format_ratio,
+            "seconds": quantities.format_seconds,
+            "worst": sort_worst_first,
+            "speedup": describe_speedup,
+        }
+    )
+    view = _make_view(report, report.evidence)
+    return environment.get_template(TEMPLATE).render(view) + "\n"
+
+
+def _read_template(name: str) -> str:
+    return (resources.files("treeq_export.report") / name).read_text(encoding="utf-8")
+
+
+def _make_view(report: Report, evidence: Evidence) -> dict[str, Any]:
+    """Return what the template shows."""
+    return {
+        "version": __version__,
+        "report": report,
+        "evidence": evidence,
+        "plan": evidence.plan,
+        "recipe": evidence.recipe,
+        "verdict": judge(evidence),
+        "tiles": make_tiles(report, evidence),
+        "heatmap": lay_out_bits(evidence.plan),
+        "gates": evidence.gates,
+        "measured": quantities.format_measured,
+        "remedies": {
+            section: f"treeq-export {stage} --run DIR"
+            for section, stage in STAGE_OF_SECTION.items()
+        },
+        "plots": _draw_plots(report, evidence),
+        "grids": _read_grids(evidence.run, evidence.quality),
+        "speedups": baseline_speedups(evidence.bench) if evidence.bench else [],
+        "layers": {layer.name: layer for layer in evidence.plan.layers},
+        "parity_tables": [
+            (target, _summarize_layers(target))
+            for target in (evidence.parity.targets if evidence.parity else [])
+        ],
+        "audit": _collect_audit(evidence),
+        "environment": quantities.flatten(evidence.bench.environment) if evidence.bench else [],
+        "recipe_yaml": dump_recipe(evidence.recipe, evidence.run),
+        "fp32_compiled": any(entry.target == FP32 for entry in evidence.compiled.targets),
+    }
+
+
+def _draw_plots(report: Report, evidence: Evidence) -> dict[str, Markup]:
+    """Return the plots by section; a section without measurements has none."""
+    plots: dict[str, Markup] = {}
+    if evidence.parity and evidence.parity.targets:
+        blocks = {layer.name: layer.tree.block for layer in evidence.plan.layers}
+        limit = evidence.recipe.validate_.gates.min_layer_sqnr_db
+        plots["parity"] = Markup(figures.draw_parity(evidence.parity.targets, blocks, limit))
+    if evidence.bench and evidence.bench.rows:
+        plots["speed"] = Markup(figures.draw_speed(evidence.bench.rows, evidence.targets))
+    sizes = [(entry.target, entry.size_bytes) for entry in evidence.compiled.targets]
+    if sizes:
+        plots["size"] = Markup(figures.draw_sizes(sizes, report.size["fp32_bytes"]))
+    return plots
+
+
+def _summarize_layers(target: TargetParity) -> dict[str, Any]:
+    """Return the extremes over a target's layers; None where nothing is quantized."""
+    layers = target.layers
+    codes = [x.equal_code_fraction for x in layers if x.equal_code_fraction is not None]
+    sums = [x.accumulators_equal for x in layers if x.accumulators_equal is not None]
+    worst = sort_worst_first(layers)[:1]
+    return {
+        "worst": worst[0] if worst else None,
+        "least_codes": min(codes) if codes else None,
+        "equal_sums": sum(sums),
+        "num_sums": len(sums),
+    }
+
+
+def _collect_audit(evidence: Evidence) -> list[AuditRow]:
+    by_target = {
+        compiled.target: {entry.name: entry for entry in compiled.audit}
+        for compiled in evidence.compiled.targets
+        if compiled.target != FP32
+    }
+    names = dict.fromkeys(name for audit in by_target.values() for name in audit)
+    return [
+        AuditRow(name, tuple(by_target[target].get(name) for target in evidence.targets))
+        for name in names
+    ]
+
+
+def _read_grids(run: Path, quality: QualityRecord | None) -> list[Grid]:
+    titles = {"fp": "Full precision", "quantized": "Quantized"}
+    found = quality.grids if quality else {}
+    ordered = sorted(found, key=lambda key: [*titles, key].index(key))
+    return [_read_grid(run, titles.get(key, key), found[key]) for key in ordered]
+
+
+def _read_grid(run: Path, title: str, name: str) -> Grid:
+    """Read a PNG of the run folder; one that is missing or something else is named instead."""
+    path = (run / name).resolve()
+    if not path.is_relative_to(run.resolve()):
+        return Grid(title, "", f"{name}: outside the run folder", pixelated=False)
+    if not path.is_file():
+        return Grid(title, "", f"{name}: missing", pixelated=False)
+    data = path.read_bytes()
+    if len(data) < 24 or not data.startswith(PNG_SIGNATURE):
+        return Grid(title, "", f"{name}: not a PNG file", pixelated=False)
+    (width,) = struct.unpack(">I", data[16:20])
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    return Grid(title, uri, "", pixelated=width < PIXELATED_BELOW)
+
+
+def dump_recipe(recipe: Recipe, run: Path) -> str:
+    """Return the recipe as YAML, its paths relative to the run folder.
+
+    Saved there, it is a recipe that works: recipes take paths relative to themselves.
+    """
+    values = recipe.model_dump(mode="json", by_alias=True)
+    for section, key in _PATHS:
+        path = values[section][key]
+        if path is not None:
+            relative = os.path.relpath(path, run.absolute())
+            values[section][key] = relative.replace(os.sep, "/")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

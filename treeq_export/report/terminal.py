@@ -1,0 +1,197 @@
+"""The report in a terminal: the figures of report.json, the gates, and where the page is.
+
+Texts go through `rich.text.Text`, so that a layer called "[red]" is printed as it is.
+"""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from treeq_export.report import quantities
+from treeq_export.report.summary import (
+    HTML_FILE,
+    STAGE_OF_SECTION,
+    BenchSummary,
+    Evidence,
+    ParitySummary,
+    QualitySummary,
+    Report,
+    baseline_speedups,
+    judge,
+    sort_worst_first,
+)
+
+NUM_WORST = 5
+_VERDICT_STYLES = {"passed": "bold green", "failed": "bold red", "incomplete": "bold yellow"}
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print a report.
+
+    Args:
+        report: From `write_report`; one read back from report.json lacks gates and memory, which
+            that file does not hold.
+        console: Where to print.
+    """
+    _print_model(report, console)
+    _print_quality(report.quality, report.evidence, console)
+    _print_parity(report.parity, report.evidence, console)
+    _print_bench(report.bench, report.evidence, console)
+    _print_sizes(report, console)
+    if report.evidence is not None:
+        _print_gates(report.evidence, console)
+
+
+def _make_table(title: str | None, first: str, *columns: str) -> Table:
+    """Return a table: the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def _print_unmeasured(section: str, evidence: Evidence | None, console: Console) -> None:
+    run = evidence.run if evidence else "DIR"
+    text = f"{section}: not measured: run `treeq-export {STAGE_OF_SECTION[section]} --run {run}`"
+    console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _print_model(report: Report, console: Console) -> None:
+    table = _make_table("Model and plan", "", "")
+    table.show_header = False
+    model, plan = report.model, report.plan
+    _add(table, "model", model.name)
+    _add(table, "parameters", quantities.format_count(model.num_parameters))
+    _add(table, "quantized layers", quantities.format_count(model.num_quantized_layers))
+    _add(table, "average weight bits", quantities.format_fixed(plan.average_weight_bits))
+    _add(table, "average activation bits", quantities.format_fixed(plan.average_activation_bits))
+    fraction = quantities.format_percent(plan.branch_parameter_fraction)
+    _add(table, "branch parameters", fraction)
+    console.print(table)
+
+
+def _print_quality(
+    quality: QualitySummary | None, evidence: Evidence | None, console: Console
+) -> None:
+    if quality is None:
+        _print_unmeasured("quality", evidence, console)
+        return
+    title = f"Quality: {quality.num_samples} images, equal seeds"
+    table = _make_table(title, "", "full precision", "quantized")
+    full, quantized = quality.fp, quality.quantized
+    _add(
+        table,
+        "Frechet distance",
+        _score(full.frechet_distance, quantities.format_fixed(full.frechet_distance, 3)),
+        _score(quantized.frechet_distance, quantities.format_fixed(quantized.frechet_distance, 3)),
+    )
+    _add(
+        table,
+        "class accuracy",
+        _score(full.class_accuracy, quantities.format_percent(full.class_accuracy)),
+        _score(quantized.class_accuracy, quantities.format_percent(quantized.class_accuracy)),
+    )
+    psnr = _score(quantized.psnr_db, f"{quantities.format_db(quantized.psnr_db)} dB")
+    _add(table, "PSNR to full precision", "", psnr)
+    console.print(table)
+
+
+def _score(value: float | None, text: str) -> str:
+    return "not measured" if value is None else text
+
+
+def _print_parity(
+    parity: dict[str, ParitySummary] | None, evidence: Evidence | None, console: Console
+) -> None:
+    if parity is None:
+        _print_unmeasured("parity", evidence, console)
+        return
+    for name, target in parity.items():
+        title = (
+            f"Parity of {name} with the quantized PyTorch reference: "
+            f"{quantities.format_db(target.sqnr_db)} dB end to end, "
+            f"max abs error {quantities.format_number(target.max_abs_error)}, "
+            f"{'passed' if target.passed else 'FAILED'}"
+        )
+        worst = sort_worst_first(target.layers)[:NUM_WORST]
+        first = f"worst {len(worst)} of {len(target.layers)} layers"
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        table = _make_table(None, first, "own SQNR, dB", "equal codes")
+        for layer in worst:
+            codes = quantities.format_percent(layer.equal_code_fraction, 2)
+            _add(table, layer.name, quantities.format_db(layer.sqnr_db), codes)
+        console.print(table)
+
+
+def _print_bench(bench: BenchSummary | None, evidence: Evidence | None, console: Console) -> None:
+    if bench is None:
+        _print_unmeasured("bench", evidence, console)
+        return
+    table = _make_table("Speed", "target", "batch", "median, ms", "ratio", "95 % interval")
+    ratios = _collect_ratios(bench, evidence)
+    for row in bench.rows:
+        median = quantities.format_number(row.median_ms)
+        _add(table, row.target, str(row.batch), median, *ratios.get((row.target, row.batch), ()))
+    console.print(table)
+    if evidence is not None and evidence.bench is not None and evidence.bench.memory:
+        memory = _make_table("Memory", "target", "after load", "peak", "load")
+        for entry in evidence.bench.memory:
+            _add(
+                memory,
+                entry.target,
+                quantities.format_bytes(entry.after_load_bytes),
+                quantities.format_bytes(entry.peak_bytes),
+                quantities.format_seconds(entry.load_s),
+            )
+        console.print(memory)
+
+
+def _collect_ratios(
+    bench: BenchSummary, evidence: Evidence | None
+) -> dict[tuple[str, int], tuple[str, str]]:
+    """Return ratio and interval by target and batch; report.json has the first batch only."""
+    if evidence is not None and evidence.bench is not None:
+        speedups = {(s.target, s.batch): s for s in baseline_speedups(evidence.bench)}
+    else:
+        speedups = {(name, bench.rows[0].batch): s for name, s in bench.speedup.items()}
+    return {
+        key: (
+            quantities.format_ratio(speedup.ratio),
+            f"{quantities.format_fixed(speedup.low)} .. {quantities.format_fixed(speedup.high)}",
+        )
+        for key, speedup in speedups.items()
+    }
+
+
+def _print_sizes(report: Report, console: Console) -> None:
+    table = _make_table("Size", "graph", "bytes", "smaller")
+    full = report.size["fp32_bytes"]
+    for name, size in report.size.items():
+        ratio = "" if name == "fp32_bytes" else quantities.format_ratio(full / size)
+        _add(table, name.removesuffix("_bytes"), quantities.format_bytes(size), ratio)
+    console.print(table)
+
+
+def _print_gates(evidence: Evidence, console: Console) -> None:
+    verdict = judge(evidence)
+    if evidence.gates:
+        table = _make_table("Gates", "gate", "measured", "limit", "")
+        for gate in evidence.gates:
+            result = Text("passed", "green") if gate.passed else Text("FAILED", "bold red")
+            sign = ">=" if gate.at_least else "<="
+            measured = quantities.format_measured(gate.measured, gate.limit)
+            _add(
+                table, gate.name, measured, f"{sign} {quantities.format_number(gate.limit)}", result
+            )
+        console.print(table)
+    names = f": {'; '.join(verdict.failed)}" if verdict.failed else ""
+    console.print(
+        Text(f"{verdict.headline}{names}", _VERDICT_STYLES[verdict.state]), soft_wrap=True
+    )
+    console.print(Text(f"Page: {evidence.run / HTML_FILE}"), soft_wrap=True)

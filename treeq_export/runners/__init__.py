@@ -1,0 +1,1 @@
+"""Runners: one calling convention over every runtime; none is touched before it is entered."""

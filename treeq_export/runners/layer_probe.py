@@ -1,0 +1,138 @@
+"""One layer cut out of a compiled graph, so that it can be fed the reference's input.
+
+The cut graph holds the very nodes of the target, function bodies inlined. Two probes:
+
+    output probe        x -> y, and the activation codes (the QuantizeLinear's output)
+    accumulator probe   x -> (q_x q_w^T), the same matrix product with all weight scales set to 1
+
+The second runs the same fused integer operator as the model. Its float32 output equals the int32
+sum wherever that is below 2^24, and its float32 rounding above.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+
+from treeq_export.errors import RunnerError
+from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.ort_runner import OrtRunner
+
+_CODES = "probe_codes"
+_SUMS = "probe_sums"
+
+
+class LayerProbe:
+    """Runs one layer of a compiled graph alone.
+
+    Args:
+        model: The compiled graph.
+        site: The layer's place in it.
+    """
+
+    def __init__(self, model: ir.Model, site: LayerSite) -> None:
+        self.site = site
+        self._model = model
+
+    def run_output(self, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return y (..., N) and the codes (..., K) int8, None for weight-only layers.
+
+        Args:
+            x: (..., K), the layer's input.
+        """
+        model = self._cut()
+        quantize = _find(model, "QuantizeLinear")
+        if quantize is not None:
+            _add_output(model, quantize.outputs[0], _CODES)
+        results = _run(model, x)
+        return results[self.site.output], results.get(_CODES)
+
+    def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
+        """Return q_x q_w^T as (..., G, N), None for weight-only layers.
+
+        Args:
+            x: (..., K), the layer's input.
+        """
+        model = self._cut()
+        if _find(model, "QuantizeLinear") is None:
+            return None
+        grouped = _find(model, "MatMulInteger")
+        if grouped is not None:
+            _set_only_output(model, grouped.outputs[0])
+            return np.swapaxes(_run(model, x)[_SUMS], -3, -2)
+        product = _find_product(model, self.site.name)
+        _set_weight_scale_to_one(model, product)
+        _set_only_output(model, product.outputs[0])
+        return _run(model, x)[_SUMS][..., None, :]
+
+    def _cut(self) -> ir.Model:
+        graph = ir.convenience.extract(self._model.graph, [self.site.input], [self.site.output])
+        graph.name = self.site.name
+        functions = [function.clone() for function in self._model.functions.values()]
+        model = ir.Model(graph, ir_version=self._model.ir_version, functions=functions)
+        InlinePass()(model)
+        return model
+
+
+def _find(model: ir.Model, op_type: str) -> ir.Node | None:
+    return next((node for node in model.graph if node.op_type == op_type), None)
+
+
+def _find_product(model: ir.Model, name: str) -> ir.Node:
+    """Return the MatMul both of whose operands are dequantized."""
+    for node in model.graph:
+        producers = [None if value is None else value.producer() for value in node.inputs]
+        if node.op_type == "MatMul" and all(
+            producer is not None and producer.op_type == "DequantizeLinear"
+            for producer in producers
+        ):
+            return node
+    raise RunnerError(f"{name}: no matrix product of dequantized operands. Compile again.")
+
+
+def _set_weight_scale_to_one(model: ir.Model, product: ir.Node) -> None:
+    """Give the weight's DequantizeLinear a scale of ones."""
+    weight, output = product.inputs[1], model.graph.outputs[0]
+    dequantize = None if weight is None else weight.producer()
+    assert dequantize is not None
+    assert output.shape is not None
+    out_features = output.shape[-1]
+    assert isinstance(out_features, int)
+    tensor = ir.tensor(np.ones(out_features, np.float32), name="probe_ones")
+    ones = ir.Value(
+        name=tensor.name,
+        shape=tensor.shape,
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(ones)
+    dequantize.replace_input_with(1, ones)
+
+
+def _add_output(model: ir.Model, value: ir.Value, name: str) -> None:
+    """Make a value a graph output under a new name."""
+    value.name = name
+    if value.type is None:
+        value.type = ir.TensorType(ir.DataType.INT8)
+    model.graph.outputs.append(value)
+
+
+def _set_only_output(model: ir.Model, value: ir.Value) -> None:
+    """Make a value the only graph output."""
+    model.graph.outputs.clear()
+    value.name = _SUMS
+    producer = value.producer()
+    grouped = producer is not None and producer.op_type == "MatMulInteger"
+    value.type = ir.TensorType(ir.DataType.INT32 if grouped else ir.DataType.FLOAT)
+    model.graph.outputs.append(value)
+    RemoveUnusedNodesPass()(model)
+
+
+def _run(model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    source = model.graph.inputs[0]
+    assert source.name is not None
+    serialized = ir.to_proto(model).SerializeToString()
+    with OrtRunner(serialized, threads=1) as runner:
+        return runner.run_all({source.name: x})

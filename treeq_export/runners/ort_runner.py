@@ -1,0 +1,77 @@
+"""ONNX Runtime on the CPU."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treeq_export.errors import RunnerError
+
+
+class OrtRunner:
+    """Runs an ONNX model; its session exists only while the runner is entered.
+
+    Args:
+        model: Path of the model, or its serialized bytes.
+        threads: Threads inside an operator; None lets ONNX Runtime choose.
+    """
+
+    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
+        self.model = model
+        self.threads = threads
+        self._session: Any = None
+
+    def __enter__(self) -> Self:
+        import onnxruntime
+
+        if isinstance(self.model, Path) and not self.model.is_file():
+            raise RunnerError(f"{self.model}: missing. Run the compile stage first.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self.model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            name = self.model if isinstance(self.model, Path) else "model in memory"
+            raise RunnerError(f"{name}: ONNX Runtime cannot load it: {reason}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order; the runner has to be entered."""
+        return tuple(value.name for value in self._session.get_inputs())
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in order; the runner has to be entered."""
+        return tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, NDArray[Any] | Tensor]) -> NDArray[np.float32]:
+        """Return the first output of named inputs, each with a leading batch axis."""
+        return self.run_all(inputs)[self.output_names[0]]
+
+    def run_all(self, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, NDArray[Any]]:
+        """Return every output by name.
+
+        Raises:
+            RunnerError: The runner is not entered, or an input has a wrong name, type or shape.
+        """
+        if self._session is None:
+            raise RunnerError("OrtRunner: not entered. Use it in a with statement.")
+        feeds = {name: np.asarray(inputs[name]) for name in self.input_names if name in inputs}
+        try:
+            results = self._session.run(None, feeds)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RunnerError(f"ONNX Runtime cannot run the model: {reason}") from error
+        return dict(zip(self.output_names, results, strict=True))

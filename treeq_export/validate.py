@@ -1,0 +1,292 @@
+"""The validate stage: every layer of every target against the PyTorch reference, then the whole.
+
+Reference: the fake-quantized model of model/qlinear.py, whose arithmetic tests hold equal to
+quant/numerics.py. For each layer of each target:
+
+    own error          the target's layer on the reference's input, so that no error of earlier
+                       layers is in it; with it the activation codes, and the int32 sums
+    propagated error   the layer's output inside the whole network
+
+A code flips where x' / s_x lies so close to a rounding border that another order of summation in
+the rotation or the rms moves it across; equal-code fractions just below 1 are these. Given equal
+codes the int32 sums have to be equal bit for bit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treeq_export.errors import PlanError
+from treeq_export.model.qlinear import QLinear
+from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import Plan
+from treeq_export.quant.metrics import equal_code_fraction, max_abs_error, sqnr_db
+from treeq_export.recipe import ParityGates, ValidateSection
+from treeq_export.records import (
+    GateResult,
+    LayerParity,
+    ParityRecord,
+    TargetParity,
+    save_record,
+)
+from treeq_export.runners.compiled import LayerSite, load_compiled, model_path, read_layers
+from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.runners.ort_runner import OrtRunner
+
+RECORD_FILE = "parity.json"
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the reference computed for one batch.
+
+    Attributes:
+        inputs: The denoiser's inputs by name.
+        output: Its raw output.
+        layer_inputs: Input (..., K) by layer name.
+        layer_outputs: Output (..., N) by layer name, branch included.
+    """
+
+    inputs: dict[str, Tensor]
+    output: Array
+    layer_inputs: dict[str, Array]
+    layer_outputs: dict[str, Array]
+
+
+def trace_reference(quantized: Denoiser, inputs: dict[str, Tensor]) -> Trace:
+    """Run the fake-quantized model and keep every quantized layer's input and output."""
+    layer_inputs: dict[str, Array] = {}
+    layer_outputs: dict[str, Array] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, received: tuple[Tensor, ...], output: Tensor) -> None:
+            layer_inputs[name] = received[0].numpy().copy()
+            layer_outputs[name] = output.numpy().copy()
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(observe(name))
+        for name, layer in quantized_layers(quantized).items()
+    ]
+    try:
+        with torch.no_grad():
+            output = quantized(*inputs.values()).numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(inputs, output, layer_inputs, layer_outputs)
+
+
+def reference_codes(layer: QLinear, x: Array) -> Array | None:
+    """Return the reference's activation codes (..., K), None for weight-only layers."""
+    if layer.layer.activation.bits is None:
+        return None
+    with torch.no_grad():
+        rotated = layer.rotate(torch.from_numpy(x))
+        return layer.quantize(rotated, layer.activation_scale(rotated)).numpy()
+
+
+def sums_equal(layer: QLinear, codes: Array, sums: Array) -> bool:
+    """Whether a target's sums equal the reference's for the target's own codes.
+
+    Args:
+        layer: The reference layer.
+        codes: (..., K) int8, from the target.
+        sums: (..., G, N), int32 or the float32 of an int32, from the target.
+    """
+    with torch.no_grad():
+        expected = layer.accumulate(torch.from_numpy(codes.astype(np.float64))).numpy()
+    return bool(np.array_equal(expected.astype(sums.dtype), sums))
+
+
+def compare_layer(
+    probe: LayerProbe, layer: QLinear, full: nn.Linear, trace: Trace, propagated: Array
+) -> LayerParity:
+    """Compare one layer of a target with the reference.
+
+    Args:
+        probe: The target's layer.
+        layer: The reference layer.
+        full: The full-precision layer.
+        trace: The reference's inputs and outputs.
+        propagated: The layer's output inside the target's whole network.
+    """
+    name = probe.site.name
+    x, y = trace.layer_inputs[name], trace.layer_outputs[name]
+    received, codes = probe.run_output(x)
+    expected_codes = reference_codes(layer, x)
+    fraction, equal = None, None
+    if codes is not None and expected_codes is not None:
+        fraction = equal_code_fraction(expected_codes, codes)
+        sums = probe.run_accumulators(x)
+        equal = sums is not None and sums_equal(layer, codes, sums)
+    with torch.no_grad():
+        full_y = full(torch.from_numpy(x)).numpy()
+    return LayerParity(
+        name=name,
+        sqnr_db=sqnr_db(y, received),
+        max_abs_error=max_abs_error(y, received),
+        equal_code_fraction=fraction,
+        accumulators_equal=equal,
+        propagated_sqnr_db=sqnr_db(y, propagated),
+        quantization_sqnr_db=sqnr_db(full_y, y),
+    )
+
+
+def run_with_layers(run: Path, target: str, sites: list[LayerSite], trace: Trace) -> Mapping[str, Array]:
+    """Run a target's whole network and return every layer's output by value name."""
+    model = load_compiled(run, target)
+    values = ir.convenience.create_value_mapping(model.graph)
+    present = {value.name for value in model.graph.outputs}
+    for site in sites:
+        if site.output not in present:
+            model.graph.outputs.append(values[site.output])
+    ir.external_data.load_to_model(model)
+    with OrtRunner(ir.to_proto(model).SerializeToString()) as runner:
+        return runner.run_all(trace.inputs)
+
+
+def make_gates(
+    target: str, sqnr: float, layers: list[LayerParity], limits: ParityGates
+) -> list[GateResult]:
+    """Return the parity gates of one target; layer gates name the worst layer."""
+    gates = [
+        GateResult.of(
+            f"{target}: end-to-end sqnr_db", sqnr, limits.min_end_to_end_sqnr_db, at_least=True
+        )
+    ]
+    worst = min(layers, key=lambda layer: layer.sqnr_db)
+    gates.append(
+        GateResult.of(
+            f"{target}: own sqnr_db of the worst layer ({worst.name})",
+            worst.sqnr_db,
+            limits.min_layer_sqnr_db,
+            at_least=True,
+        )
+    )
+    coded = [layer for layer in layers if layer.equal_code_fraction is not None]
+    if coded:
+        least = min(coded, key=lambda layer: layer.equal_code_fraction or 0.0)
+        gates.append(
+            GateResult.of(
+                f"{target}: equal codes of the worst layer ({least.name})",
+                least.equal_code_fraction or 0.0,
+                limits.min_equal_code_fraction,
+                at_least=True,
+            )
+        )
+        exact = sum(layer.accumulators_equal is True for layer in coded)
+        gates.append(
+            GateResult.of(
+                f"{target}: layers with equal int32 sums", exact, len(coded), at_least=True
+            )
+        )
+    return gates
+
+
+def compare_target(
+    run: Path,
+    target: str,
+    denoiser: Denoiser,
+    quantized: Denoiser,
+    plan: Plan,
+    trace: Trace,
+    limits: ParityGates,
+    on_layer: Callable[[], None],
+) -> TargetParity:
+    """Compare one compiled target with the reference.
+
+    Raises:
+        PlanError: The target is missing, or was compiled from another plan's layers.
+    """
+    model = load_compiled(run, target)
+    sites = read_layers(model)
+    names = {layer.name for layer in plan.layers}
+    if {site.name for site in sites} != names:
+        raise PlanError(
+            f"{model_path(run, target)}: holds {len(sites)} layers, the plan {len(names)}. "
+            f"Run `treeq-export compile --run {run}` again."
+        )
+    with OrtRunner(model_path(run, target)) as runner:
+        output = runner.run(trace.inputs)
+    inside = run_with_layers(run, target, sites, trace)
+    references = quantized_layers(quantized)
+    layers = []
+    for site in sites:
+        full = linear_of(denoiser, plan.layer(site.name))
+        probe = LayerProbe(model, site)
+        layers.append(
+            compare_layer(probe, references[site.name], full, trace, inside[site.output])
+        )
+        on_layer()
+    sqnr = sqnr_db(trace.output, output)
+    gates = make_gates(target, sqnr, layers, limits)
+    return TargetParity(
+        target=target,
+        passed=all(gate.passed for gate in gates),
+        sqnr_db=sqnr,
+        max_abs_error=max_abs_error(trace.output, output),
+        layers=layers,
+        gates=gates,
+    )
+
+
+def run_validate(
+    run: Path,
+    denoiser: Denoiser,
+    plan: Plan,
+    tensors: Mapping[str, Array],
+    targets: list[str],
+    section: ValidateSection,
+    seed: int,
+    on_step: Callable[[float], None],
+) -> ParityRecord:
+    """Compare every target with the reference and write `parity.json`.
+
+    Args:
+        run: The run folder.
+        denoiser: The full-precision model.
+        plan: The calibrated plan.
+        tensors: Its tensors.
+        targets: Compiled targets.
+        section: The recipe's validate section.
+        seed: Seed of the inputs.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        The record; gates that are not met are in it, nothing is raised for them.
+
+    Raises:
+        PlanError: A target is missing or of another plan.
+    """
+    quantized = quantize_model(denoiser, plan, tensors)
+    inputs = denoiser.make_example_inputs(section.batch_size, seed)
+    trace = trace_reference(quantized, inputs)
+    total, done = len(targets) * len(plan.layers), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_step(done / total)
+
+    record = ParityRecord(
+        batch_size=section.batch_size,
+        seed=seed,
+        targets=[
+            compare_target(run, target, denoiser, quantized, plan, trace, section.gates, count)
+            for target in targets
+        ],
+    )
+    save_record(run / RECORD_FILE, record)
+    return record
