@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from treeq_export.errors import CheckpointError
@@ -23,20 +23,25 @@ def dit(tiny_checkpoints: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoints / "dit", tmp_path / "dit"))
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read a copy: load_file would map the file that the test is about to overwrite."""
+    return load((folder / WEIGHTS).read_bytes())
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_weights(folder)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
 
 
 def shard(folder: Path) -> list[str]:
     """Split the weights in two files with an index, as save_pretrained does above 10 GB."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_weights(folder)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
     files = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -50,10 +55,14 @@ def shard(folder: Path) -> list[str]:
 
 def fails_with(path: Path, *words: str, load: bool = False) -> None:
     """Check that opening (or loading) gives one line that holds every word."""
-    with pytest.raises(CheckpointError) as caught:
+
+    def attempt() -> None:
         checkpoint = open_checkpoint(path)
         if load:
             load_model(checkpoint)
+
+    with pytest.raises(CheckpointError) as caught:
+        attempt()
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -146,7 +155,7 @@ def test_index_without_weight_map(dit: Path, weight_map: object):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_converted(dit: Path, dtype: torch.dtype):
-    tensors = load_file(dit / WEIGHTS)
+    tensors = read_weights(dit)
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, dit / WEIGHTS)
     weight = load_model(open_checkpoint(dit)).get_parameter(WEIGHT)
     assert weight.dtype == torch.float32
@@ -155,12 +164,21 @@ def test_other_precisions_are_converted(dit: Path, dtype: torch.dtype):
 
 def test_published_class_name_and_torch_file_are_understood(dit: Path):
     expected = load_model(open_checkpoint(dit)).get_parameter(WEIGHT)
-    torch.save(load_file(dit / WEIGHTS), dit / "diffusion_pytorch_model.bin")
+    torch.save(read_weights(dit), dit / "diffusion_pytorch_model.bin")
     (dit / WEIGHTS).unlink()
     edit_config(dit, _class_name="Transformer2DModel", num_vector_embeds=None)
     checkpoint = open_checkpoint(dit)
     assert checkpoint.class_name == "DiTTransformer2DModel"
     assert torch.equal(load_model(checkpoint).get_parameter(WEIGHT), expected)
+
+
+def test_changing_a_loaded_model_leaves_the_file_alone(dit: Path):
+    before = (dit / WEIGHTS).read_bytes()
+    model = load_model(open_checkpoint(dit))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (dit / WEIGHTS).read_bytes() == before
 
 
 def test_no_such_path(tmp_path: Path):

@@ -68,7 +68,8 @@ def test_deterministic_and_independent_of_batch_size(
     assert whole.shape == (5, 4, 8, 8)
     assert torch.equal(whole, images(5, seed=3))
     for batch_size in (1, 2, 50):
-        assert (whole - images(batch_size, seed=3)).abs().max() < 1e-5
+        difference = (whole - images(batch_size, seed=3)).abs().max()
+        assert difference < 1e-5 * whole.abs().max()  # an untrained network's images grow by DDIM
     assert (whole - images(5, seed=4)).abs().max() > 0.1
 
 
@@ -118,9 +119,7 @@ def test_given_conditioning_is_used_row_by_row():
     denoiser = Formula(lambda x, _, label: torch.zeros_like(x) + label)
     label = torch.tensor([4.0, -2.0, 9.0])
     section = SamplerSection(steps=3, batch_size=2)
-    images = sample(
-        runs(denoiser), denoiser, section, num=3, seed=0, conditioning={"label": label}
-    )
+    images = sample(runs(denoiser), denoiser, section, num=3, seed=0, conditioning={"label": label})
     assert (images - (noise_of(3, 0, 2, 3) - label[:, None, None])).abs().max() < 1e-5
 
 

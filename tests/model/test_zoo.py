@@ -121,6 +121,23 @@ def test_pixart_ignores_masked_tokens(make_tiny_denoiser: MakeDenoiser):
     assert (denoiser(*inputs.values()) - before).abs().max() < 1e-5
 
 
+def test_pixart_without_size_conditions(tiny_checkpoints: Path):
+    import diffusers
+
+    checkpoint, section = open_tiny(tiny_checkpoints, "pixart", num_text_tokens=4)
+    kind = getattr(diffusers, checkpoint.class_name)
+    model = kind(**(checkpoint.config | {"use_additional_conditions": False})).eval()
+    denoiser = make_denoiser(model, checkpoint, section)
+    inputs = denoiser.make_example_inputs(2, seed=0)
+    expected = model(
+        inputs["sample"],
+        timestep=inputs["timestep"],
+        encoder_hidden_states=inputs["encoder_hidden_states"],
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    assert (denoiser(*inputs.values()) - expected).abs().max() < 1e-5
+
+
 def test_flux_counts_timesteps_to_1000_and_knows_positions(make_tiny_denoiser: MakeDenoiser):
     denoiser = make_tiny_denoiser("flux", num_text_tokens=3)
     ids = denoiser.get_buffer("img_ids")
@@ -143,7 +160,8 @@ def test_flux_without_guidance_has_no_such_input(tiny_checkpoints: Path):
     checkpoint, section = open_tiny(tiny_checkpoints, "flux", latent_size=8)
     import diffusers
 
-    model = diffusers.FluxTransformer2DModel(**(checkpoint.config | {"guidance_embeds": False}))
+    kind = getattr(diffusers, checkpoint.class_name)
+    model = kind(**(checkpoint.config | {"guidance_embeds": False}))
     denoiser = make_denoiser(model, checkpoint, section)
     assert denoiser.input_names[-1] == "pooled_projections"
     with torch.no_grad():
@@ -274,7 +292,7 @@ def drop_illegal_squeezes(model: ir.Model) -> int:
     """Make Squeeze nodes on axes longer than 1 an Identity, which is what PyTorch means by them."""
     dropped = 0
     for node in model.graph:
-        if node.op_type != "Squeeze":
+        if node.op_type != "Squeeze" or len(node.inputs) != 2:
             continue
         source, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
         lengths = [source.shape[int(axis)] for axis in axes.numpy().ravel()]

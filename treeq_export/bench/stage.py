@@ -121,14 +121,15 @@ def _find_models(
 ) -> dict[str, Path]:
     """Return the model file of every target but torch_fp32; the peer is made where needed."""
     folders = {target: target for target in targets if target not in (TORCH, FP32, PEER)}
-    if FP32 in targets or PEER in targets:
+    from_fp32 = [target for target in targets if target in (FP32, PEER)]
+    if from_fp32:
         folders[FP32] = "fp32"
     paths: dict[str, Path] = {}
     for target, folder in folders.items():
         path = run.absolute() / "onnx" / folder / "model.onnx"
         if not path.is_file():
             raise PlanError(
-                f"{path}: missing, and the {target} target needs it. "
+                f"{path}: missing; target {from_fp32[0] if target == FP32 else target} needs it. "
                 f"Run `treeq-export compile --run {run}` first."
             )
         paths[target] = path

@@ -6,7 +6,6 @@ mean and covariance of the features of real images. Both come with the recipe.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -87,36 +86,36 @@ def _open_classifier(
             f"{path}: is no ONNX model that can be loaded ({reason:.120}). "
             "Set evaluate.classifier to a classifier, images -> logits, features."
         ) from error
-    inputs = {value.name: value.shape for value in session.get_inputs()}
-    outputs = {value.name: value.shape for value in session.get_outputs()}
-    if list(inputs) != ["images"] or not set(_OUTPUTS) <= set(outputs):
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+    if inputs != ["images"] or not set(outputs) >= set(_OUTPUTS):
         raise RecipeError(
             f"{path}: received {', '.join(inputs)} -> {', '.join(outputs)}, expected images -> "
             "logits, features. Export the classifier with these names."
         )
-    if not _fits(inputs["images"], sample_shape):
-        raise RecipeError(
-            f"{path}: images: received shape {tuple(inputs['images'])}, expected "
-            f"(n, {', '.join(map(str, sample_shape))}) with a dynamic n. "
-            "Use a classifier of this model's samples, or remove evaluate.classifier."
-        )
-    num_features = outputs["features"][-1]
-    if not isinstance(num_features, int):
-        raise RecipeError(
-            f"{path}: features: received shape {tuple(outputs['features'])}, expected (n, d) with "
-            "a known d. Export the classifier with a fixed number of features."
-        )
-    return session, num_features
+    return session, _count_features(path, session, sample_shape)
 
 
-def _fits(shape: list[Any], sample_shape: tuple[int, ...]) -> bool:
-    """Return whether a graph input takes any number of samples; names are dynamic axes."""
-    if len(shape) != len(sample_shape) + 1 or isinstance(shape[0], int):
-        return False
-    return all(
-        not isinstance(axis, int) or axis == size
-        for axis, size in zip(shape[1:], sample_shape, strict=True)
-    )
+def _count_features(
+    path: Path, session: onnxruntime.InferenceSession, sample_shape: tuple[int, ...]
+) -> int:
+    """Run the classifier on one and on two samples; return the number of features."""
+    shape = f"(n, {', '.join(map(str, sample_shape))})"
+    remedy = "Use a classifier of this model's samples, or remove evaluate.classifier."
+    received = ()
+    for num in (1, 2):
+        try:
+            _, features = _classify(session, np.zeros((num, *sample_shape), dtype=np.float32))
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())
+            raise RecipeError(
+                f"{path}: cannot take images of shape {shape}, float32, for any n "
+                f"({reason:.200}). {remedy}"
+            ) from error
+        received = features.shape
+    if len(received) != 2:
+        raise RecipeError(f"{path}: features: received shape {received}, expected (n, d). {remedy}")
+    return received[1]
 
 
 def _load_reference(path: Path, num_features: int) -> Gaussian:

@@ -60,6 +60,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10.0,
     "axes.titlecolor": INK,
+    "figure.labelsize": 9.0,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": LINE,
@@ -105,7 +106,8 @@ def _draw_layers(
     )
     values = {key: [getattr(layer, key) for layer in layers] for _, key, _, _ in series}
     finite = [v for column in values.values() for v in column if math.isfinite(v)]
-    top = max([*finite, limit_db]) + HEADROOM_DB
+    limits = [limit_db] if math.isfinite(limit_db) else []
+    top = max([*finite, *limits, 0.0]) + HEADROOM_DB
     bottom = min([*finite, 0.0]) - HEADROOM_DB
     small = 4.5 if len(layers) <= 80 else 2.6
     for label, key, color, style in series:
@@ -123,8 +125,11 @@ def _draw_layers(
         for edge, marker in ((top, "^"), (bottom, "x")):
             places = [x for x, y in enumerate(drawn) if y == edge]
             axes.plot(places, [edge] * len(places), marker, color=color, markersize=small)
-    label = f"gate on own error, {format_number(limit_db)} dB"
-    axes.axhline(limit_db, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
+    missed = [x for x, value in enumerate(values["sqnr_db"]) if bottom < value < limit_db]
+    axes.plot(missed, [values["sqnr_db"][x] for x in missed], "o", color=ALARM, markersize=small)
+    for limit in limits:
+        label = f"gate on own error, {format_number(limit)} dB"
+        axes.axhline(limit, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
     _label_levels(axes, top, bottom, [y for column in values.values() for y in column])
     _mark_blocks(axes, [blocks.get(layer.name) for layer in layers])
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, fontsize=8)
@@ -192,7 +197,7 @@ def draw_speed(rows: Sequence[BenchRow], ours: Iterable[str]) -> str:
         for axes, panel in zip(_panels(figure, len(panels), heights), panels, strict=True):
             _draw_times(axes, panel, set(ours))
             axes.set_title(f"batch {panel[0].batch}")
-        axes.set_xlabel("milliseconds per call; bar: median, dots: every round, first on top")
+        figure.supxlabel("milliseconds per call; bar: median, dots: every round, first on top")
 
     return _to_svg("speed", sum(0.42 * len(panel) + 0.85 for panel in panels), draw)
 

@@ -5,6 +5,7 @@ its place, usually one, possibly none.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from treeq_export.plan import LayerPlan, Plan
@@ -35,12 +36,14 @@ class HeatMap:
     Attributes:
         blocks: Block numbers, the columns, ascending.
         rows: Position and its cells, one list per block; positions in order of appearance.
-        formats: (weight bits, activation bits, number of layers) of each pair, fewest bits first.
+        weights: (weight bits, number of layers), fewest bits first.
+        activations: The same of activation bits; "fp" comes last.
     """
 
     blocks: tuple[int, ...]
     rows: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]
-    formats: tuple[tuple[str, str, int], ...]
+    weights: tuple[tuple[str, int], ...]
+    activations: tuple[tuple[str, int], ...]
 
 
 def describe_layer(layer: LayerPlan) -> str:
@@ -66,13 +69,10 @@ def lay_out_bits(plan: Plan) -> HeatMap:
     """Lay the plan's layers out by block and position."""
     blocks = sorted({layer.tree.block for layer in plan.layers})
     places: dict[str, dict[int, list[Cell]]] = {}
-    formats: Counter[tuple[int, int]] = Counter()
     for layer in plan.layers:
-        weight, activation = layer.weight.bits, layer.activation.bits
-        formats[weight, activation or 32] += 1
         cell = Cell(
-            weight=format_bits(weight),
-            activation=format_bits(activation),
+            weight=format_bits(layer.weight.bits),
+            activation=format_bits(layer.activation.bits),
             has_branch=layer.branch is not None,
             description=describe_layer(layer),
         )
@@ -84,8 +84,12 @@ def lay_out_bits(plan: Plan) -> HeatMap:
             (position, tuple(tuple(row.get(block, ())) for block in blocks))
             for position, row in places.items()
         ),
-        formats=tuple(
-            (format_bits(weight), format_bits(None if activation == 32 else activation), count)
-            for (weight, activation), count in sorted(formats.items())
-        ),
+        weights=_count_layers(layer.weight.bits for layer in plan.layers),
+        activations=_count_layers(layer.activation.bits for layer in plan.layers),
     )
+
+
+def _count_layers(bits: Iterable[int | None]) -> tuple[tuple[str, int], ...]:
+    counts = Counter(bits)
+    ordered = sorted(counts, key=lambda key: (key is None, key or 0))
+    return tuple((format_bits(key), counts[key]) for key in ordered)

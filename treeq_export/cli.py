@@ -1,0 +1,346 @@
+"""The command line. Results go to stdout, progress and logs to stderr.
+
+Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not met.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from treeq_export import __version__
+from treeq_export.errors import PlanError, TreeqError
+
+STAGE_NAMES = ("search", "calibrate", "compile", "validate", "bench", "evaluate", "report")
+
+_stderr = Console(stderr=True)
+_stdout = Console()
+
+
+class Commands(click.Group):
+    """Turns every error a user can meet into one line on stderr and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except TreeqError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("interrupted. Run the same command again to go on from the last stage.", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    line = " ".join(message.split())
+    click.echo(f"treeq-export: {line}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="treeq-export")
+@click.option("--verbose", is_flag=True, help="Log what is done, to stderr.")
+def main(verbose: bool) -> None:
+    """From a Diffusion Transformer checkpoint to a validated, timed low-bit engine."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(console=_stderr, show_path=False)],
+    )
+
+
+@dataclass
+class StageProgress:
+    """One progress bar per stage, with an estimate of the time left.
+
+    Attributes:
+        progress: The bars.
+        plain: Whether stderr is no terminal: then each stage is one line at its end.
+        current: The stage at work.
+    """
+
+    progress: Progress
+    plain: bool
+    current: str = ""
+    tasks: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def start(self, name: str, skipped: bool) -> Callable[[float], None]:
+        """Open a stage's bar and return its callback."""
+        if skipped:
+            _stderr.print(f"{name:<10} up to date", highlight=False)
+            return lambda _fraction: None
+        if self.plain:
+            _stderr.print(f"{name:<10} ...", highlight=False)
+        task = self.progress.add_task(name, total=1.0)
+        self.tasks[name] = task
+        return lambda fraction: self.progress.update(task, completed=fraction)
+
+
+@contextmanager
+def _stage_progress() -> Iterator[StageProgress]:
+    plain = not _stderr.is_terminal
+    progress = Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=_stderr,
+        disable=plain,
+    )
+    with progress:
+        yield StageProgress(progress, plain)
+
+
+_run_option = click.option(
+    "--run", "run", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@main.command("run")
+@click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option(
+    "--out", "out", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+@click.option(
+    "--from", "start", type=click.Choice(STAGE_NAMES), help="Run again from this stage on."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
+@_json_option
+def run_command(
+    recipe_path: Path, out: Path, start: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Run all stages of RECIPE; resume after an interruption, skip what is up to date."""
+    from treeq_export.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides)
+    from treeq_export.pipeline import check_gates, gate_results, run_all
+    from treeq_export.workspace import Workspace
+
+    workspace = Workspace(out, recipe, str(recipe_path), overrides)
+    workspace.save()
+    with _stage_progress() as progress:
+        report = run_all(workspace, start, progress.start)
+    _show_report(report, out, as_json=as_json)
+    check_gates(gate_results(out))
+
+
+def _show_report(report: Any, run: Path, *, as_json: bool) -> None:
+    from treeq_export.report import print_report
+
+    if as_json:
+        click.echo((run / "report.json").read_text(), nl=False)
+    else:
+        print_report(report, _stdout)
+
+
+def _run_one(run: Path, name: str) -> object:
+    """Run one stage of an existing run and return its result."""
+    from treeq_export.pipeline import require_stages, run_stage, stage_named
+    from treeq_export.workspace import Workspace
+
+    workspace = Workspace.reopen(run)
+    stage = stage_named(name)
+    require_stages(workspace, stage)
+    with _stage_progress() as progress:
+        return run_stage(workspace, stage, progress.start(name, False))
+
+
+def _print_record(run: Path, file: str, as_json: bool) -> None:
+    text = (run / file).read_text()
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        _stderr.print(f"wrote {run / file}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@_run_option
+@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="For a new run.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
+@_json_option
+def search(
+    run: Path, recipe_path: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Choose every layer's formats: writes plan.json."""
+    from treeq_export.recipe import load_recipe
+    from treeq_export.workspace import Workspace
+
+    if recipe_path is not None:
+        recipe = load_recipe(recipe_path, overrides)
+        workspace = Workspace(run, recipe, str(recipe_path), overrides)
+        workspace.save()
+        workspace.close()
+    elif overrides:
+        raise click.UsageError("--set needs --recipe.")
+    _run_one(run, "search")
+    _print_record(run, "plan.json", as_json)
+
+
+@main.command()
+@_run_option
+@_json_option
+def calibrate(run: Path, as_json: bool) -> None:
+    """Find scales, codes and branches: writes plan.safetensors."""
+    _run_one(run, "calibrate")
+    _print_record(run, "calibration.json", as_json)
+
+
+@main.command("compile")
+@_run_option
+@_json_option
+def compile_command(run: Path, as_json: bool) -> None:
+    """Write and audit the ONNX graphs of all targets."""
+    _run_one(run, "compile")
+    _print_record(run, "compile.json", as_json)
+
+
+@main.command()
+@_run_option
+@_json_option
+def validate(run: Path, as_json: bool) -> None:
+    """Compare every layer of every target with the reference; status 3 if a gate is not met."""
+    _run_one(run, "validate")
+    _print_record(run, "parity.json", as_json)
+    _check_gates_of(run, "parity.json")
+
+
+@main.command()
+@_run_option
+@_json_option
+def bench(run: Path, as_json: bool) -> None:
+    """Time all targets in one interleaved run, and measure their memory."""
+    _run_one(run, "bench")
+    _print_record(run, "bench.json", as_json)
+
+
+@main.command()
+@_run_option
+@_json_option
+def evaluate(run: Path, as_json: bool) -> None:
+    """Sample with equal seeds and score the images; status 3 if a gate is not met."""
+    _run_one(run, "evaluate")
+    _print_record(run, "quality.json", as_json)
+    _check_gates_of(run, "quality.json")
+
+
+@main.command()
+@_run_option
+@_json_option
+def report(run: Path, as_json: bool) -> None:
+    """Write report.json and report.html from what has been measured so far."""
+    _show_report(_run_one(run, "report"), run, as_json=as_json)
+
+
+def _check_gates_of(run: Path, file: str) -> None:
+    from treeq_export.pipeline import check_gates, gate_results
+
+    check_gates(gate_results(run, (file,)))
+
+
+@main.command()
+@click.option("--run", "run", type=click.Path(path_type=Path), help="Show this run's plan.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Show a checkpoint's layers.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of plan.json.")
+@_json_option
+def inspect(run: Path | None, checkpoint: Path | None, schema: bool, as_json: bool) -> None:
+    """Show a plan, a checkpoint's quantizable layers, or the schema of plan.json."""
+    if sum((run is not None, checkpoint is not None, schema)) != 1:
+        raise click.UsageError("give one of --run, --checkpoint and --schema.")
+    if schema:
+        from treeq_export.plan import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=2))
+    elif run is not None:
+        _inspect_run(run, as_json)
+    elif checkpoint is not None:
+        _inspect_checkpoint(checkpoint, as_json)
+
+
+def _inspect_run(run: Path, as_json: bool) -> None:
+    from treeq_export.plan import load_plan, plan_to_json
+
+    plan = load_plan(run)
+    if as_json:
+        click.echo(plan_to_json(plan), nl=False)
+        return
+    table = Table(title=f"{plan.model.name}: {len(plan.layers)} quantized layers")
+    for heading in ("layer", "K", "N", "weight", "activation", "rotation", "branch"):
+        table.add_column(heading, no_wrap=heading == "layer")
+    for layer in plan.layers:
+        branch = layer.branch
+        table.add_row(
+            layer.name,
+            str(layer.in_features),
+            str(layer.out_features),
+            f"{layer.weight.bits} bit"
+            + (f" / {layer.weight.group_size}" if layer.weight.group_size else ""),
+            f"{layer.activation.bits or 'float'} {layer.activation.scale}",
+            str(layer.rotation_group),
+            f"{branch.b_out}x{branch.b_in} r{branch.rank}" if branch else "-",
+        )
+    _stdout.print(table)
+
+
+def _inspect_checkpoint(path: Path, as_json: bool) -> None:
+    from treeq_export.model.checkpoint import load_model, open_checkpoint
+    from treeq_export.model.layers import discover_linears
+    from treeq_export.model.zoo import make_denoiser
+    from treeq_export.recipe import ModelSection
+
+    checkpoint = open_checkpoint(path)
+    section = ModelSection(checkpoint=str(path))
+    linears = discover_linears(make_denoiser(load_model(checkpoint), checkpoint, section))
+    if not linears:
+        raise PlanError(f"{path}: no quantizable layer. Check the model's config.json.")
+    if as_json:
+        click.echo(json.dumps([vars(linear) for linear in linears], indent=2))
+        return
+    table = Table(title=f"{checkpoint.name} ({checkpoint.class_name}): {len(linears)} layers")
+    for heading in ("layer", "block", "leaf", "K", "N"):
+        table.add_column(heading, no_wrap=heading == "layer")
+    for linear in linears:
+        sizes = (linear.block, linear.leaf, linear.in_features, linear.out_features)
+        table.add_row(linear.name, *map(str, sizes))
+    _stdout.print(table)
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what is missing, and the command that installs it."""
+    from treeq_export.doctor import examine, findings_to_json, is_healthy
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps(findings_to_json(findings), indent=2))
+    else:
+        table = Table(title="treeq-export doctor")
+        for heading in ("what", "found", "for", "install with"):
+            table.add_column(heading)
+        for finding in findings:
+            missing = "[red]missing[/red]" if finding.required else "-"
+            remedy = "" if finding.found else finding.remedy.replace("[", r"\[")
+            table.add_row(finding.name, finding.found or missing, finding.purpose, remedy)
+        _stdout.print(table)
+    if not is_healthy(findings):
+        missing = ", ".join(f.name for f in findings if f.required and f.found is None)
+        raise TreeqError(f"doctor: missing {missing}. Install with the commands of the table.")

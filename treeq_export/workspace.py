@@ -1,0 +1,155 @@
+"""A run folder and what is loaded for it: at most once, and only when a stage needs it."""
+
+import fcntl
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from treeq_export.artefacts import make_folder, remove_stale, write_json
+from treeq_export.errors import OutputError, PlanError
+from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
+from treeq_export.recipe import Recipe
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+
+
+class StageRecord(BaseModel):
+    """What a finished stage left behind.
+
+    Attributes:
+        fingerprint: Digest of everything that the stage's result depends on.
+        seconds: How long it took.
+        outputs: SHA-256 by file, relative to the run folder.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprint: str
+    seconds: float
+    outputs: dict[str, str]
+
+
+class RunRecord(BaseModel):
+    """`run.json`: the recipe in use and the finished stages."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe_path: str
+    overrides: list[str]
+    recipe: dict[str, Any]
+    stages: dict[str, StageRecord]
+
+
+class Workspace:
+    """A run folder with its recipe, and lazily its checkpoint, model, plan and tensors.
+
+    Args:
+        run: The run folder; it is created.
+        recipe: The recipe.
+        recipe_path: Where it came from, for the commands in the report.
+        overrides: The `--set` assignments, likewise.
+
+    Raises:
+        OutputError: The folder cannot be created or written to, or another process works in it.
+    """
+
+    def __init__(
+        self, run: Path, recipe: Recipe, recipe_path: str = "", overrides: tuple[str, ...] = ()
+    ) -> None:
+        self.run = make_folder(run)
+        self._lock = _lock_folder(run)
+        remove_stale(run)
+        self.recipe = recipe
+        self.recipe_path = recipe_path
+        self.overrides = overrides
+        self.stages: dict[str, StageRecord] = {}
+        path = run / RUN_FILE
+        if path.is_file():
+            self.stages = read_run(run).stages
+
+    @classmethod
+    def reopen(cls, run: Path) -> "Workspace":
+        """Return the workspace of an existing run folder.
+
+        Raises:
+            PlanError: The folder holds no run, or its `run.json` is malformed.
+        """
+        record = read_run(run)
+        recipe = Recipe.model_validate(record.recipe)
+        return cls(run, recipe, record.recipe_path, tuple(record.overrides))
+
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        self._lock.close()
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        record = RunRecord(
+            recipe_path=self.recipe_path,
+            overrides=list(self.overrides),
+            recipe=self.recipe.model_dump(mode="json", by_alias=True),
+            stages=self.stages,
+        )
+        write_json(self.run / RUN_FILE, record.model_dump(mode="json"))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, opened and digested."""
+        return open_checkpoint(Path(self.recipe.model.checkpoint))
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The full-precision model."""
+        model = load_model(self.checkpoint)
+        return make_denoiser(model, self.checkpoint, self.recipe.model)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan, checked against the checkpoint."""
+        return load_plan(self.run, self.checkpoint.sha256)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The calibrated plan's tensors."""
+        return load_tensors(self.run, self.plan)
+
+    def forget_plan(self) -> None:
+        """Drop the loaded plan and tensors, because a stage has written new ones."""
+        for name in ("plan", "tensors"):
+            self.__dict__.pop(name, None)
+
+
+def _lock_folder(run: Path) -> IO[str]:
+    """Hold the folder's lock until the returned file is closed; the kernel frees it on a kill."""
+    file = (run / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OutputError(
+            f"{run}: another treeq-export is at work in it. Wait for it, or choose another folder."
+        ) from error
+    return file
+
+
+def read_run(run: Path) -> RunRecord:
+    """Read `run.json`.
+
+    Raises:
+        PlanError: Missing or malformed.
+    """
+    path = run / RUN_FILE
+    if not path.is_file():
+        raise PlanError(
+            f"{path}: missing. Run `treeq-export run RECIPE --out {run}` first."
+        )
+    try:
+        return RunRecord.model_validate(json.loads(path.read_bytes()))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise PlanError(f"{path}: malformed. Remove it and run the recipe again.") from error
