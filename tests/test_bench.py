@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from treeq_export.bench import memory_child, run_bench, timing
-from treeq_export.bench.environment import describe_environment, read_cpu
+from treeq_export.bench.environment import describe_environment, read_cpu, warn_if_busy
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
 from treeq_export.bench.stage import compare_rows
@@ -473,3 +473,10 @@ class TestEnvironment:
 
     def test_no_cpu_info(self, tmp_path: Path) -> None:
         assert read_cpu(tmp_path / "cpuinfo")[1] == []
+
+    @pytest.mark.parametrize(("load", "busy"), [(1.9, False), (2.1, True)])
+    def test_busy_machine_is_named(
+        self, load: float, busy: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert warn_if_busy({"load_average": [load, 0.0, 0.0], "cores": 2}) == busy
+        assert ("load average is 2.1 on 2 cores" in caplog.text) == busy

@@ -373,7 +373,7 @@ class TestGrids:
             assert (grid[..., channel].min(), grid[..., channel].max()) == (0, 255)
         # The same value is the same pixel in both.
         assert (grid[:48, :48][::6, ::6] != doubled[:48, :48][::6, ::6]).any()
-        assert draw_grid(full / 2, mapping).std() < grid.std()
+        assert draw_grid(full * np.float32(0.5), mapping).std() < grid.std()
 
     def test_two_channel_latents_show_one(self) -> None:
         full = np.zeros((1, 2, 8, 8), dtype=np.float32)

@@ -17,6 +17,7 @@ from typing import Any
 from treeq_export.errors import OutputError
 
 _TEMPORARY = ".partial"
+_FILE_MODE = 0o644  # some writers create files that only their owner can read
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
@@ -77,6 +78,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(_FILE_MODE)
         temporary.replace(path)
     except OSError as error:
         raise _output_error(path, error) from error

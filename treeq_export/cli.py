@@ -6,7 +6,7 @@ Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not me
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ class StageProgress:
 
 
 @contextmanager
-def _stage_progress() -> Iterator[StageProgress]:
+def _stage_progress() -> Generator[StageProgress]:
     plain = not _stderr.is_terminal
     progress = Progress(
         TextColumn("{task.description:<10}"),
@@ -177,9 +177,7 @@ def _print_record(run: Path, file: str, as_json: bool) -> None:
 @click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="For a new run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
 @_json_option
-def search(
-    run: Path, recipe_path: Path | None, overrides: tuple[str, ...], as_json: bool
-) -> None:
+def search(run: Path, recipe_path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Choose every layer's formats: writes plan.json."""
     from treeq_export.recipe import load_recipe
     from treeq_export.workspace import Workspace

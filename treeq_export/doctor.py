@@ -66,7 +66,7 @@ def _examine_gpu() -> Finding:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
-    return Finding("gpu", found, "GPU engines; no stage of the CPU path needs it", "", required=False)
+    return Finding("gpu", found, "GPU engines; the CPU path needs none", "", required=False)
 
 
 def is_healthy(findings: list[Finding]) -> bool:

@@ -55,9 +55,7 @@ class Stage:
 
 def _search(workspace: Workspace, on_step: OnStep) -> None:
     workspace.forget_plan()
-    run_search(
-        workspace.run, workspace.denoiser, workspace.checkpoint, workspace.recipe, on_step
-    )
+    run_search(workspace.run, workspace.denoiser, workspace.checkpoint, workspace.recipe, on_step)
 
 
 def _calibrate(workspace: Workspace, on_step: OnStep) -> None:
@@ -243,9 +241,7 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     workspace.stages[stage.name] = StageRecord(
         fingerprint=fingerprint(workspace, stage),
         seconds=round(time.monotonic() - started, 3),
-        outputs={
-            name: sha256_of_file(workspace.run / name) for name in stage.outputs(workspace)
-        },
+        outputs={name: sha256_of_file(workspace.run / name) for name in stage.outputs(workspace)},
     )
     workspace.save()
     return result

@@ -16,13 +16,13 @@ before calibration). Saving the same plan gives the same bytes. Nothing executes
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from treeq_export.artefacts import atomic_path, sha256_of_file, write_bytes
 from treeq_export.errors import PlanError
@@ -40,6 +40,8 @@ PLAN_FILE = "plan.json"
 TENSORS_FILE = "plan.safetensors"
 
 Tensors = dict[str, NDArray[Any]]
+
+_storage: Any = safetensors.numpy  # its annotations are incomplete
 
 
 class ModelRecord(Spec):
@@ -178,7 +180,7 @@ def save_plan(folder: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]] | No
         path = folder / TENSORS_FILE
         ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
         with atomic_path(path) as temporary:
-            save_file(ordered, temporary)
+            _storage.save_file(ordered, temporary)
         digest = sha256_of_file(path)
     saved = plan.model_copy(update={"tensors_sha256": digest})
     write_bytes(folder / PLAN_FILE, plan_to_json(saved).encode())
@@ -203,12 +205,13 @@ def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
     if not path.is_file():
         raise PlanError(f"{path}: no plan. Run `treeq-export search --run {folder}` first.")
     try:
-        raw = json.loads(path.read_bytes())
+        raw: Any = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(
             f"{path}: not JSON ({error}). Run `treeq-export search --run {folder}` again."
         ) from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
+    fields = cast(dict[str, Any], raw) if isinstance(raw, dict) else {}
+    version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise PlanError(
             f"{path}: format_version {version}, expected {FORMAT_VERSION}. "
@@ -258,8 +261,7 @@ def load_tensors(folder: Path, plan: Plan) -> Tensors:
             f"Run `treeq-export calibrate --run {folder}` again."
         )
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors: Tensors = _storage.load_file(path)
     except SafetensorError as error:
         raise PlanError(f"{path}: {error}. Calibrate again.") from error
     for layer in plan.layers:

@@ -208,7 +208,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = " ".join(str(error).split())
         raise RecipeError(f"{path}: not YAML: {text}") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: received {type(raw).__name__}, expected sections such as model:")
+        raise RecipeError(
+            f"{path}: received {type(raw).__name__}, expected sections such as model:"
+        )
     for override in overrides:
         _apply_override(raw, override)
     try:

@@ -1,7 +1,7 @@
 """Results of the stages, as records. One record, many views: terminal, JSON and HTML read these.
 
-    compile.json   CompileRecord      parity.json   ParityRecord
-    bench.json     BenchRecord        quality.json  QualityRecord
+compile.json: CompileRecord; parity.json: ParityRecord; bench.json: BenchRecord; quality.json:
+QualityRecord.
 """
 
 import json
@@ -235,9 +235,7 @@ def load_record(path: Path, kind: type[Model], stage: str) -> Model:
         PlanError: Missing or malformed; names the stage to run first.
     """
     if not path.is_file():
-        raise PlanError(
-            f"{path}: missing. Run `treeq-export {stage} --run {path.parent}` first."
-        )
+        raise PlanError(f"{path}: missing. Run `treeq-export {stage} --run {path.parent}` first.")
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:

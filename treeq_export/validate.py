@@ -144,7 +144,9 @@ def compare_layer(
     )
 
 
-def run_with_layers(run: Path, target: str, sites: list[LayerSite], trace: Trace) -> Mapping[str, Array]:
+def run_with_layers(
+    run: Path, target: str, sites: list[LayerSite], trace: Trace
+) -> Mapping[str, Array]:
     """Run a target's whole network and return every layer's output by value name."""
     model = load_compiled(run, target)
     values = ir.convenience.create_value_mapping(model.graph)
@@ -226,9 +228,7 @@ def compare_target(
     for site in sites:
         full = linear_of(denoiser, plan.layer(site.name))
         probe = LayerProbe(model, site)
-        layers.append(
-            compare_layer(probe, references[site.name], full, trace, inside[site.output])
-        )
+        layers.append(compare_layer(probe, references[site.name], full, trace, inside[site.output]))
         on_layer()
     sqnr = sqnr_db(trace.output, output)
     gates = make_gates(target, sqnr, layers, limits)

@@ -146,9 +146,7 @@ def read_run(run: Path) -> RunRecord:
     """
     path = run / RUN_FILE
     if not path.is_file():
-        raise PlanError(
-            f"{path}: missing. Run `treeq-export run RECIPE --out {run}` first."
-        )
+        raise PlanError(f"{path}: missing. Run `treeq-export run RECIPE --out {run}` first.")
     try:
         return RunRecord.model_validate(json.loads(path.read_bytes()))
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:

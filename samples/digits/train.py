@@ -20,10 +20,11 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from torch import nn
@@ -32,7 +33,7 @@ from torch.nn import functional
 HERE = Path(__file__).parent
 NULL_CLASS = 10
 NUM_TRAIN = 1500
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,
     "in_channels": 1,
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
 
 def load_images() -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (1797, 1, 8, 8) in [-1, 1] and labels, in a seeded order."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -96,11 +97,11 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 
 def make_model() -> DiTTransformer2DModel:
-    """Return the untrained model: adaLN and output start at zero, labels are dropped by the caller."""
+    """Return the untrained model: adaLN and output start at zero; the caller drops labels."""
     model = DiTTransformer2DModel(**CONFIG)
     for module in model.modules():
         if type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = 0.0  # each block would drop its own labels otherwise
+            vars(module)["dropout_prob"] = 0.0  # each block would drop its own labels otherwise
     for name, parameter in model.named_parameters():
         if "norm1.linear" in name or "proj_out_2" in name:
             nn.init.zeros_(parameter)
@@ -111,9 +112,7 @@ def train_model(images: torch.Tensor, labels: torch.Tensor, steps: int) -> DiTTr
     """Train for a fixed number of steps and return the exponential moving average."""
     model = make_model().train()
     average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
@@ -141,7 +140,8 @@ def train_model(images: torch.Tensor, labels: torch.Tensor, steps: int) -> DiTTr
         if step % 100 == 0:
             elapsed = time.monotonic() - started
             left = elapsed / step * (steps - step)
-            print(f"step {step}/{steps} loss {np.mean(losses[-100:]):.4f} {left:.0f} s left", flush=True)
+            loss_mean = np.mean(losses[-100:])
+            print(f"step {step}/{steps} loss {loss_mean:.4f} {left:.0f} s left", flush=True)
     return average
 
 
@@ -176,7 +176,7 @@ def save_reference(classifier: Classifier, images: torch.Tensor, path: Path) -> 
 
 def main() -> None:
     """Train everything and write it beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Train the digits sample from scratch.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE)

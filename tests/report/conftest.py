@@ -29,7 +29,8 @@ from treeq_export.records import (
     TargetParity,
     save_record,
 )
-from treeq_export.report import Report, print_report, write_report
+from treeq_export.report import Report, figures, print_report, write_report
+from treeq_export.report.summary import read_evidence, summarize
 
 # A 2x1 greyscale PNG.
 PNG = bytes.fromhex(
@@ -220,6 +221,19 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe(name="tiny-w4a4", model=ModelSection(checkpoint=str(tmp_path / "checkpoint")))
 
 
+STAGES = {"search": 0.5, "calibrate": 130.0}
+
+
+@pytest.fixture
+def build(run: Path, recipe: Recipe) -> Callable[[], Report]:
+    """Return a function that builds the report of `run` without writing files."""
+
+    def build_now() -> Report:
+        return summarize(read_evidence(run, recipe, []), STAGES)
+
+    return build_now
+
+
 @pytest.fixture
 def write(run: Path, recipe: Recipe) -> Callable[[], Report]:
     """Return a function that writes the report of `run`."""
@@ -227,7 +241,7 @@ def write(run: Path, recipe: Recipe) -> Callable[[], Report]:
     def write_now() -> Report:
         return write_report(
             run,
-            stages={"search": 0.5, "calibrate": 130.0},
+            stages=STAGES,
             recipe=recipe,
             commands=["treeq-export run recipe.yaml --out runs/tiny"],
         )
@@ -236,7 +250,7 @@ def write(run: Path, recipe: Recipe) -> Callable[[], Report]:
 
 
 @pytest.fixture
-def page(run: Path, write: Callable[[], Report]) -> Callable[[], str]:
+def full_page(run: Path, write: Callable[[], Report]) -> Callable[[], str]:
     """Return a function that writes the report of `run` and reads its page."""
 
     def read() -> str:
@@ -244,6 +258,14 @@ def page(run: Path, write: Callable[[], Report]) -> Callable[[], str]:
         return (run / "report.html").read_text(encoding="utf-8")
 
     return read
+
+
+@pytest.fixture
+def page(full_page: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """The same without plots, which take most of the time."""
+    for name in ("draw_parity", "draw_speed", "draw_sizes"):
+        monkeypatch.setattr(figures, name, lambda *_: "")
+    return full_page
 
 
 @pytest.fixture

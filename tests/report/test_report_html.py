@@ -59,8 +59,8 @@ class Outline(HTMLParser):
         return [attrs[attribute] or "" for _, attrs in self.tags if attribute in attrs]
 
 
-def test_page_is_well_formed_with_unique_ids_and_working_links(page: Page) -> None:
-    outline = Outline(page())
+def test_page_is_well_formed_with_unique_ids_and_working_links(full_page: Page) -> None:
+    outline = Outline(full_page())
     ids = outline.values("id")
     assert len(ids) == len(set(ids))
     links = outline.values("href")
@@ -69,8 +69,8 @@ def test_page_is_well_formed_with_unique_ids_and_working_links(page: Page) -> No
     assert all(link.startswith("#") for link in links)
 
 
-def test_page_loads_nothing(page: Page) -> None:
-    text = page()
+def test_page_loads_nothing(full_page: Page) -> None:
+    text = full_page()
     outline = Outline(text)
     assert not re.search(r"https?://", text)
     assert "@import" not in text
@@ -81,16 +81,16 @@ def test_page_loads_nothing(page: Page) -> None:
     )
 
 
-def test_page_depends_on_its_inputs_only(run: Path, page: Page) -> None:
-    first = page()
+def test_page_depends_on_its_inputs_only(run: Path, full_page: Page) -> None:
+    first = full_page()
     (run / "report.html").unlink()
-    assert page() == first
+    assert full_page() == first
 
 
 def test_page_is_the_same_wherever_the_run_lies(
-    run: Path, page: Page, recipe: Recipe, tmp_path: Path
+    run: Path, full_page: Page, recipe: Recipe, tmp_path: Path
 ) -> None:
-    text = page()
+    text = full_page()
     moved = tmp_path / "elsewhere" / "deeper" / "runs" / "tiny"
     moved.parent.mkdir(parents=True)
     run.rename(moved)
@@ -111,7 +111,7 @@ def test_page_shows_verdict_and_key_figures(page: Page) -> None:
     assert "✓ All 5 gates passed" in text
     assert "Average bits W 5.00 · A 13.67 over 3 layers" in text
     assert "Smaller than float32, portable 2.10x portable: 2 kB (2.10x) ort: 800 B (5.25x)" in text
-    assert "Faster than float32, portable 1.50x portable: 1.50x [1.38, 1.62]" in text
+    assert "Speed against float32, portable 1.50x portable: 1.50x [1.38, 1.62]" in text
     assert "ort: 0.80x [0.68, 0.93] slower against ort_fp32, batch 2" in text
     assert "Fréchet distance 3.25 → 3.75" in text
     assert "Class accuracy 98.5 % → 97.0 %" in text
@@ -167,21 +167,33 @@ def test_page_says_how_to_measure_what_is_missing(
 
 
 def test_page_of_a_run_without_any_measurement(
-    run: Path, page: Page, compiled: CompileRecord
+    run: Path, full_page: Page, compiled: CompileRecord
 ) -> None:
     for section in ("parity", "bench", "quality"):
         (run / f"{section}.json").unlink()
     save_record(run / "compile.json", compiled.model_copy(update={"targets": []}))
-    text = Outline(page()).text
+    text = Outline(full_page()).text
     assert "Incomplete: parity, quality, bench not measured" in text
     assert "Smaller than float32 not measured no target compiled" in text
     assert "No gate was measured." in text
     assert "No quantized target was compiled." in text
 
 
+def test_page_of_records_without_entries(
+    run: Path, full_page: Page, make_parity: Callable[..., ParityRecord], bench: BenchRecord
+) -> None:
+    empty = make_parity().model_copy(update={"targets": []})
+    save_record(run / "parity.json", empty)
+    nothing = {"rows": [], "memory": [], "speedups": [], "environment": {}}
+    save_record(run / "bench.json", bench.model_copy(update=nothing))
+    text = Outline(full_page()).text
+    assert "Parity, end to end not measured" in text
+    assert "No baseline was timed, so there is no ratio." in text
+
+
 def test_page_escapes_what_comes_from_the_run(
     run: Path,
-    page: Page,
+    full_page: Page,
     plan: Plan,
     make_parity: Callable[..., ParityRecord],
     bench: BenchRecord,
@@ -202,7 +214,7 @@ def test_page_escapes_what_comes_from_the_run(
     save_record(run / "parity.json", record.model_copy(update={"targets": [broken]}))
     environment = {hostile: "</pre><img src=x onerror=alert(1)>"}
     save_record(run / "bench.json", bench.model_copy(update={"environment": environment}))
-    text = page()
+    text = full_page()
     outline = Outline(text)
     assert hostile not in text
     assert "<img src=x" not in text
@@ -212,10 +224,10 @@ def test_page_escapes_what_comes_from_the_run(
 
 
 def test_page_shows_infinity_and_nan_as_words(
-    run: Path, page: Page, make_parity: Callable[..., ParityRecord]
+    run: Path, full_page: Page, make_parity: Callable[..., ParityRecord]
 ) -> None:
     save_record(run / "parity.json", make_parity(math.nan))
-    text = Outline(page()).text
+    text = Outline(full_page()).text
     assert "blocks.0.attn.to_q 3/4 inf 0 " in text
     assert "blocks.0.ff.up (nan dB)" in text
     assert "ort least layer sqnr_db nan ≥ 40 ✗ failed" in text
@@ -296,7 +308,7 @@ def test_page_says_when_there_is_no_float32_graph(
 def test_page_without_a_baseline_gives_no_ratio(run: Path, page: Page, bench: BenchRecord) -> None:
     save_record(run / "bench.json", bench.model_copy(update={"speedups": []}))
     text = Outline(page()).text
-    assert "Faster than float32 not measured no baseline was timed" in text
+    assert "Speed against float32 not measured no baseline was timed" in text
     assert "No baseline was timed, so there is no ratio." in text
 
 
@@ -336,7 +348,7 @@ def test_page_draws_the_heat_map_with_holes(page: Page) -> None:
     assert 'class="cell branch" title="blocks.1.ff.up: 8 → 16;' in table
 
 
-def test_page_of_three_hundred_layers(run: Path, page: Page, plan: Plan) -> None:
+def test_page_of_three_hundred_layers(run: Path, full_page: Page, plan: Plan) -> None:
     layers = tuple(
         plan.layers[1].model_copy(
             update={
@@ -350,7 +362,7 @@ def test_page_of_three_hundred_layers(run: Path, page: Page, plan: Plan) -> None
         for position in "abcdefghij"
     )
     save_plan(run, plan.model_copy(update={"layers": layers}))
-    text = page()
+    text = full_page()
     assert text.count('<div class="cell"') == 300
     assert 'class="heat compact"' in text
     assert "300 quantized layers" in Outline(text).text
@@ -372,8 +384,7 @@ def test_page_states_the_digest_of_an_uncalibrated_plan(run: Path, page: Page, p
     assert "plan.safetensors, SHA-256 not calibrated" in Outline(page()).text
 
 
-def test_a_report_read_back_cannot_make_a_page(run: Path, page: Page) -> None:
-    page()
-    again = Report.model_validate_json((run / "report.json").read_bytes())
+def test_a_report_read_back_cannot_make_a_page(build: Callable[[], Report]) -> None:
+    again = Report.model_validate_json(build().model_dump_json())
     with pytest.raises(ValueError, match="build the report anew"):
         render_html(again)

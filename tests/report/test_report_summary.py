@@ -22,10 +22,11 @@ from treeq_export.report.summary import (
     Verdict,
     baseline_speedups,
     judge,
+    report_to_json,
     sort_worst_first,
 )
 
-Write = Callable[[], Report]
+Build = Callable[[], Report]
 
 
 def read_strictly(run: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def verdict_of(report: Report) -> Verdict:
     return judge(report.evidence)
 
 
-def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Write) -> None:
+def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Build) -> None:
     write()
     layers = [
         {"name": "blocks.0.attn.to_q", "sqnr_db": "Infinity", "equal_code_fraction": 1.0},
@@ -88,7 +89,7 @@ def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Write)
     }
 
 
-def test_report_json_reads_back_as_it_was(run: Path, write: Write) -> None:
+def test_report_json_reads_back_as_it_was(run: Path, write: Build) -> None:
     report = write()
     again = Report.model_validate_json((run / "report.json").read_bytes())
     assert again.model_dump() == report.model_dump()
@@ -98,15 +99,14 @@ def test_report_json_reads_back_as_it_was(run: Path, write: Write) -> None:
     assert again.evidence is None
 
 
-def test_report_json_cannot_bring_its_own_evidence(run: Path, write: Write) -> None:
-    write()
-    forged = {**read_strictly(run), "evidence": {"run": "elsewhere"}}
+def test_report_json_cannot_bring_its_own_evidence(build: Build) -> None:
+    forged = {**report_to_json(build()), "evidence": {"run": "elsewhere"}}
     with pytest.raises(ValidationError, match="evidence"):
         Report.model_validate_json(json.dumps(forged))
 
 
 def test_numbers_that_are_not_finite_are_strings(
-    run: Path, write: Write, make_parity: Callable[..., ParityRecord], bench: BenchRecord
+    run: Path, write: Build, make_parity: Callable[..., ParityRecord], bench: BenchRecord
 ) -> None:
     save_record(run / "parity.json", make_parity(math.nan))
     odd = bench.model_copy(update={"environment": {"load": [math.nan, -math.inf]}})
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_are_strings(
 
 
 @pytest.mark.parametrize("section", ["parity", "bench", "quality"])
-def test_a_section_that_was_not_measured_is_null(run: Path, write: Write, section: str) -> None:
+def test_a_section_that_was_not_measured_is_null(run: Path, write: Build, section: str) -> None:
     (run / f"{section}.json").unlink()
     report = write()
     content = read_strictly(run)
@@ -128,20 +128,19 @@ def test_a_section_that_was_not_measured_is_null(run: Path, write: Write, sectio
     assert verdict_of(report).headline == f"Incomplete: {section} not measured"
 
 
-def test_a_missing_compile_record_names_the_stage(run: Path, write: Write) -> None:
+def test_a_missing_compile_record_names_the_stage(run: Path, build: Build) -> None:
     (run / "compile.json").unlink()
     with pytest.raises(PlanError, match=r"compile\.json: missing\. Run `treeq-export compile"):
-        write()
-    assert not (run / "report.json").exists()
+        build()
 
 
-def test_a_malformed_record_is_an_error_and_not_unmeasured(run: Path, write: Write) -> None:
+def test_a_malformed_record_is_an_error_and_not_unmeasured(run: Path, build: Build) -> None:
     (run / "parity.json").write_text('{"batch_size": 8}')
     with pytest.raises(PlanError, match=r"parity\.json: malformed\. Run `treeq-export validate"):
-        write()
+        build()
 
 
-def test_a_page_that_cannot_be_written_leaves_no_summary(run: Path, write: Write) -> None:
+def test_a_page_that_cannot_be_written_leaves_no_summary(run: Path, write: Build) -> None:
     (run / "report.html").mkdir()
     with pytest.raises(OutputError, match=r"report\.html"):
         write()
@@ -150,11 +149,11 @@ def test_a_page_that_cannot_be_written_leaves_no_summary(run: Path, write: Write
 
 
 def test_speedup_falls_back_to_the_first_baseline(
-    run: Path, write: Write, bench: BenchRecord
+    run: Path, build: Build, bench: BenchRecord
 ) -> None:
     others = [speedup for speedup in bench.speedups if speedup.baseline != "ort_fp32"]
     save_record(run / "bench.json", bench.model_copy(update={"speedups": others}))
-    report = write()
+    report = build()
     assert report.bench is not None
     assert report.bench.speedup["portable"].ratio == 2.0
 
@@ -171,32 +170,31 @@ def test_speedup_is_of_the_first_batch_and_one_baseline(bench: BenchRecord) -> N
 
 
 def test_size_without_a_float32_graph_is_four_bytes_a_parameter(
-    run: Path, write: Write, compiled: CompileRecord
+    run: Path, build: Build, compiled: CompileRecord
 ) -> None:
     save_record(run / "compile.json", CompileRecord(targets=compiled.targets[:-1]))
-    assert write().size == {"fp32_bytes": 4000, "portable": 2000, "ort": 800}
+    assert build().size == {"fp32_bytes": 4000, "portable": 2000, "ort": 800}
 
 
 def test_scores_without_a_classifier_stay_null(
-    run: Path, write: Write, quality: QualityRecord
+    run: Path, build: Build, quality: QualityRecord
 ) -> None:
     fp = quality.fp.model_copy(update={"frechet_distance": None, "class_accuracy": None})
     save_record(run / "quality.json", quality.model_copy(update={"fp": fp}))
-    write()
-    content = read_strictly(run)
+    content = report_to_json(build())
     assert content["quality"]["fp"] == {"frechet_distance": None, "class_accuracy": None}
 
 
-def test_verdict_passes_when_all_gates_do(write: Write) -> None:
-    assert verdict_of(write()) == Verdict("passed", "All 5 gates passed", (), ())
+def test_verdict_passes_when_all_gates_do(build: Build) -> None:
+    assert verdict_of(build()) == Verdict("passed", "All 5 gates passed", (), ())
 
 
 def test_verdict_names_what_failed(
-    run: Path, write: Write, make_parity: Callable[..., ParityRecord]
+    run: Path, build: Build, make_parity: Callable[..., ParityRecord]
 ) -> None:
     save_record(run / "parity.json", make_parity(31.25))
     (run / "quality.json").unlink()
-    verdict = verdict_of(write())
+    verdict = verdict_of(build())
     assert verdict.state == "failed"
     assert verdict.headline == "1 of 4 gates failed"
     assert verdict.failed == ("ort least layer sqnr_db",)
@@ -204,17 +202,17 @@ def test_verdict_names_what_failed(
 
 
 def test_verdict_fails_for_a_target_that_did_not_pass_for_another_reason(
-    run: Path, write: Write, make_parity: Callable[..., ParityRecord]
+    run: Path, build: Build, make_parity: Callable[..., ParityRecord]
 ) -> None:
     record = make_parity()
     broken = record.targets[0].model_copy(update={"passed": False, "gates": []})
     save_record(run / "parity.json", record.model_copy(update={"targets": [broken]}))
-    verdict = verdict_of(write())
+    verdict = verdict_of(build())
     assert (verdict.state, verdict.failed) == ("failed", ("portable parity",))
 
 
-def test_verdict_without_gates_is_no_pass(write: Write) -> None:
-    evidence = write().evidence
+def test_verdict_without_gates_is_no_pass(build: Build) -> None:
+    evidence = build().evidence
     assert evidence is not None
     assert evidence.parity is not None
     assert evidence.quality is not None
@@ -227,8 +225,8 @@ def test_verdict_without_gates_is_no_pass(write: Write) -> None:
     assert "No gate was set" in judge(bare).headline
 
 
-def test_targets_begin_with_the_one_that_made_the_images(write: Write) -> None:
-    evidence = write().evidence
+def test_targets_begin_with_the_one_that_made_the_images(build: Build) -> None:
+    evidence = build().evidence
     assert evidence is not None
     assert evidence.targets == ["portable", "ort"]
     assert replace(evidence, quality=None).targets == ["ort", "portable"]

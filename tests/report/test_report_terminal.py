@@ -7,7 +7,7 @@ import pytest
 from treeq_export.records import LayerParity, ParityRecord, QualityRecord, save_record
 from treeq_export.report import Report
 
-Write = Callable[[], Report]
+Build = Callable[[], Report]
 PrintText = Callable[[Report], str]
 
 
@@ -16,9 +16,9 @@ def lines_with(text: str, *words: str) -> list[str]:
 
 
 def test_print_shows_the_numbers_of_every_section(
-    run: Path, write: Write, print_text: PrintText
+    run: Path, build: Build, print_text: PrintText
 ) -> None:
-    text = print_text(write())
+    text = print_text(build())
     assert lines_with(text, "average weight bits", "5.00")
     assert lines_with(text, "branch parameters", "12.5 %")
     assert lines_with(text, "Frechet distance", "3.250", "3.750")
@@ -35,9 +35,9 @@ def test_print_shows_the_numbers_of_every_section(
 
 
 def test_print_gives_a_ratio_with_interval_for_every_batch(
-    write: Write, print_text: PrintText
+    build: Build, print_text: PrintText
 ) -> None:
-    text = print_text(write())
+    text = print_text(build())
     rows = [line.split() for line in lines_with(text, " .. ")]
     assert [row[:4] for row in rows] == [
         ["portable", "2", "4", "1.50x"],
@@ -49,10 +49,10 @@ def test_print_gives_a_ratio_with_interval_for_every_batch(
 
 
 def test_print_names_the_failing_gate(
-    run: Path, write: Write, print_text: PrintText, make_parity: Callable[..., ParityRecord]
+    run: Path, build: Build, print_text: PrintText, make_parity: Callable[..., ParityRecord]
 ) -> None:
     save_record(run / "parity.json", make_parity(31.25))
-    text = print_text(write())
+    text = print_text(build())
     assert lines_with(text, "ort least layer sqnr_db", "31.25", ">= 40", "FAILED")
     assert lines_with(text, "portable least layer sqnr_db", "96.5", ">= 40", "passed")
     assert lines_with(text, "Parity of ort", "FAILED")
@@ -63,16 +63,16 @@ def test_print_names_the_failing_gate(
     ("section", "stage"), [("parity", "validate"), ("bench", "bench"), ("quality", "evaluate")]
 )
 def test_print_says_how_to_measure_what_is_missing(
-    run: Path, write: Write, print_text: PrintText, section: str, stage: str
+    run: Path, build: Build, print_text: PrintText, section: str, stage: str
 ) -> None:
     (run / f"{section}.json").unlink()
-    text = print_text(write())
+    text = print_text(build())
     assert f"{section}: not measured: run `treeq-export {stage} --run {run}`" in text
     assert f"Incomplete: {section} not measured" in text
 
 
 def test_print_shows_the_worst_five_layers_in_order(
-    run: Path, write: Write, print_text: PrintText, make_parity: Callable[..., ParityRecord]
+    run: Path, build: Build, print_text: PrintText, make_parity: Callable[..., ParityRecord]
 ) -> None:
     record = make_parity()
     layers = [
@@ -89,7 +89,7 @@ def test_print_shows_the_worst_five_layers_in_order(
     ]
     target = record.targets[0].model_copy(update={"layers": layers})
     save_record(run / "parity.json", record.model_copy(update={"targets": [target]}))
-    text = print_text(write())
+    text = print_text(build())
     assert lines_with(text, "worst 5 of 7 layers")
     shown = [line.split()[:2] for line in lines_with(text, "layer", "100.00 %")]
     assert shown == [
@@ -102,32 +102,31 @@ def test_print_shows_the_worst_five_layers_in_order(
 
 
 def test_print_takes_names_literally(
-    run: Path, write: Write, print_text: PrintText, make_parity: Callable[..., ParityRecord]
+    run: Path, build: Build, print_text: PrintText, make_parity: Callable[..., ParityRecord]
 ) -> None:
     record = make_parity()
     layers = [record.targets[0].layers[0].model_copy(update={"name": "[red]odd[/red]"})]
     target = record.targets[0].model_copy(update={"layers": layers})
     save_record(run / "parity.json", record.model_copy(update={"targets": [target]}))
-    assert "[red]odd[/red]" in print_text(write())
+    assert "[red]odd[/red]" in print_text(build())
 
 
 def test_print_says_not_measured_without_a_classifier(
-    run: Path, write: Write, print_text: PrintText, quality: QualityRecord
+    run: Path, build: Build, print_text: PrintText, quality: QualityRecord
 ) -> None:
     blank = {"frechet_distance": None, "class_accuracy": None}
     fp, quantized = (s.model_copy(update=blank) for s in (quality.fp, quality.quantized))
     changed = quality.model_copy(update={"fp": fp, "quantized": quantized})
     save_record(run / "quality.json", changed)
-    text = print_text(write())
+    text = print_text(build())
     assert lines_with(text, "Frechet distance")[0].count("not measured") == 2
     assert lines_with(text, "class accuracy")[0].count("not measured") == 2
 
 
 def test_print_of_a_report_read_back_has_all_but_gates_and_memory(
-    run: Path, write: Write, print_text: PrintText
+    build: Build, print_text: PrintText
 ) -> None:
-    write()
-    again = Report.model_validate_json((run / "report.json").read_bytes())
+    again = Report.model_validate_json(build().model_dump_json())
     text = print_text(again)
     assert lines_with(text, "portable", "1.50x", "1.38 .. 1.62")
     assert lines_with(text, "Parity of ort", "47.5 dB")

@@ -1,7 +1,9 @@
 """What a measurement depends on, in words that do not name the machine or its folders."""
 
+import logging
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ INSTRUCTION_SETS = (
     "sve",
 )
 _CPU_INFO = Path("/proc/cpuinfo")
+
+_log = logging.getLogger(__name__)
 
 
 def read_cpu(cpu_info: Path = _CPU_INFO) -> tuple[str, list[str]]:
@@ -88,3 +92,26 @@ def describe_environment(threads: int) -> dict[str, Any]:
         "numpy": version_of("numpy"),
         "treeq_export": __version__,
     }
+
+
+def warn_if_busy(environment: Mapping[str, Any]) -> bool:
+    """Warn when more programs want to run than there are cores.
+
+    A scheduler's time slice of a few milliseconds is then added to a part of the times.
+
+    Args:
+        environment: From `describe_environment`.
+
+    Returns:
+        Whether it warned.
+    """
+    load, cores = environment["load_average"][0], environment["cores"]
+    if load <= cores:
+        return False
+    _log.warning(
+        "The load average is %.1f on %d cores: other programs disturb the times. "
+        "Run bench again when they are done.",
+        load,
+        cores,
+    )
+    return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from treeq_export.bench.environment import describe_environment
+from treeq_export.bench.environment import describe_environment, warn_if_busy
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer
 from treeq_export.bench.timing import compare_times, time_rounds
@@ -16,6 +16,8 @@ from treeq_export.errors import PlanError, RunnerError
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
 
+# The processes of bench.memory import this package too, and one runtime only: what needs PyTorch,
+# ONNX or ONNX Runtime is imported where it is used.
 if TYPE_CHECKING:
     from treeq_export.model.zoo import Denoiser
 
@@ -59,6 +61,7 @@ def run_bench(
         OutputError: The folder cannot be written to.
     """
     environment = describe_environment(section.threads)
+    warn_if_busy(environment)
     environment |= {"rounds": section.rounds, "warmup": section.warmup, "seed": seed}
     example = _example_inputs(denoiser, section.batch_sizes[0], seed)
     paths = _find_models(run, denoiser, targets, seed)
@@ -120,13 +123,15 @@ def _find_models(
     run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int
 ) -> dict[str, Path]:
     """Return the model file of every target but torch_fp32; the peer is made where needed."""
+    from treeq_export.runners.compiled import model_path
+
     folders = {target: target for target in targets if target not in (TORCH, FP32, PEER)}
     from_fp32 = [target for target in targets if target in (FP32, PEER)]
     if from_fp32:
         folders[FP32] = "fp32"
     paths: dict[str, Path] = {}
     for target, folder in folders.items():
-        path = run.absolute() / "onnx" / folder / "model.onnx"
+        path = model_path(run.absolute(), folder)
         if not path.is_file():
             raise PlanError(
                 f"{path}: missing; target {from_fp32[0] if target == FP32 else target} needs it. "
@@ -137,7 +142,9 @@ def _find_models(
         calibration = [
             _example_inputs(denoiser, 2, seed + batch) for batch in range(NUM_CALIBRATION_BATCHES)
         ]
-        paths[PEER] = make_int8_peer(paths[FP32], run.absolute() / "onnx" / PEER, calibration)
+        paths[PEER] = make_int8_peer(
+            paths[FP32], model_path(run.absolute(), PEER).parent, calibration
+        )
     return paths
 
 
@@ -161,7 +168,6 @@ def _make_progress(total: int, on_step: Callable[[float], None]) -> Callable[[],
 def _open(
     target: str, paths: Mapping[str, Path], denoiser: "Denoiser", threads: int
 ) -> AbstractContextManager[Any]:
-    # Imported here: the processes of bench.memory import this package and one runtime only.
     if target == TORCH:
         from treeq_export.runners.torch_runner import TorchRunner
 

@@ -62,9 +62,7 @@ def _static_shape(value: ir.Value | None) -> list[int]:
     return [int(d) for d in value.shape.numpy()]
 
 
-def _add(
-    model: ir.Model, overload: str, op_type: str, make: Callable[[], ir.Function]
-) -> None:
+def _add(model: ir.Model, overload: str, op_type: str, make: Callable[[], ir.Function]) -> None:
     if (DOMAIN, op_type, overload) not in model.functions:
         function = make()
         model.functions[function.identifier()] = function

@@ -56,9 +56,7 @@ def optimized_graph(path: Path, folder: Path) -> ir.Model:
     return ir.load(folder / "optimized.onnx")
 
 
-def audit_graph(
-    path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]
-) -> list[AuditLayer]:
+def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> list[AuditLayer]:
     """Say what every quantized layer became in ONNX Runtime.
 
     Args:

@@ -47,10 +47,7 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value
     """Return the initializer of that name, adding it where it is missing."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(value)
+        graph.register_initializer(ir.val(name, const_value=tensor))
     return graph.initializers[name]
 
 
@@ -83,9 +80,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         scales = scales[:, None, :]
     else:
         scales = scales[0]
-    weight = _weight_value(
-        graph, writer, f"{name}.weight_quantized", codes, signature.weight_bits
-    )
+    weight = _weight_value(graph, writer, f"{name}.weight_quantized", codes, signature.weight_bits)
     bias = node.inputs[3] if signature.has_bias else None
     y = write_qlinear(
         writer,

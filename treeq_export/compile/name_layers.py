@@ -53,4 +53,3 @@ def _layer_output(node: ir.Node) -> ir.Value:
             producer.name = f"{layer_name(node)}/branch"
             return consumers[0].outputs[0]
     return output
-

@@ -78,7 +78,8 @@ def read_signature(node: ir.Node) -> QLinearSignature:
     """
     x, planes = node.inputs[0], node.inputs[1]
     assert planes is not None
-    if x is None or x.shape is None or not isinstance(x.shape[-1], int):
+    in_features = None if x is None or x.shape is None else x.shape[-1]
+    if x is None or x.shape is None or not isinstance(in_features, int):
         raise CompileError(f"{layer_name(node)}: the exported graph does not say the shape of x.")
     attributes = node.attributes
     return QLinearSignature(
@@ -88,7 +89,7 @@ def read_signature(node: ir.Node) -> QLinearSignature:
         act_step=attributes["act_step"].as_float(),
         rotation_group=attributes["rotation_group"].as_int(),
         group_size=attributes["group_size"].as_int(),
-        in_features=x.shape[-1],
+        in_features=in_features,
         out_features=attributes["out_features"].as_int(),
         rank=len(x.shape),
         has_bias=len(node.inputs) > 3 and node.inputs[3] is not None,
@@ -97,6 +98,4 @@ def read_signature(node: ir.Node) -> QLinearSignature:
 
 def nodes_of(model: ir.Model, op_type: str) -> list[ir.Node]:
     """Return the graph's nodes `treeq::<op_type>` in order."""
-    return [
-        node for node in model.graph if node.domain == DOMAIN and node.op_type == op_type
-    ]
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == op_type]

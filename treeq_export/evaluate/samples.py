@@ -22,6 +22,7 @@ from treeq_export.artefacts import atomic_path, sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import PLAN_FILE, TENSORS_FILE
+from treeq_export.runners.compiled import model_path
 
 _TENSOR = "samples"
 _KEY = "fingerprint"
@@ -58,7 +59,7 @@ def digest_quantized(run: Path, runner: str) -> str:
     if runner == "torch":
         stage, files = "calibrate", [run / PLAN_FILE, run / TENSORS_FILE]
     else:
-        path = run / "onnx" / runner / "model.onnx"
+        path = model_path(run, runner)
         stage, files = "compile", [path, *sorted(path.parent.glob(f"{path.name}.*"))]
     for file in files:
         if not file.is_file():

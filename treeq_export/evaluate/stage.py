@@ -38,6 +38,12 @@ FP = "fp"
 QUANTIZED = "quantized"
 LABELS = "class_labels"
 
+_REMEDIES = {
+    FP: "Check the checkpoint and the sampler section: nothing is quantized here.",
+    QUANTIZED: "`treeq-export validate` lists every layer's error; give the worst more bits, "
+    "or put them into search.exclude.",
+}
+
 Images = dict[str, NDArray[np.float32]]
 
 
@@ -179,13 +185,6 @@ class _Sampler:
         self.on_step(self.num_done / total)
         check_finite(samples, f"{runner}, seed {seed}", _REMEDIES[side])
         return samples
-
-
-_REMEDIES = {
-    FP: "Check the checkpoint and the sampler section: nothing is quantized here.",
-    QUANTIZED: "`treeq-export validate` names the first layer that differs; give it more bits, or "
-    "put it into search.exclude.",
-}
 
 
 def check_gates(gates: QualityGates, judge: Judge, *, has_labels: bool) -> None:

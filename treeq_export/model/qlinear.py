@@ -51,8 +51,10 @@ class QLinear(nn.Module):
         step = tensors.get("activation_step")
         # The exported attribute: reading a parameter while it is traced is not possible.
         self.step = 0.0 if step is None else float(step[0])
-        self.activation_step = None if step is None else nn.Parameter(
-            torch.from_numpy(step.copy()), requires_grad=False
+        self.activation_step = (
+            None
+            if step is None
+            else nn.Parameter(torch.from_numpy(step.copy()), requires_grad=False)
         )
         self.branch = None
         if layer.branch is not None:
@@ -93,7 +95,7 @@ class QLinear(nn.Module):
         return scale.clamp_min(SCALE_FLOOR)
 
     def quantize(self, rotated: Tensor, scale: Tensor) -> Tensor:
-        """Return the activation codes (..., K) as floating point, with straight-through gradient."""
+        """Return the codes (..., K) as floating point; gradients pass straight through."""
         assert self.layer.activation.bits is not None
         qmin, qmax = code_range(self.layer.activation.bits)
         clipped = torch.clamp(rotated * (1.0 / scale), qmin, qmax)

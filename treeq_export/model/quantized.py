@@ -38,9 +38,7 @@ def linear_of(denoiser: Denoiser, layer: LayerPlan) -> nn.Linear:
     return module
 
 
-def quantize_model(
-    denoiser: Denoiser, plan: Plan, tensors: Mapping[str, NDArray[Any]]
-) -> Denoiser:
+def quantize_model(denoiser: Denoiser, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> Denoiser:
     """Return a copy of the model whose planned linears are `QLinear`.
 
     Args:

@@ -1,7 +1,7 @@
 """The arithmetic of a quantized linear, in numpy. Every backend is compared with this file.
 
     x'   = x H_g
-    s_x  = step * rms(x')  |  step * max|x'|  |  step        token_rms | token_absmax | tensor_static
+    s_x  = step * rms(x')  |  step * max|x'|  |  step       token_rms | token_absmax | tensor_static
     q_x  = clip(rint(x' * (1 / s_x)))                        reciprocal, round half to even
     acc  = q_x q_w^T                                         int32, exact
     y    = (acc * s_w) * s_x + M x + b
@@ -113,7 +113,9 @@ def dequantize_weight(codes: NDArray[np.int8], scale: FloatArray) -> FloatArray:
     return (grouped * scale[:, :, None]).reshape(n, k)
 
 
-def accumulate(q_x: NDArray[np.int8], q_w: NDArray[np.int8], num_groups: int = 1) -> NDArray[np.int32]:
+def accumulate(
+    q_x: NDArray[np.int8], q_w: NDArray[np.int8], num_groups: int = 1
+) -> NDArray[np.int32]:
     """Return the exact integer products, one per group of input channels.
 
     Args:

@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import hadamard as sylvester
 
 
 @cache
@@ -25,7 +24,10 @@ def hadamard(group: int) -> NDArray[np.float64]:
     >>> hadamard(2).round(3).tolist()
     [[0.707, 0.707], [0.707, -0.707]]
     """
-    matrix = sylvester(group).astype(np.float64) / np.sqrt(group)
+    matrix = np.ones((1, 1))
+    while len(matrix) < group:
+        matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    matrix = matrix / np.sqrt(group)
     matrix.flags.writeable = False
     return matrix
 

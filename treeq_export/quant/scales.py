@@ -57,6 +57,6 @@ def _fit_rows(rows: FloatArray, bits: int, num_steps: int) -> FloatArray:
         codes = np.clip(np.rint(rows / scale[:, None]), qmin, qmax)
         error = np.square(rows - codes * scale[:, None]).sum(axis=1, dtype=np.float64)
         better = error < best_error
-        best_scale = np.where(better, scale, best_scale)
-        best_error = np.where(better, error, best_error)
+        best_scale[better] = scale[better]
+        best_error[better] = error[better]
     return best_scale

@@ -103,7 +103,9 @@ def check_divides(layer: str, what: str, size: int, in_features: int, *, power: 
         kind = "is no power of two that divides" if power else "does not divide"
         listed = " and ".join(str(d) for d in nearest)
         do = "The nearest that do are" if len(nearest) > 1 else "The nearest that does is"
-        raise FormatError(f"{layer}: {what} {size} {kind} in_features {in_features}. {do} {listed}.")
+        raise FormatError(
+            f"{layer}: {what} {size} {kind} in_features {in_features}. {do} {listed}."
+        )
 
 
 def check_branch(layer: str, branch: BranchFormat, in_features: int, out_features: int) -> None:

@@ -21,7 +21,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from treeq_export.records import BenchRow, LayerParity, TargetParity
-from treeq_export.report.quantities import INFINITY, format_bytes, format_number, format_ratio
+from treeq_export.report.quantities import (
+    INFINITY,
+    format_bytes,
+    format_limit,
+    format_number,
+    format_ratio,
+)
 
 INK, MUTED, LINE, BAND = "#010101", "#010102", "#010103", "#010104"
 OURS, SECOND, THIRD, BASELINE, ALARM = "#010105", "#010106", "#010107", "#010108", "#010109"
@@ -128,7 +134,7 @@ def _draw_layers(
     missed = [x for x, value in enumerate(values["sqnr_db"]) if bottom < value < limit_db]
     axes.plot(missed, [values["sqnr_db"][x] for x in missed], "o", color=ALARM, markersize=small)
     for limit in limits:
-        label = f"gate on own error, {format_number(limit)} dB"
+        label = f"gate on own error, {format_limit(limit)} dB"
         axes.axhline(limit, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
     _label_levels(axes, top, bottom, [y for column in values.values() for y in column])
     _mark_blocks(axes, [blocks.get(layer.name) for layer in layers])

@@ -107,6 +107,7 @@ def render_html(report: Report) -> str:
     environment.filters.update(
         {
             "number": quantities.format_number,
+            "limit": quantities.format_limit,
             "fixed": quantities.format_fixed,
             "db": quantities.format_db,
             "percent": quantities.format_percent,

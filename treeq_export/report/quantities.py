@@ -13,15 +13,17 @@ INFINITY = "inf"
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """Return `value` with at most `digits` significant digits.
+    """Return `value` with `digits` significant digits; integer digits are never dropped.
 
-    >>> format_number(0.99987), format_number(float("inf")), format_number(None)
-    ('0.9999', 'inf', '-')
+    >>> format_number(0.99987), format_number(123456.7), format_number(float("inf"))
+    ('0.9999', '123457', 'inf')
     """
     if value is None:
         return DASH
     if math.isinf(value):
         return INFINITY if value > 0 else "-" + INFINITY
+    if 10**digits <= abs(value) < 1e9:
+        return f"{value:.0f}"
     return f"{value:.{digits}g}" if math.isfinite(value) else "nan"
 
 
@@ -62,16 +64,17 @@ def format_percent(value: float | None, decimals: int = 1) -> str:
 
 
 def format_bytes(value: float | None) -> str:
-    """Return a size in B, kB, MB or GB (powers of 1000).
+    """Return a size with three significant digits in B, kB, MB or GB (powers of 1000).
 
-    >>> format_bytes(8_412_345), format_bytes(512)
-    ('8.41 MB', '512 B')
+    >>> format_bytes(8_412_345), format_bytes(512), format_bytes(999_999)
+    ('8.41 MB', '512 B', '1 MB')
     """
     if value is None:
         return DASH
+    rounded = float(f"{value:.3g}")
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
+        if abs(rounded) >= factor:
+            return f"{rounded / factor:g} {unit}"
     return f"{value:.0f} B"
 
 
@@ -109,16 +112,26 @@ def format_seconds(value: float | None) -> str:
     return f"{int(value // 60)} min {int(value % 60)} s"
 
 
+def format_limit(limit: float) -> str:
+    """Return a gate's limit exactly, in its shortest form.
+
+    >>> format_limit(40.0), format_limit(0.99995)
+    ('40', '0.99995')
+    """
+    return repr(limit).removesuffix(".0")
+
+
 def format_measured(measured: float, limit: float) -> str:
-    """Return a gate's value with as many digits as tell it from its limit.
+    """Return a gate's value with enough digits to see on which side of the limit it lies.
 
     >>> format_measured(47.3149, 40.0), format_measured(39.9999999, 40.0)
     ('47.31', '39.9999999')
     """
+    side = (measured < limit, measured > limit)
     for digits in range(4, 17):
-        text = format_number(measured, digits)
-        if measured == limit or text != format_number(limit, digits):
-            return text
+        shown = float(f"{measured:.{digits}g}")
+        if (shown < limit, shown > limit) == side:
+            return repr(shown).removesuffix(".0")
     return repr(measured)
 
 

@@ -187,7 +187,7 @@ def _print_gates(evidence: Evidence, console: Console) -> None:
             sign = ">=" if gate.at_least else "<="
             measured = quantities.format_measured(gate.measured, gate.limit)
             _add(
-                table, gate.name, measured, f"{sign} {quantities.format_number(gate.limit)}", result
+                table, gate.name, measured, f"{sign} {quantities.format_limit(gate.limit)}", result
             )
         console.print(table)
     names = f": {'; '.join(verdict.failed)}" if verdict.failed else ""

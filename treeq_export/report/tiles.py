@@ -75,7 +75,7 @@ def _tile_size(report: Report, evidence: Evidence) -> Tile:
 
 
 def _tile_speed(evidence: Evidence) -> Tile:
-    label = "Faster than float32"
+    label = "Speed against float32"
     if evidence.bench is None:
         return Tile(label, UNMEASURED, ("run treeq-export bench",), measured=False)
     rows = {row.batch for row in evidence.bench.rows[:1]}

@@ -101,12 +101,7 @@ def _set_weight_scale_to_one(model: ir.Model, product: ir.Node) -> None:
     out_features = output.shape[-1]
     assert isinstance(out_features, int)
     tensor = ir.tensor(np.ones(out_features, np.float32), name="probe_ones")
-    ones = ir.Value(
-        name=tensor.name,
-        shape=tensor.shape,
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
+    ones = ir.val("probe_ones", const_value=tensor)
     model.graph.register_initializer(ones)
     dequantize.replace_input_with(1, ones)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from treeq_export.errors import RunnerError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OrtRunner:
@@ -56,11 +58,11 @@ class OrtRunner:
         """Names of the outputs, in order; the runner has to be entered."""
         return tuple(value.name for value in self._session.get_outputs())
 
-    def run(self, inputs: Mapping[str, NDArray[Any] | Tensor]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, "NDArray[Any] | Tensor"]) -> NDArray[np.float32]:
         """Return the first output of named inputs, each with a leading batch axis."""
         return self.run_all(inputs)[self.output_names[0]]
 
-    def run_all(self, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, NDArray[Any]]:
+    def run_all(self, inputs: Mapping[str, "NDArray[Any] | Tensor"]) -> dict[str, NDArray[Any]]:
         """Return every output by name.
 
         Raises:

@@ -1,0 +1,48 @@
+# make venv   an environment with everything, in .venv
+# make demo   a Diffusion Transformer trained on digits: plan, calibrate, compile, validate, bench,
+#             evaluate, report; ends with runs/digits/report.html
+# make test   all tests, with branch coverage
+# make check  format, lint, types, import order, then make test: the one gate
+# make wheel  build the wheel and try it in an empty environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch has to be named in the same command: the constraint alone may pick a CUDA build.
+TORCH := $(shell grep '^torch==' constraints.txt)
+DEMO_OUT ?= runs/digits
+WHEEL_ENV ?= build/wheel-env
+
+.PHONY: venv demo test check wheel clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/treeq-export run samples/digits/recipe.yaml --out $(DEMO_OUT)
+
+test: venv
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+wheel: venv
+	rm -rf dist $(WHEEL_ENV)
+	$(BIN)/python -m build --quiet --wheel .
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH) dist/*.whl
+	cd $(WHEEL_ENV) && bin/treeq-export doctor
+	cd $(WHEEL_ENV) && bin/treeq-export run $(CURDIR)/samples/digits/recipe.yaml --out run \
+	  --set evaluate.num_samples=50 --set evaluate.gates.max_frechet_ratio=null --set bench.rounds=3
+
+clean:
+	rm -rf build dist runs $(VENV)
