@@ -8,28 +8,44 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from treeq_export.errors import OutputError
+from treeq_export.errors import OutputError, TreeqError
 
 _TEMPORARY = ".partial"
 _FILE_MODE = 0o644  # some writers create files that only their owner can read
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors words an OSError
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
     """Return the one-line error for a failed write to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    again = "or choose another --out, then run the same command again."
+    if error.errno == errno.ENOSPC:
         free = shutil.disk_usage(_nearest_folder(path)).free
         return OutputError(
-            f"{path}: the disk is full ({free / 1e6:.1f} MB free). "
-            "Free some space or choose another --out, then run the same command again."
+            f"{path}: the disk is full ({free / 1e6:.1f} MB free). Free some space {again}"
+        )
+    if error.errno == errno.EDQUOT:
+        return OutputError(f"{path}: the disk quota is used up. Free some space {again}")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{path}: larger than `ulimit -f` or the file system allows. Raise the limit {again}"
         )
     reason = os.strerror(error.errno) if error.errno else str(error)
     return OutputError(f"{path}: cannot be written ({reason}). Choose another --out folder.")
+
+
+def _os_error_in(error: Exception) -> OSError | None:
+    """Return the operating system's error that `error` is, or that a Rust library has wrapped."""
+    if isinstance(error, OSError):
+        return error
+    wrapped = None if isinstance(error, TreeqError) else _RUST_OS_ERROR.search(str(error))
+    return None if wrapped is None else OSError(int(wrapped[1]), str(error))
 
 
 def _nearest_folder(path: Path) -> Path:
@@ -80,10 +96,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(_FILE_MODE)
         temporary.replace(path)
-    except OSError as error:
-        raise _output_error(path, error) from error
+    except Exception as error:
+        failed_write = _os_error_in(error)
+        if failed_write is None:
+            raise
+        raise _output_error(path, failed_write) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no such folder
+            temporary.unlink()
 
 
 @contextmanager
@@ -108,8 +128,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
-    except OSError as error:
-        raise _output_error(path, error) from error
+    except Exception as error:
+        failed_write = _os_error_in(error)
+        if failed_write is None:
+            raise
+        raise _output_error(path, failed_write) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -26,9 +26,11 @@ from rich.progress import (
 from rich.table import Table
 
 from treeq_export import __version__
-from treeq_export.errors import PlanError, TreeqError
+from treeq_export.errors import CheckpointError, TreeqError
 
 STAGE_NAMES = ("search", "calibrate", "compile", "validate", "bench", "evaluate", "report")
+
+_FLUX_SIZE = 16
 
 _stderr = Console(stderr=True)
 _stdout = Console()
@@ -45,6 +47,14 @@ class Commands(click.Group):
             _fail(str(error), error.exit_status)
         except KeyboardInterrupt:
             _fail("interrupted. Run the same command again to go on from the last stage.", 1)
+        except BrokenPipeError:
+            raise  # the reader of stdout has enough: click ends quietly
+        except OSError as error:
+            _fail(f"{error}. Repair that, then run the same command again.", 1)
+        except MemoryError:
+            _fail("out of memory. Lower the recipe's batch_size, or use a larger machine.", 1)
+        except ModuleNotFoundError as error:
+            _fail(f"{error}. `treeq-export doctor` says how to install it.", 1)
 
 
 def _fail(message: str, status: int) -> None:
@@ -135,10 +145,10 @@ def run_command(
     from treeq_export.pipeline import check_gates, gate_results, run_all
     from treeq_export.workspace import Workspace
 
-    workspace = Workspace(out, recipe, str(recipe_path), overrides)
-    workspace.save()
-    with _stage_progress() as progress:
-        report = run_all(workspace, start, progress.start)
+    with Workspace(out, recipe, str(recipe_path), overrides) as workspace:
+        workspace.save()
+        with _stage_progress() as progress:
+            report = run_all(workspace, start, progress.start)
     _show_report(report, out, as_json=as_json)
     check_gates(gate_results(out))
 
@@ -154,13 +164,13 @@ def _show_report(report: Any, run: Path, *, as_json: bool) -> None:
 
 def _run_one(run: Path, name: str) -> object:
     """Run one stage of an existing run and return its result."""
-    from treeq_export.pipeline import require_stages, run_stage, stage_named
+    from treeq_export.pipeline import check_recipe, require_stages, run_stage, stage_named
     from treeq_export.workspace import Workspace
 
-    workspace = Workspace.reopen(run)
     stage = stage_named(name)
-    require_stages(workspace, stage)
-    with _stage_progress() as progress:
+    with Workspace.reopen(run) as workspace, _stage_progress() as progress:
+        check_recipe(workspace.recipe)
+        require_stages(workspace, stage)
         return run_stage(workspace, stage, progress.start(name, False))
 
 
@@ -184,9 +194,8 @@ def search(run: Path, recipe_path: Path | None, overrides: tuple[str, ...], as_j
 
     if recipe_path is not None:
         recipe = load_recipe(recipe_path, overrides)
-        workspace = Workspace(run, recipe, str(recipe_path), overrides)
-        workspace.save()
-        workspace.close()
+        with Workspace(run, recipe, str(recipe_path), overrides) as workspace:
+            workspace.save()
     elif overrides:
         raise click.UsageError("--set needs --recipe.")
     _run_one(run, "search")
@@ -305,10 +314,12 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
     from treeq_export.recipe import ModelSection
 
     checkpoint = open_checkpoint(path)
-    section = ModelSection(checkpoint=str(path))
+    # Flux states no size; the layers are the same at any.
+    size = _FLUX_SIZE if checkpoint.class_name.startswith("Flux") else None
+    section = ModelSection(checkpoint=str(path), latent_size=size)
     linears = discover_linears(make_denoiser(load_model(checkpoint), checkpoint, section))
     if not linears:
-        raise PlanError(f"{path}: no quantizable layer. Check the model's config.json.")
+        raise CheckpointError(f"{path}: no quantizable layer. Check num_layers in its config.json.")
     if as_json:
         click.echo(json.dumps([vars(linear) for linear in linears], indent=2))
         return
@@ -342,3 +353,7 @@ def doctor(as_json: bool) -> None:
     if not is_healthy(findings):
         missing = ", ".join(f.name for f in findings if f.required and f.found is None)
         raise TreeqError(f"doctor: missing {missing}. Install with the commands of the table.")
+
+
+if __name__ == "__main__":
+    main()

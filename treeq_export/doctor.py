@@ -60,12 +60,13 @@ def examine() -> list[Finding]:
 
 
 def _examine_gpu() -> Finding:
-    import torch
-
     found = None
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     return Finding("gpu", found, "GPU engines; the CPU path needs none", "", required=False)
 
 

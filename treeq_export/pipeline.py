@@ -2,11 +2,18 @@
 
 A stage is up to date when its fingerprint (its recipe sections, the checkpoint, the fingerprint of
 the stages before it, the version of treeq-export) and the digests of its output files are those of
-`run.json`. Interrupting loses the stage that is at work, never a finished one.
+`run.json`. Before a stage runs, its results and those of the stages that read them are removed, so
+that no reader meets results of two different plans. Interrupting loses the stage that is at work,
+never a finished one.
+
+plan.json is written by search, completed by calibrate, and open to the user's edits: search is up
+to date while the file is JSON, calibrate while it is as calibrate left it. An edited plan is hence
+calibrated and compiled again, but not searched again.
 """
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +24,11 @@ from treeq_export.artefacts import sha256_of_file
 from treeq_export.bench.stage import run_bench
 from treeq_export.calibrate import run_calibrate
 from treeq_export.compile.stage import run_compile
-from treeq_export.errors import GateError, PlanError
+from treeq_export.errors import GateError, PlanError, RecipeError
 from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.model.quantized import quantize_model
+from treeq_export.plan import PLAN_FILE
+from treeq_export.recipe import Recipe
 from treeq_export.records import GateResult, ParityRecord, QualityRecord, load_record
 from treeq_export.report import Report, write_report
 from treeq_export.runners.compiled import model_path
@@ -42,7 +51,7 @@ class Stage:
         name: Also the command's name.
         sections: Recipe sections that its result depends on.
         after: Stages whose results it reads.
-        outputs: Files it writes, relative to the run folder.
+        outputs: Files that it has written, relative to the run folder.
         execute: Does the work.
     """
 
@@ -126,18 +135,21 @@ def _report(workspace: Workspace, on_step: OnStep) -> Report:
 
 
 def _compiled_files(workspace: Workspace) -> list[str]:
-    return ["compile.json", "onnx/fp32/model.onnx"] + [
-        f"onnx/{target}/model.onnx" for target in workspace.recipe.compile.targets
+    run = workspace.run
+    targets = ("fp32", *workspace.recipe.compile.targets)
+    files = [
+        file for target in targets for file in sorted(model_path(run, target).parent.glob("*"))
     ]
+    return ["compile.json", *(str(file.relative_to(run)) for file in files)]
 
 
 STAGES = (
-    Stage("search", ("name", "model", "search"), (), lambda _: ["plan.json"], _search),
+    Stage("search", ("name", "model", "search"), (), lambda _: [PLAN_FILE], _search),
     Stage(
         "calibrate",
         ("model", "sampler", "calibrate", "seed"),
         ("search",),
-        lambda _: ["plan.json", "plan.safetensors", "calibration.json"],
+        lambda _: [PLAN_FILE, "plan.safetensors", "calibration.json"],
         _calibrate,
     ),
     Stage("compile", ("model", "compile"), ("calibrate",), _compiled_files, _compile),
@@ -169,37 +181,39 @@ def stage_named(name: str) -> Stage:
 def reproduce_commands(workspace: Workspace) -> list[str]:
     """Return the command lines that repeat a run."""
     recipe = workspace.recipe_path or "RECIPE"
-    settings = "".join(f" --set {override}" for override in workspace.overrides)
-    return [
-        f"pip install treeq-export=={__version__}",
-        f"treeq-export run {recipe} --out {workspace.run.name}{settings}",
-    ]
+    words = ["treeq-export", "run", recipe, "--out", workspace.run.absolute().name]
+    for override in workspace.overrides:
+        words += ["--set", override]
+    return [f"pip install treeq-export=={__version__}", shlex.join(words)]
 
 
 def fingerprint(workspace: Workspace, stage: Stage) -> str:
-    """Return the digest of everything that a stage's result depends on."""
+    """Return the digest of everything that a stage's result depends on.
+
+    Files count by their content, wherever they lie.
+    """
     recipe = workspace.recipe.model_dump(mode="json", by_alias=True)
+    recipe["model"]["checkpoint"] = workspace.checkpoint.sha256
+    for key, file in _recipe_files(workspace.recipe).items():
+        section, _, field = key.partition(".")
+        recipe[section][field] = sha256_of_file(file) if file.is_file() else None
     depends = {
         "version": __version__,
         "stage": stage.name,
-        "checkpoint": workspace.checkpoint.sha256,
         "sections": {name: recipe[name] for name in stage.sections},
-        "files": [
-            sha256_of_file(Path(path))
-            for path in _input_files(workspace, stage)
-            if path is not None and Path(path).is_file()
-        ],
         "after": [fingerprint(workspace, stage_named(name)) for name in stage.after],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
-def _input_files(workspace: Workspace, stage: Stage) -> list[str | None]:
-    recipe = workspace.recipe
-    files = [recipe.model.conditioning] if "model" in stage.sections else []
-    if "evaluate" in stage.sections:
-        files += [recipe.evaluate.classifier, recipe.evaluate.reference]
-    return files
+def _recipe_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the files that a recipe names beside the checkpoint, by their key."""
+    files = {
+        "model.conditioning": recipe.model.conditioning,
+        "evaluate.classifier": recipe.evaluate.classifier,
+        "evaluate.reference": recipe.evaluate.reference,
+    }
+    return {key: Path(file) for key, file in files.items() if file is not None}
 
 
 def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
@@ -207,13 +221,20 @@ def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
     record = workspace.stages.get(stage.name)
     if record is None or record.fingerprint != fingerprint(workspace, stage):
         return False
-    # calibrate completes the plan that search wrote, so search answers for its fingerprint alone.
-    if stage.name == "search" and "calibrate" in workspace.stages:
-        return (workspace.run / "plan.json").is_file()
+    if stage.name == "search":
+        return _is_json(workspace.run / PLAN_FILE)
     return all(
         (workspace.run / name).is_file() and sha256_of_file(workspace.run / name) == digest
         for name, digest in record.outputs.items()
     )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
@@ -230,11 +251,9 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     Raises:
         TreeqError: Whatever the stage raises.
     """
-    workspace.stages = {
-        name: record
-        for name, record in workspace.stages.items()
-        if name in STAGE_NAMES and name not in _dependents(stage)
-    }
+    if stage.after:
+        _ = workspace.plan  # raises where it cannot be used, before anything is removed
+    _remove_results(workspace, stage)
     workspace.save()
     started = time.monotonic()
     result = stage.execute(workspace, on_step)
@@ -245,6 +264,23 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     )
     workspace.save()
     return result
+
+
+def _remove_results(workspace: Workspace, stage: Stage) -> None:
+    """Remove the results of a stage and of all that read them, but the plan: calibrate reads it.
+
+    The files go first: a process killed in between leaves records whose files are missing.
+    """
+    gone = _dependents(stage)
+    for later in STAGES:
+        for file in later.outputs(workspace) if later.name in gone else ():
+            if file != PLAN_FILE:
+                (workspace.run / file).unlink(missing_ok=True)
+    workspace.stages = {
+        name: record
+        for name, record in workspace.stages.items()
+        if name in STAGE_NAMES and name not in gone
+    }
 
 
 def _dependents(stage: Stage) -> set[str]:
@@ -268,8 +304,10 @@ def run_all(workspace: Workspace, start: str | None, on_stage: OnStage) -> Repor
         The report. Gates that are not met are in it: see `check_gates`.
 
     Raises:
+        RecipeError: A file that a later stage needs is missing, or its runner is not compiled.
         TreeqError: A stage failed; finished stages are kept.
     """
+    check_recipe(workspace.recipe)
     again = False
     report: object = None
     for stage in STAGES:
@@ -311,15 +349,37 @@ def check_gates(gates: list[GateResult]) -> None:
         raise GateError(f"{len(failed)} of {len(gates)} gates are not met: {listed}.")
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Check, before the first stage, what the last ones will need.
+
+    Raises:
+        RecipeError: A file is missing, or the runner of evaluate is not compiled.
+    """
+    for key, file in _recipe_files(recipe).items():
+        if not file.is_file():
+            raise RecipeError(f"{file}: no such file. Correct {key} in the recipe, or remove it.")
+    runner, targets = recipe.evaluate.runner, recipe.compile.targets
+    if runner not in ("torch", *targets):
+        raise RecipeError(
+            f"evaluate.runner: received {runner}, expected torch or one of compile.targets "
+            f"({', '.join(targets)}). Set it to one of these, or add {runner} to compile.targets."
+        )
+
+
 def require_stages(workspace: Workspace, stage: Stage) -> None:
-    """Check that the stages that one reads have run.
+    """Check that all stages that one reads, directly or not, are up to date.
+
+    The report is made of whatever is there.
 
     Raises:
         PlanError: Names the first stage to run.
     """
-    for name in stage.after:
-        if stage.name != "report" and name not in workspace.stages:
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if stage.name == "report" or stage.name not in _dependents(earlier):
+            continue
+        if not is_up_to_date(workspace, earlier):
+            why = "is out of date" if earlier.name in workspace.stages else "is not there yet"
             raise PlanError(
-                f"{workspace.run}: {stage.name} needs the result of {name}. "
-                f"Run `treeq-export {name} --run {workspace.run}` first."
+                f"{workspace.run}: {stage.name} needs the result of {earlier.name}, which "
+                f"{why}. Run `treeq-export {earlier.name} --run {workspace.run}` first."
             )

@@ -231,7 +231,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"--set {override}: {parent} is no section.")
         node = child
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise RecipeError(f"--set {override}: not YAML: {text}") from error
 
 
 def _first_problem(error: ValidationError) -> str:

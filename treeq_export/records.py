@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Record(BaseModel):
-    """Base of all records; non-finite numbers are written as JSON strings ("inf", "nan")."""
+    """Base of all records; non-finite numbers are written as JSON strings ("Infinity", "NaN")."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 

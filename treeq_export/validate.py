@@ -12,6 +12,7 @@ the rotation or the rms moves it across; equal-code fractions just below 1 are t
 codes the int32 sums have to be equal bit for bit.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def make_gates(
             f"{target}: end-to-end sqnr_db", sqnr, limits.min_end_to_end_sqnr_db, at_least=True
         )
     ]
-    worst = min(layers, key=lambda layer: layer.sqnr_db)
+    worst = min(layers, key=lambda layer: _nan_is_least(layer.sqnr_db))
     gates.append(
         GateResult.of(
             f"{target}: own sqnr_db of the worst layer ({worst.name})",
@@ -179,7 +180,7 @@ def make_gates(
     )
     coded = [layer for layer in layers if layer.equal_code_fraction is not None]
     if coded:
-        least = min(coded, key=lambda layer: layer.equal_code_fraction or 0.0)
+        least = min(coded, key=lambda layer: _nan_is_least(layer.equal_code_fraction or 0.0))
         gates.append(
             GateResult.of(
                 f"{target}: equal codes of the worst layer ({least.name})",
@@ -188,13 +189,22 @@ def make_gates(
                 at_least=True,
             )
         )
-        exact = sum(layer.accumulators_equal is True for layer in coded)
+        unequal = [layer.name for layer in coded if layer.accumulators_equal is not True]
+        named = f" (not {unequal[0]})" if unequal else ""
         gates.append(
             GateResult.of(
-                f"{target}: layers with equal int32 sums", exact, len(coded), at_least=True
+                f"{target}: layers with equal int32 sums{named}",
+                len(coded) - len(unequal),
+                len(coded),
+                at_least=True,
             )
         )
     return gates
+
+
+def _nan_is_least(value: float) -> float:
+    """Return a key under which min() finds nan wherever it stands."""
+    return -math.inf if math.isnan(value) else value
 
 
 def compare_target(

@@ -4,7 +4,7 @@ import fcntl
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -49,6 +49,8 @@ class RunRecord(BaseModel):
 class Workspace:
     """A run folder with its recipe, and lazily its checkpoint, model, plan and tensors.
 
+    It holds the folder's lock until it is closed; use it in a with statement.
+
     Args:
         run: The run folder; it is created.
         recipe: The recipe.
@@ -57,21 +59,25 @@ class Workspace:
 
     Raises:
         OutputError: The folder cannot be created or written to, or another process works in it.
+        PlanError: Its `run.json` is malformed.
     """
 
     def __init__(
         self, run: Path, recipe: Recipe, recipe_path: str = "", overrides: tuple[str, ...] = ()
     ) -> None:
         self.run = make_folder(run)
-        self._lock = _lock_folder(run)
-        remove_stale(run)
         self.recipe = recipe
         self.recipe_path = recipe_path
         self.overrides = overrides
         self.stages: dict[str, StageRecord] = {}
-        path = run / RUN_FILE
-        if path.is_file():
-            self.stages = read_run(run).stages
+        self._lock = _lock_folder(run)
+        try:
+            remove_stale(run)
+            if (run / RUN_FILE).is_file():
+                self.stages = read_run(run).stages
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def reopen(cls, run: Path) -> "Workspace":
@@ -81,12 +87,21 @@ class Workspace:
             PlanError: The folder holds no run, or its `run.json` is malformed.
         """
         record = read_run(run)
-        recipe = Recipe.model_validate(record.recipe)
+        try:
+            recipe = Recipe.model_validate(record.recipe)
+        except ValidationError as error:
+            raise _malformed(run) from error
         return cls(run, recipe, record.recipe_path, tuple(record.overrides))
 
     def close(self) -> None:
         """Give the folder free for another process."""
         self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def save(self) -> None:
         """Write `run.json`."""
@@ -150,4 +165,11 @@ def read_run(run: Path) -> RunRecord:
     try:
         return RunRecord.model_validate(json.loads(path.read_bytes()))
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise PlanError(f"{path}: malformed. Remove it and run the recipe again.") from error
+        raise _malformed(run) from error
+
+
+def _malformed(run: Path) -> PlanError:
+    return PlanError(
+        f"{run / RUN_FILE}: not what this treeq-export writes. "
+        f"Remove it and run `treeq-export run RECIPE --out {run}` again."
+    )

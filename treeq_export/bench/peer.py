@@ -18,6 +18,7 @@ reported, never its image quality.
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> P
         except (OSError, OutputError):
             raise
         except Exception as error:
+            _check_room(temporary, fp32)
             reason = " ".join(str(error).split())
             raise RunnerError(
                 f"{fp32}: onnxruntime.quantization cannot quantize it ({reason:.200}). "
@@ -80,6 +82,17 @@ def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> P
             ) from error
         write_json(temporary / SOURCE_FILE, source)
     return path
+
+
+def _check_room(folder: Path, fp32: Path) -> None:
+    """Write as much as the tool does: it hides a full disk behind errors of other kinds.
+
+    Raises:
+        OSError: There is no room for it.
+    """
+    room = folder / "room"
+    room.write_bytes(bytes(fp32.stat().st_size))
+    room.unlink()
 
 
 def _read_source(path: Path) -> Any:
@@ -107,9 +120,11 @@ def _quantize(fp32: Path, path: Path, calibration: Sequence[Inputs], reduce_rang
             return None if batch is None else dict(batch)
 
     large = len(model_files(fp32)) > 1
-    prepared = path.with_name("prepared.onnx")
+    # The tool leaves files beside its input.
+    workplace = path.with_name("workplace")
+    workplace.mkdir()
     quantize_static(
-        _prepare(fp32, prepared, large),
+        _prepare(fp32, workplace, large),
         path,
         Reader(),
         quant_format=QuantFormat.QDQ,
@@ -121,14 +136,14 @@ def _quantize(fp32: Path, path: Path, calibration: Sequence[Inputs], reduce_rang
         use_external_data_format=large,
         extra_options={"OpTypesToExcludeOutputQuantization": _OP_TYPES},
     )
-    for file in model_files(prepared):
-        file.unlink()
+    shutil.rmtree(workplace)
 
 
-def _prepare(fp32: Path, prepared: Path, large: bool) -> Path:
+def _prepare(fp32: Path, workplace: Path, large: bool) -> Path:
     """Run the tool's shape inference and graph optimization; return what is to be quantized."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    prepared = workplace / "prepared.onnx"
     try:
         quant_pre_process(
             fp32,
@@ -139,5 +154,7 @@ def _prepare(fp32: Path, prepared: Path, large: bool) -> Path:
         )
     except Exception as error:  # the tool raises bare Exception; the graph itself will do
         _log.warning("onnxruntime.quantization could not prepare the graph: %s", error)
-        return fp32
+        for file in model_files(fp32):
+            shutil.copyfile(file, workplace / file.name)
+        return workplace / fp32.name
     return prepared

@@ -99,12 +99,16 @@ def check_metadata(model: ir.Model) -> None:
     Raises:
         CompileError: A node or value still carries metadata of the exporter.
     """
-    for node in model.graph.all_nodes():
-        if node.metadata_props or node.doc_string:
-            raise CompileError(
-                f"{node.name}: carries the exporter's metadata, which holds local paths. "
-                "Run the CleanMetadata pass on this target."
-            )
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    for graph in graphs:
+        nodes = list(graph.all_nodes())
+        outputs = [output for node in nodes for output in node.outputs]
+        for holder in (*graph.inputs, *graph.initializers.values(), *nodes, *outputs):
+            if holder.metadata_props or holder.doc_string:
+                raise CompileError(
+                    f"{holder.name}: carries the exporter's metadata, which holds local paths. "
+                    "Run the CleanMetadata pass on this target."
+                )
 
 
 def _digest(array: NDArray[Any]) -> str:
@@ -125,7 +129,7 @@ def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
 def _audit_layer(
     layer: LayerPlan, codes: NDArray[np.int8], consumers: Mapping[str, list[str]]
 ) -> AuditLayer:
-    ops = consumers.get(_digest(codes.T), [_MISSING])
+    ops = consumers.get(_digest(codes.T)) or [_MISSING]
     return AuditLayer(
         name=layer.name,
         op_type=" + ".join(sorted(set(ops))),

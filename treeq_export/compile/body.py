@@ -169,7 +169,7 @@ def write_float_product(
     """Append x' W'^T with a dequantized weight: weight-only quantization."""
     w = writer.op("Mul", writer.op("Cast", weight, to=ir.DataType.FLOAT.value), weight_scale)
     if signature.num_groups > 1:
-        w = _reshape(writer, w, signature.in_features, signature.out_features)
+        w = _reshape(writer, w, signature.in_features, -1)
     return writer.op("MatMul", rotated, w, label="product")
 
 

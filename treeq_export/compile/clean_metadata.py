@@ -19,10 +19,19 @@ class CleanMetadata(InPlacePass):
         """Change the model in place."""
         kept = {k: v for k, v in model.metadata_props.items() if k.startswith("treeq.")}
         ClearMetadataAndDocStringPass()(model)
-        for holder in (model, model.graph):
+        graphs = (model.graph, *(function.graph for function in model.functions.values()))
+        values = [
+            value
+            for graph in graphs
+            for value in (
+                *graph.inputs,
+                *graph.initializers.values(),
+                *(output for node in graph.all_nodes() for output in node.outputs),
+            )
+        ]
+        for holder in (model, *graphs, *model.functions.values(), *values):
             holder.metadata_props.clear()
-        for value in (*model.graph.inputs, *model.graph.initializers.values()):
-            value.metadata_props.clear()
+            holder.doc_string = None
         model.metadata_props.update(kept)
         model.producer_name = "treeq-export"
         model.producer_version = __version__

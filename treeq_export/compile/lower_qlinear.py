@@ -3,7 +3,7 @@
 Rules:
 1. The planes become `<layer>.weight_quantized`, transposed to (K, N): INT4 up to 4 bits, followed
    by a Cast to INT8 that a runtime folds at load, INT8 above.
-2. The scales become `<layer>.weight_scale`, (N,), or (G, 1, N) with several per channel.
+2. The scales become `<layer>.weight_quantized_scale`, (N,), or (G, 1, N) with several per channel.
 3. The node becomes the form of compile/body.py; the output keeps its name, type and shape.
 """
 

@@ -56,7 +56,7 @@ class QLinearSignature:
             f"k{self.in_features}",
             f"rank{self.rank}",
         ]
-        if self.act_scale == "tensor_static":
+        if self.act_bits:
             parts.append(self.act_step.hex().replace(".", "_").replace("+", ""))
         return "_".join(parts if self.has_bias else [*parts, "nobias"])
 

@@ -50,7 +50,9 @@ def save_model(model: ir.Model, path: Path, external_data: str) -> None:
             f"{path}: {size / 1e9:.1f} GB of weights do not fit one ONNX file (2 GB). "
             "Set compile.external_data to auto or always."
         )
-    external = external_data == "always" or size > EXTERNAL_ABOVE_BYTES
+    external = external_data == "always" or (
+        external_data == "auto" and size > EXTERNAL_ABOVE_BYTES
+    )
     ir.save(model, path, external_data=DATA_FILE if external else None)
 
 

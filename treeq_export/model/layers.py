@@ -51,7 +51,7 @@ def discover_linears(denoiser: Denoiser) -> list[LinearInfo]:
         denoiser: Any denoiser; it is run once on a batch of one.
 
     Returns:
-        One record per linear that runs, in order of its first call.
+        One record per linear that runs, in order of its first call; none where there are no blocks.
     """
     calls = _record_calls(denoiser)
     blocks: dict[tuple[str, str], int] = {}
@@ -84,6 +84,8 @@ def _record_calls(denoiser: Denoiser) -> list[tuple[str, nn.Linear, Tensor]]:
     for name, module in denoiser.model.named_modules():
         if isinstance(module, nn.Linear) and _IN_BLOCK.fullmatch(name) and "emb" not in name:
             handles.append(module.register_forward_pre_hook(_recorder(name, module, calls)))
+    if not handles:  # a network without blocks does not run either
+        return calls
     try:
         with torch.no_grad():
             denoiser(*denoiser.make_example_inputs(1, seed=0).values())

@@ -82,11 +82,13 @@ def quantize_activation(x: FloatArray, scale: FloatArray, bits: int) -> NDArray[
         bits: 2..8.
 
     Returns:
-        (..., K) int8.
+        (..., K) int8; 0 where x or the scale is NaN, because int8 has none. A scale per token is
+        then NaN itself and carries it into that token's output; a static scale does not.
     """
     qmin, qmax = code_range(bits)
-    scaled = x * (x.dtype.type(1) / scale)
-    return np.rint(np.clip(scaled, qmin, qmax)).astype(np.int8)
+    with np.errstate(invalid="ignore"):  # inf * (1 / inf)
+        scaled = x * (x.dtype.type(1) / scale)
+    return np.nan_to_num(np.rint(np.clip(scaled, qmin, qmax)), nan=0.0).astype(np.int8)
 
 
 def quantize_weight(weight: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]:
@@ -172,14 +174,16 @@ def qlinear(
         bias: (N,) or None.
 
     Returns:
-        (..., N), dtype of x.
+        (..., N), dtype of x. A token that holds NaN gives NaN in its own row, except under a static
+        scale, where NaN has the code 0.
     """
-    rotated = rotate(x, rotation_group)
-    if activation.bits is None or step is None:
-        y = rotated @ dequantize_weight(codes, weight_scale.astype(x.dtype)).T
-    else:
-        scale = activation_scale(rotated, activation.scale, step)
-        q_x = quantize_activation(rotated, scale, activation.bits)
-        accumulators = accumulate(q_x, codes, weight_scale.shape[1])
-        y = dequantize_output(accumulators, weight_scale.astype(x.dtype), scale)
+    with np.errstate(over="ignore", invalid="ignore"):  # a token that holds inf becomes NaN
+        rotated = rotate(x, rotation_group)
+        if activation.bits is None or step is None:
+            y = rotated @ dequantize_weight(codes, weight_scale.astype(x.dtype)).T
+        else:
+            scale = activation_scale(rotated, activation.scale, step)
+            q_x = quantize_activation(rotated, scale, activation.bits)
+            accumulators = accumulate(q_x, codes, weight_scale.shape[1])
+            y = dequantize_output(accumulators, weight_scale.astype(x.dtype), scale)
     return y if bias is None else y + bias.astype(x.dtype)

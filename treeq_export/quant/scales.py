@@ -14,8 +14,8 @@ _CHUNK = 1 << 22  # elements per pass, 16 MB of float32
 
 
 def clip_ratios(num_steps: int) -> FloatArray:
-    """Return the grid from LEAST_CLIP to 1, (num_steps,) float32, ascending."""
-    return np.linspace(LEAST_CLIP, 1.0, num_steps, dtype=np.float32)
+    """Return the grid from LEAST_CLIP to 1, (num_steps,) float32, ascending; one step is 1."""
+    return np.linspace(LEAST_CLIP if num_steps > 1 else 1.0, 1.0, num_steps, dtype=np.float32)
 
 
 def fit_weight_scale(

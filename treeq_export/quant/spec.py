@@ -85,6 +85,11 @@ def nearest_divisors(value: int, target: int, *, powers_of_two: bool = False) ->
     return below + above
 
 
+def _remedy(nearest: list[int]) -> str:
+    do = "The nearest that do are" if len(nearest) > 1 else "The nearest that does is"
+    return f"{do} {' and '.join(str(d) for d in nearest)}."
+
+
 def check_divides(layer: str, what: str, size: int, in_features: int, *, power: bool) -> None:
     """Check that a group or rotation size fits a layer.
 
@@ -101,10 +106,8 @@ def check_divides(layer: str, what: str, size: int, in_features: int, *, power: 
     if size < 1 or in_features % size or (power and size & (size - 1)):
         nearest = nearest_divisors(in_features, max(size, 1), powers_of_two=power)
         kind = "is no power of two that divides" if power else "does not divide"
-        listed = " and ".join(str(d) for d in nearest)
-        do = "The nearest that do are" if len(nearest) > 1 else "The nearest that does is"
         raise FormatError(
-            f"{layer}: {what} {size} {kind} in_features {in_features}. {do} {listed}."
+            f"{layer}: {what} {size} {kind} in_features {in_features}. {_remedy(nearest)}"
         )
 
 
@@ -119,11 +122,8 @@ def check_branch(layer: str, branch: BranchFormat, in_features: int, out_feature
         ("b_out", branch.b_out, out_features),
     ):
         if size % blocks:
-            nearest = " and ".join(str(d) for d in nearest_divisors(size, blocks))
-            raise FormatError(
-                f"{layer}: branch {what} {blocks} does not divide {size}. "
-                f"The nearest that do are {nearest}."
-            )
+            remedy = _remedy(nearest_divisors(size, blocks))
+            raise FormatError(f"{layer}: branch {what} {blocks} does not divide {size}. {remedy}")
     limit = min(in_features // branch.b_in, out_features // branch.b_out)
     if branch.rank > limit:
         raise FormatError(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from treeq_export.errors import RecipeError
+from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
 from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.zoo import Denoiser
@@ -92,9 +92,16 @@ def run_search(
 
     Raises:
         FormatError: A format does not fit a layer.
+        CheckpointError: The network has no layer that can be quantized.
         RecipeError: `search.exclude` matches nothing or everything.
     """
-    linears = select_linears(discover_linears(denoiser), recipe.search.exclude)
+    found = discover_linears(denoiser)
+    if not found:
+        raise CheckpointError(
+            f"{checkpoint.path}: no quantizable layer, that is no linear in a transformer block. "
+            "Check num_layers in its config.json, or use another checkpoint."
+        )
+    linears = select_linears(found, recipe.search.exclude)
     inputs = SearchInputs(denoiser, linears, recipe, on_step)
     layers = STRATEGIES[recipe.search.strategy](inputs)
     plan = Plan(

@@ -1,0 +1,43 @@
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from treeq_export.errors import PlanError
+from treeq_export.runners.compiled import (
+    LayerSite,
+    load_compiled,
+    model_path,
+    read_layers,
+    write_layers,
+)
+
+
+def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
+    assert model_path(tmp_path, "ort") == tmp_path / "onnx" / "ort" / "model.onnx"
+
+
+def test_missing_target_names_the_command(tmp_path: Path):
+    with pytest.raises(PlanError, match=f"Run `treeq-export compile --run {tmp_path}` first"):
+        load_compiled(tmp_path, "portable")
+
+
+def test_layers_are_read_as_written():
+    model = ir.Model(ir.Graph([], [], nodes=[], name="g"), ir_version=10)
+    assert read_layers(model) == []
+    sites = [LayerSite("b.1", "x", "y"), LayerSite("a.0", "y", 'odd "name"')]
+    write_layers(model, sites)
+    assert read_layers(model) == sites
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_compiled_graph_lists_every_layer_of_the_plan(target: str, compiled_dit: Any):
+    model = load_compiled(compiled_dit.run, target)
+    sites = read_layers(model)
+    assert [site.name for site in sites] == [layer.name for layer in compiled_dit.plan.layers]
+    values = ir.convenience.create_value_mapping(model.graph)
+    for site in sites:
+        assert {site.input, site.output} <= set(values)
+    # q, k and v read one value.
+    assert len({site.input for site in sites if ".attn1.to_" in site.name}) == 4

@@ -1,0 +1,413 @@
+"""Validate: parity that holds, tampering that is found, gates that nan does not pass."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from treeq_export.compile.stage import compile_target
+from treeq_export.compile.targets import lower
+from treeq_export.errors import PlanError
+from treeq_export.model.qlinear import QLinear
+from treeq_export.model.quantized import quantize_model, quantized_layers
+from treeq_export.plan import LayerPlan, TreePath
+from treeq_export.quant.spec import WeightFormat
+from treeq_export.recipe import ParityGates, ValidateSection
+from treeq_export.records import LayerParity, ParityRecord, TargetParity, load_record
+from treeq_export.runners.compiled import model_path, read_layers
+from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.validate import (
+    Trace,
+    compare_layer,
+    make_gates,
+    reference_codes,
+    run_validate,
+    sums_equal,
+    trace_reference,
+)
+
+Make = Callable[..., Any]
+TARGETS = ["portable", "ort"]
+TAMPERED = "transformer_blocks.0.ff.net.0.proj"
+
+
+@pytest.fixture(scope="session")
+def validated(make_tiny_run: Make, compiled_dit: Any) -> Callable[[int], tuple[Any, ParityRecord]]:
+    """A function: bits -> a run of the tiny DiT with W and A of that width, and its parity."""
+    done: dict[int, tuple[Any, ParityRecord]] = {}
+
+    def get(bits: int) -> tuple[Any, ParityRecord]:
+        if bits not in done:
+            tiny = compiled_dit if bits == 4 else compile_bits(make_tiny_run, bits)
+            before = read_graphs(tiny.run)
+            done[bits] = tiny, validate(tiny, tiny.run, TARGETS)
+            assert read_graphs(tiny.run) == before
+        return done[bits]
+
+    return get
+
+
+def compile_bits(make_tiny_run: Make, bits: int) -> Any:
+    tiny = make_tiny_run("dit", weight_bits=bits, activation_bits=bits)
+    exported = tiny.export()
+    for target in TARGETS:
+        compile_target(tiny.run, exported.clone(), target, tiny.plan, tiny.tensors, "auto")
+    return tiny
+
+
+def read_graphs(run: Path) -> dict[str, bytes]:
+    return {target: model_path(run, target).read_bytes() for target in TARGETS}
+
+
+def validate(tiny: Any, run: Path, targets: list[str], **section: Any) -> ParityRecord:
+    return run_validate(
+        run,
+        tiny.denoiser,
+        tiny.plan,
+        tiny.tensors,
+        targets,
+        ValidateSection(batch_size=3, **section),
+        seed=5,
+        on_step=lambda _: None,
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_parity_holds_for_every_layer(bits: int, validated: Make):
+    tiny, record = validated(bits)
+    assert [entry.target for entry in record.targets] == TARGETS
+    for entry in record.targets:
+        assert entry.passed
+        assert len(entry.gates) == 4
+        assert all(gate.passed for gate in entry.gates)
+        assert entry.sqnr_db > 40
+        assert [layer.name for layer in entry.layers] == [layer.name for layer in tiny.plan.layers]
+        for layer in entry.layers:
+            assert layer.equal_code_fraction is not None
+            assert layer.equal_code_fraction >= 0.999
+            assert layer.accumulators_equal is True
+            assert layer.sqnr_db > 60
+            assert layer.propagated_sqnr_db > 40
+            # The quantization itself costs far more than the runtime does.
+            assert layer.quantization_sqnr_db < 50 < layer.sqnr_db
+    assert load_record(tiny.run / "parity.json", ParityRecord, "validate") == record
+
+
+def test_more_bits_quantize_better(validated: Make):
+    least = []
+    for bits in (3, 4, 8):
+        entry = validated(bits)[1].targets[1]
+        least.append(min(layer.quantization_sqnr_db for layer in entry.layers))
+    assert least == sorted(least)
+    assert least[2] > least[0] + 15
+
+
+def test_steps_and_seed(compiled_dit: Any):
+    steps: list[float] = []
+    record = run_validate(
+        compiled_dit.run,
+        compiled_dit.denoiser,
+        compiled_dit.plan,
+        compiled_dit.tensors,
+        ["ort"],
+        ValidateSection(batch_size=2),
+        seed=11,
+        on_step=steps.append,
+    )
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 1.0
+    assert len(steps) == len(compiled_dit.plan.layers)
+    assert (record.batch_size, record.seed) == (2, 11)
+
+
+def tamper(path: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Rewrite one initializer of a compiled graph."""
+    model = ir.serde.deserialize_model(onnx.load(path))
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    before = value.const_value.numpy()
+    after = change(before.copy())
+    assert after.dtype == before.dtype
+    value.const_value = ir.tensor(after, name=name)
+    ir.save(model, path)
+
+
+def negate_codes(array: Any) -> Any:
+    """Change one output channel: the INT4 codes of column 0, or the packed bits of row 0."""
+    if array.ndim == 3:
+        array[:, 0, :] = ~array[:, 0, :]
+    else:
+        array[:, 0] = (-1 - array[:, 0].astype(np.int8)).astype(array.dtype)
+    return array
+
+
+TENSORS = {
+    ("portable", "code"): f"{TAMPERED}.weight_quantized",
+    ("portable", "scale"): f"{TAMPERED}.weight_quantized_scale",
+    ("ort", "code"): f"model.{TAMPERED}.planes",
+    ("ort", "scale"): f"model.{TAMPERED}.weight_scale",
+}
+
+
+def validate_tampered(
+    tiny: Any, run: Path, target: str, tensor: str, change: Callable[[Any], Any]
+) -> TargetParity:
+    shutil.copytree(tiny.run / "onnx" / target, run / "onnx" / target)
+    tamper(model_path(run, target), tensor, change)
+    [entry] = validate(tiny, run, [target]).targets
+    return entry
+
+
+@pytest.mark.parametrize("kind", ["code", "scale"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_tampering_is_found_where_it_is(target: str, kind: str, compiled_dit: Any, tmp_path: Path):
+    change = negate_codes if kind == "code" else lambda scale: scale * np.float32(1.03)
+    entry = validate_tampered(compiled_dit, tmp_path, target, TENSORS[target, kind], change)
+    assert not entry.passed
+    failed = [gate.name for gate in entry.gates if not gate.passed]
+    assert f"{target}: own sqnr_db of the worst layer ({TAMPERED})" in failed
+    named = f"{target}: layers with equal int32 sums (not {TAMPERED})"
+    assert (named in failed) == (kind == "code")
+    names = [layer.name for layer in entry.layers]
+    position = names.index(TAMPERED)
+    assert 0 < position < len(names) - 1
+    for index, layer in enumerate(entry.layers):
+        assert (layer.sqnr_db < 40) == (index == position)
+        assert layer.accumulators_equal is not (kind == "code" and index == position)
+        assert layer.equal_code_fraction is not None
+        assert layer.equal_code_fraction >= 0.999
+        # Errors travel forward only.
+        assert (layer.propagated_sqnr_db > 100) == (index < position or is_conditioning(layer.name))
+
+
+def is_conditioning(name: str) -> bool:
+    """Whether a layer reads timestep and class alone."""
+    return ".norm1.linear" in name
+
+
+def test_one_code_is_enough(compiled_dit: Any, tmp_path: Path):
+    """One weight moved by one step: too little for the sqnr gate, not for the exact sums."""
+
+    def flip_lowest_bit(planes: Any) -> Any:
+        planes[0, 5, 1] ^= 1 << 7
+        return planes
+
+    entry = validate_tampered(
+        compiled_dit, tmp_path, "ort", TENSORS["ort", "code"], flip_lowest_bit
+    )
+    assert not entry.passed
+    failed = [gate.name for gate in entry.gates if not gate.passed]
+    assert f"ort: layers with equal int32 sums (not {TAMPERED})" in failed
+    assert [layer.name for layer in entry.layers if not layer.accumulators_equal] == [TAMPERED]
+
+
+def test_nan_in_a_graph_fails(compiled_dit: Any, tmp_path: Path):
+    def put_nan(scale: Any) -> Any:
+        scale.reshape(-1)[2] = np.nan
+        return scale
+
+    entry = validate_tampered(compiled_dit, tmp_path, "ort", TENSORS["ort", "scale"], put_nan)
+    assert not entry.passed
+    assert math.isnan(entry.sqnr_db)
+    failed = [gate.name for gate in entry.gates if not gate.passed]
+    assert failed[:2] == [
+        "ort: end-to-end sqnr_db",
+        f"ort: own sqnr_db of the worst layer ({TAMPERED})",
+    ]
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert written["targets"][0]["sqnr_db"] == "NaN"
+
+
+def make_parity(name: str, **fields: Any) -> LayerParity:
+    values = {
+        "sqnr_db": 90.0,
+        "max_abs_error": 0.0,
+        "equal_code_fraction": 1.0,
+        "accumulators_equal": True,
+        "propagated_sqnr_db": 80.0,
+        "quantization_sqnr_db": 20.0,
+    }
+    return LayerParity(name=name, **values | fields)
+
+
+def failed_gates(sqnr: float, layers: list[LayerParity]) -> list[str]:
+    gates = make_gates("ort", sqnr, layers, ParityGates())
+    return [gate.name for gate in gates if not gate.passed]
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("field", ["sqnr_db", "equal_code_fraction"])
+def test_nan_passes_no_gate(field: str, position: int):
+    layers = [make_parity(name) for name in "abc"]
+    layers[position] = make_parity("bad", **{field: math.nan})
+    [failed] = failed_gates(90.0, layers)
+    assert "(bad)" in failed
+
+
+def test_nan_end_to_end_passes_no_gate():
+    layers = [make_parity("a")]
+    assert failed_gates(math.nan, layers) == ["ort: end-to-end sqnr_db"]
+    assert failed_gates(math.inf, layers) == []
+
+
+def test_gates_name_the_worst_layer():
+    layers = [
+        make_parity("a", sqnr_db=39.0, equal_code_fraction=0.9985),
+        make_parity("b", sqnr_db=38.0),
+        make_parity("c", equal_code_fraction=0.99, accumulators_equal=False),
+        make_parity("d", accumulators_equal=None),
+    ]
+    assert failed_gates(39.9, layers) == [
+        "ort: end-to-end sqnr_db",
+        "ort: own sqnr_db of the worst layer (b)",
+        "ort: equal codes of the worst layer (c)",
+        "ort: layers with equal int32 sums (not c)",
+    ]
+    gates = make_gates("ort", 39.9, layers, ParityGates())
+    assert [gate.measured for gate in gates] == [39.9, 38.0, 0.99, 2]
+    assert [gate.limit for gate in gates] == [40.0, 40.0, 0.999, 4]
+
+
+def test_limits_are_the_recipe_s():
+    layers = [make_parity("a", sqnr_db=39.0, equal_code_fraction=0.9)]
+    limits = ParityGates(
+        min_end_to_end_sqnr_db=10, min_equal_code_fraction=0.9, min_layer_sqnr_db=39
+    )
+    assert all(gate.passed for gate in make_gates("ort", 10.0, layers, limits))
+
+
+def test_weight_only_layers_have_no_code_gates():
+    layers = [make_parity("a", equal_code_fraction=None, accumulators_equal=None)]
+    gates = make_gates("ort", 90.0, layers, ParityGates())
+    assert [gate.name for gate in gates] == [
+        "ort: end-to-end sqnr_db",
+        "ort: own sqnr_db of the worst layer (a)",
+    ]
+
+
+def test_gates_do_not_stop_the_record(compiled_dit: Any, tmp_path: Path):
+    shutil.copytree(compiled_dit.run / "onnx" / "ort", tmp_path / "onnx" / "ort")
+    limits = ParityGates(min_end_to_end_sqnr_db=1000)
+    [entry] = validate(compiled_dit, tmp_path, ["ort"], gates=limits).targets
+    assert not entry.passed
+    assert [gate.passed for gate in entry.gates] == [False, True, True, True]
+    saved = load_record(tmp_path / "parity.json", ParityRecord, "validate")
+    assert saved.targets == [entry]
+
+
+def test_plan_of_other_layers_is_an_error(compiled_dit: Any):
+    layers = compiled_dit.plan.layers[1:]
+    plan = compiled_dit.plan.model_copy(update={"layers": layers})
+    with pytest.raises(PlanError, match=r"holds 14 layers, the plan 13\. Run `treeq-export comp"):
+        run_validate(
+            compiled_dit.run,
+            compiled_dit.denoiser,
+            plan,
+            compiled_dit.tensors,
+            ["portable"],
+            ValidateSection(),
+            0,
+            lambda _: None,
+        )
+
+
+def test_missing_target_is_an_error(compiled_dit: Any, tmp_path: Path):
+    with pytest.raises(PlanError, match=r"portable/model\.onnx: missing"):
+        validate(compiled_dit, tmp_path, ["portable"])
+    assert not (tmp_path / "parity.json").exists()
+
+
+def test_trace_holds_what_the_reference_computed(compiled_dit: Any):
+    quantized = quantize_model(compiled_dit.denoiser, compiled_dit.plan, compiled_dit.tensors)
+    inputs = quantized.make_example_inputs(2, seed=3)
+    trace = trace_reference(quantized, inputs)
+    with torch.no_grad():
+        expected = quantized(*inputs.values()).numpy()
+    np.testing.assert_array_equal(trace.output, expected)
+    names = [layer.name for layer in compiled_dit.plan.layers]
+    assert sorted(trace.layer_inputs) == sorted(trace.layer_outputs) == sorted(names)
+    for name, layer in quantized_layers(quantized).items():
+        with torch.no_grad():
+            output = layer(torch.from_numpy(trace.layer_inputs[name])).numpy()
+        np.testing.assert_array_equal(trace.layer_outputs[name], output)
+        assert not layer._forward_hooks
+
+
+@pytest.fixture
+def make_reference() -> Callable[[Any], QLinear]:
+    """A function: a hand-made layer -> the same as a module."""
+
+    def make(layer: Any) -> QLinear:
+        n, k = layer.codes.shape
+        tensors = {"codes": layer.codes, "weight_scale": layer.weight_scale}
+        if layer.step is not None:
+            tensors["activation_step"] = np.array([layer.step], np.float32)
+        entry = LayerPlan(
+            name=layer.name,
+            in_features=k,
+            out_features=n,
+            tree=TreePath(block=0, position="fc", leaf=0),
+            weight=WeightFormat(bits=layer.weight_bits, group_size=layer.group_size),
+            activation=layer.activation,
+            rotation_group=layer.rotation_group,
+        )
+        return QLinear(entry, tensors, torch.from_numpy(layer.bias))
+
+    return make
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "options",
+    [{"act_bits": None, "act_scale": "none"}, {"group_size": 16}, {"act_scale": "tensor_static"}],
+)
+def test_single_layers_of_every_kind(
+    options: dict[str, Any], target: str, make_layer: Make, make_model: Make, make_reference: Make
+):
+    hand = make_layer(**options)
+    reference = make_reference(hand)
+    model = lower(make_model(hand), target)
+    full = torch.nn.Linear(64, 13)
+    trace = Trace({}, np.zeros(1), {hand.name: hand.x}, {hand.name: hand.expected})
+    probe = LayerProbe(model, read_layers(model)[0])
+    parity = compare_layer(probe, reference, full, trace, propagated=hand.expected * 1.1)
+    assert parity.name == hand.name
+    assert parity.sqnr_db > 100
+    assert parity.max_abs_error < 1e-4
+    assert parity.propagated_sqnr_db == pytest.approx(20, abs=0.01)
+    assert parity.quantization_sqnr_db < 10
+    weight_only = hand.activation.bits is None
+    assert parity.equal_code_fraction == (None if weight_only else 1.0)
+    assert parity.accumulators_equal == (None if weight_only else True)
+
+
+def test_reference_codes_are_those_of_numerics(make_layer: Make, make_reference: Make):
+    hand = make_layer(act_bits=3)
+    np.testing.assert_array_equal(
+        reference_codes(make_reference(hand), hand.x), hand.expected_codes
+    )
+    weight_only = make_layer(act_bits=None, act_scale="none")
+    assert reference_codes(make_reference(weight_only), hand.x) is None
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_sums_have_to_be_equal_to_the_last_bit(
+    group_size: int | None, dtype: Any, make_layer: Make, make_reference: Make
+):
+    hand = make_layer(group_size=group_size)
+    reference, codes = make_reference(hand), hand.expected_codes
+    sums = hand.expected_sums.astype(dtype)
+    assert sums_equal(reference, codes, sums)
+    off = sums.copy()
+    off[1, 2, 0, 3] += 1
+    assert not sums_equal(reference, codes, off)
+    assert not sums_equal(reference, codes, sums[..., :-1])

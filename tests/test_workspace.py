@@ -1,0 +1,178 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treeq_export.errors import CheckpointError, OutputError, PlanError
+from treeq_export.model.checkpoint import open_checkpoint
+from treeq_export.plan import ModelRecord, Plan, StrategyRecord, save_plan
+from treeq_export.recipe import Recipe, load_recipe
+from treeq_export.workspace import StageRecord, Workspace, read_run
+
+STAGE = StageRecord(fingerprint="f", seconds=1.5, outputs={"plan.json": "0" * 64})
+
+
+@pytest.fixture
+def recipe(run_recipe: Path) -> Recipe:
+    return load_recipe(run_recipe)
+
+
+def save_empty_plan(run: Path, checkpoint_sha256: str, name: str = "tiny") -> Plan:
+    return save_plan(
+        run,
+        Plan(
+            format_version=1,
+            model=ModelRecord(name=name, class_name="DiT", num_parameters=1),
+            checkpoint_sha256=checkpoint_sha256,
+            strategy=StrategyRecord(name="uniform", options={}),
+            layers=(),
+        ),
+        {},
+    )
+
+
+class TestRunRecord:
+    def test_comes_back_as_it_was_saved(self, recipe: Recipe, tmp_path: Path) -> None:
+        overrides = ("seed=1", "search.exclude=['*.ff.*']")
+        with Workspace(tmp_path / "run", recipe, "r.yaml", overrides) as workspace:
+            workspace.stages["search"] = STAGE
+            workspace.save()
+        with Workspace.reopen(tmp_path / "run") as reopened:
+            assert reopened.recipe == recipe
+            assert reopened.recipe_path == "r.yaml"
+            assert reopened.overrides == overrides
+            assert reopened.stages == {"search": STAGE}
+
+    def test_new_recipe_keeps_the_finished_stages(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.stages["search"] = STAGE
+            workspace.save()
+        other = recipe.model_copy(update={"seed": 7})
+        with Workspace(tmp_path, other) as workspace:
+            assert workspace.stages == {"search": STAGE}
+            workspace.save()
+        assert read_run(tmp_path).recipe["seed"] == 7
+
+    def test_missing_names_the_command(self, tmp_path: Path) -> None:
+        with pytest.raises(PlanError, match=r"run\.json: missing\. Run `treeq-export run RECIPE"):
+            Workspace.reopen(tmp_path / "nothing")
+        assert not (tmp_path / "nothing").exists()
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda _: b"",
+            lambda text: text[: len(text) // 2],
+            lambda _: b"\xff\xfe",
+            lambda _: b"[]",
+            lambda text: json.dumps(json.loads(text) | {"more": 1}).encode(),
+            lambda text: json.dumps(json.loads(text) | {"stages": {"search": {}}}).encode(),
+        ],
+        ids=["empty", "truncated", "binary", "list", "unknown_key", "stage_without_fields"],
+    )
+    def test_malformed_is_refused_and_the_folder_given_free(
+        self, recipe: Recipe, tmp_path: Path, damage: Callable[[bytes], bytes]
+    ) -> None:
+        file = tmp_path / "run.json"
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.save()
+        file.write_bytes(damage(file.read_bytes()))
+        expected = r"run\.json: not what this treeq-export writes\. Remove it and run"
+        with pytest.raises(PlanError, match=expected):
+            Workspace(tmp_path, recipe)
+        with pytest.raises(PlanError, match=expected):
+            Workspace.reopen(tmp_path)
+        file.unlink()
+        with Workspace(tmp_path, recipe) as workspace:
+            assert workspace.stages == {}
+
+    def test_recipe_of_another_version_is_refused(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.save()
+        record = json.loads((tmp_path / "run.json").read_text())
+        record["recipe"]["bench"]["laps"] = 3
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(PlanError, match=r"run\.json: not what this treeq-export writes"):
+            Workspace.reopen(tmp_path)
+
+
+class TestFolder:
+    def test_one_process_at_a_time(self, recipe: Recipe, tmp_path: Path) -> None:
+        with (
+            Workspace(tmp_path, recipe),
+            pytest.raises(OutputError, match="another treeq-export is at work in it"),
+        ):
+            Workspace(tmp_path, recipe)
+        with Workspace(tmp_path, recipe) as workspace:
+            assert workspace.run == tmp_path
+
+    def test_temporaries_of_killed_processes_are_removed(
+        self, recipe: Recipe, tmp_path: Path
+    ) -> None:
+        (tmp_path / "onnx" / ".ort.123.partial").mkdir(parents=True)
+        (tmp_path / ".plan.123.partial.json").write_text("{")
+        (tmp_path / "plan.json").write_text("{}")
+        with Workspace(tmp_path, recipe):
+            assert sorted(path.name for path in tmp_path.rglob("*")) == [
+                ".lock",
+                "onnx",
+                "plan.json",
+            ]
+
+    def test_a_refused_process_removes_no_temporaries(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe):
+            (tmp_path / ".plan.123.partial.json").write_text("{")
+            with pytest.raises(OutputError):
+                Workspace(tmp_path, recipe)
+            assert (tmp_path / ".plan.123.partial.json").is_file()
+
+    def test_a_file_in_its_place(self, recipe: Recipe, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(OutputError, match=r"run: cannot be written \(File exists\)"):
+            Workspace(tmp_path / "run", recipe)
+
+
+class TestWhatIsLoaded:
+    def test_once(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            assert workspace.denoiser is workspace.denoiser
+            assert workspace.denoiser.class_name == workspace.checkpoint.class_name
+            saved = save_empty_plan(tmp_path, workspace.checkpoint.sha256)
+            assert workspace.plan == saved
+            assert workspace.tensors == {}
+
+    def test_forgotten_plan_is_read_again(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.forget_plan()
+            first = save_empty_plan(tmp_path, workspace.checkpoint.sha256)
+            assert workspace.plan == first
+            assert workspace.tensors == {}
+            second = save_empty_plan(tmp_path, workspace.checkpoint.sha256, name="other")
+            assert workspace.plan == first
+            workspace.forget_plan()
+            assert workspace.plan == second
+
+    def test_plan_of_another_checkpoint(self, recipe: Recipe, tmp_path: Path) -> None:
+        save_empty_plan(tmp_path, "0" * 64)
+        with (
+            Workspace(tmp_path, recipe) as workspace,
+            pytest.raises(PlanError, match="belongs to checkpoint 000000000000, received"),
+        ):
+            _ = workspace.plan
+
+    def test_missing_checkpoint(self, recipe: Recipe, tmp_path: Path) -> None:
+        section: Any = recipe.model.model_copy(update={"checkpoint": str(tmp_path / "gone")})
+        with (
+            Workspace(tmp_path, recipe.model_copy(update={"model": section})) as workspace,
+            pytest.raises(CheckpointError, match="gone: no such file or folder"),
+        ):
+            _ = workspace.denoiser
+
+    def test_checkpoint_is_that_of_the_recipe(
+        self, recipe: Recipe, run_recipe: Path, tmp_path: Path
+    ) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            expected = open_checkpoint(run_recipe.parent / "checkpoint").sha256
+            assert workspace.checkpoint.sha256 == expected
