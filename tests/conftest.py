@@ -182,7 +182,12 @@ def make_tiny_recipe(tiny_checkpoints: Path) -> Callable[..., Recipe]:
                     "branch": {"b_in": 1, "b_out": 1, "rank": 4},
                     **search,
                 },
-                "calibrate": {"num_samples": 3, "num_clip_steps": 8, "max_tokens": 128},
+                "calibrate": {
+                    "num_samples": 3,
+                    "num_clip_steps": 8,
+                    "max_tokens": 128,
+                    "rounding": "nearest",
+                },
             }
         )
 
@@ -357,7 +362,7 @@ evaluate: {num_samples: 2, runner: ort}
 
 @pytest.fixture(scope="session")
 def run_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of a run that takes seconds, beside its checkpoint, a DiT of one block. Read-only."""
+    """A recipe of a run that takes seconds, beside its checkpoint: one DiT block. Read-only."""
     import diffusers
 
     folder = tmp_path_factory.mktemp("recipe")

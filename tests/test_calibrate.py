@@ -17,7 +17,7 @@ from treeq_export.calibrate import (
     quantize_layer,
     run_calibrate,
 )
-from treeq_export.model.quantized import linear_of
+from treeq_export.model.quantized import layer_tensors, linear_of
 from treeq_export.model.sampler import sample
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import PLAN_FILE, TENSORS_FILE, LayerPlan, TreePath, load_plan, load_tensors
@@ -27,8 +27,10 @@ from treeq_export.quant.numerics import GAUSSIAN_STEP, code_range, dequantize_we
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.scales import fit_tensor_scale
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
+from treeq_export.recipe import CalibrateSection
 
 Make = Callable[..., Any]
+NEAREST = CalibrateSection(rounding="nearest", num_clip_steps=20)
 
 
 def capture_inputs(tiny: Any, seed: int) -> dict[str, list[np.ndarray]]:
@@ -246,7 +248,7 @@ def test_branch_takes_the_low_rank_part():
     for rank in (None, 2, 4, 8):
         branch = None if rank is None else BranchFormat(b_in=1, b_out=1, rank=rank)
         layer = make_layer_plan(branch)
-        tensors = quantize_layer(layer, weight, InputStatistics(), clip_steps=20)
+        tensors = quantize_layer(layer, weight, InputStatistics(), NEAREST)
         error[rank] = float(np.linalg.norm(weight - rebuild(layer, tensors)))
     assert error[8] < error[4] < error[2] < error[None]
     assert error[4] < 0.2 * error[None]
@@ -263,19 +265,19 @@ def test_grid_branch_takes_the_block_part():
     error = []
     for grid in (2, 1):
         layer = make_layer_plan(BranchFormat(b_in=grid, b_out=grid, rank=1))
-        tensors = quantize_layer(layer, weight, InputStatistics(), clip_steps=20)
+        tensors = quantize_layer(layer, weight, InputStatistics(), NEAREST)
         error.append(float(np.linalg.norm(weight - rebuild(layer, tensors))))
     assert error[0] < 0.2 * error[1]
 
 
 def test_tensors_are_those_the_formats_need():
     weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
-    plain = quantize_layer(make_layer_plan(None), weight, InputStatistics(), 4)
+    plain = quantize_layer(make_layer_plan(None), weight, InputStatistics(), NEAREST)
     assert set(plain) == {"codes", "weight_scale", "activation_step"}
-    only = quantize_layer(make_layer_plan(None, "none"), weight, InputStatistics(), 4)
+    only = quantize_layer(make_layer_plan(None, "none"), weight, InputStatistics(), NEAREST)
     assert set(only) == {"codes", "weight_scale"}
     branch = BranchFormat(b_in=2, b_out=3, rank=2)
-    full = quantize_layer(make_layer_plan(branch), weight, InputStatistics(), 4)
+    full = quantize_layer(make_layer_plan(branch), weight, InputStatistics(), NEAREST)
     assert set(full) == {*plain, "branch.R", "branch.L"}
 
 
@@ -301,3 +303,28 @@ def test_statistics_of_given_tokens():
         "absmax": 0.0,
         "kurtosis": 0.0,
     }
+
+
+def test_gptq_lowers_the_output_error_of_every_layer(compiled_dit: Any, tmp_path: Path):
+    section = compiled_dit.recipe.calibrate.model_copy(update={"rounding": "gptq"})
+    calibrate(compiled_dit, tmp_path / "gptq", calibrate=section)
+    tensors = load_tensors(tmp_path / "gptq", load_plan(tmp_path / "gptq"))
+    captured = capture_inputs(compiled_dit, compiled_dit.recipe.seed)
+    for layer in compiled_dit.plan.layers:
+        weight = linear_of(compiled_dit.denoiser, layer).weight.detach().numpy()
+        x = np.concatenate(captured[layer.name])
+        error = {}
+        for kind, source in (("nearest", compiled_dit.tensors), ("gptq", tensors)):
+            short = layer_tensors(source, layer.name)
+            error[kind] = float(np.linalg.norm(x @ (weight - rebuild(layer, short)).T))
+        assert error["gptq"] < error["nearest"], layer.name
+        scales = [
+            source[f"{layer.name}.weight_scale"] for source in (compiled_dit.tensors, tensors)
+        ]
+        assert np.array_equal(*scales)
+
+
+def test_gptq_is_deterministic(compiled_dit: Any, tmp_path: Path):
+    section = compiled_dit.recipe.calibrate.model_copy(update={"rounding": "gptq"})
+    first = calibrate(compiled_dit, tmp_path / "a", calibrate=section)
+    assert calibrate(compiled_dit, tmp_path / "b", calibrate=section) == first

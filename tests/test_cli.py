@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
@@ -65,7 +66,7 @@ class TestUsage:
             (name, option.opts)
             for name, command in main.commands.items()
             for option in command.params
-            if not getattr(option, "help", "argument")
+            if isinstance(option, click.Option) and not option.help
         ]
         assert silent == []
 
@@ -96,8 +97,7 @@ class TestUsage:
         result = call(*args)
         assert result.exit_code == 2
         assert result.stdout == ""
-        assert result.stderr.startswith("Usage: ")
-        assert "Error: " in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("Error: ")
         assert list(tmp_path.iterdir()) == []
 
     def test_as_a_module(self) -> None:
@@ -130,8 +130,10 @@ class TestErrors:
             (
                 OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
                 1,
-                "[Errno 28] No space left on device: '/tmp/x'. "
-                "Repair that, then run the same command again.",
+                (
+                    "[Errno 28] No space left on device: '/tmp/x'. "
+                    "Repair that, then run the same command again."
+                ),
             ),
             (
                 MemoryError(),
@@ -157,8 +159,6 @@ class TestErrors:
         def fail(*_: Any) -> None:
             raise error
 
-        monkeypatch.setattr(pipeline, "write_report", fail)
-        monkeypatch.setattr(pipeline, "_report", fail)
         monkeypatch.setattr(pipeline, "run_stage", fail)
         result = call("report", "--run", run)
         assert result.exit_code == status

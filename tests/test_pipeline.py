@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -405,13 +405,13 @@ class TestGates:
 
 class TestReproduceCommands:
     @pytest.fixture
-    def make(self, run_recipe: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    def make(self, run_recipe: Path, tmp_path: Path) -> Callable[..., str]:
         def make(recipe_path: str, *overrides: str) -> str:
             recipe = load_recipe(run_recipe)
             with Workspace(tmp_path / "my run", recipe, recipe_path, overrides) as workspace:
                 return reproduce_commands(workspace)[-1]
 
-        yield make
+        return make
 
     def test_can_be_pasted_into_a_shell(self, make: Callable[..., str]) -> None:
         assert make("r.yaml", "seed=1", "search.exclude=['*.ff.*']") == (

@@ -170,7 +170,13 @@ def test_overridden_paths_are_relative_to_the_recipe(recipe_path: Path):
             "model.checkpoint.path=1",
             "--set model.checkpoint.path=1: checkpoint is no section.",
         ),
-        ("search.exclude=[a", "--set search.exclude=[a: not YAML: while parsing a flow sequence"),
+        (
+            "search.exclude=[a",
+            (
+                "--set search.exclude=[a: not YAML: line 1, column 3: expected ',' or ']', "
+                "but got '<stream end>'. Correct or quote the value."
+            ),
+        ),
     ],
 )
 def test_bad_overrides(override: str, message: str, recipe_path: Path):
@@ -304,7 +310,8 @@ def test_a_long_value_is_cut(recipe_path: Path):
 def test_what_is_no_mapping(text: str, kind: str, recipe_path: Path):
     recipe_path.write_text(text)
     assert message_of(recipe_path) == (
-        f"{recipe_path}: received {kind}, expected sections such as model:"
+        f"{recipe_path}: received {kind}, expected sections. "
+        "Write at least name: and model:, with its checkpoint:."
     )
 
 
@@ -330,11 +337,15 @@ def test_keys_that_are_no_strings(key: str, recipe_path: Path):
 
 def test_a_missing_file(tmp_path: Path):
     path = tmp_path / "nothing.yaml"
-    assert message_of(path) == f"{path}: cannot be read (No such file or directory)."
+    assert (
+        message_of(path)
+        == f"{path}: cannot be read (No such file or directory). Give the path of a YAML file."
+    )
 
 
 def test_a_folder(tmp_path: Path):
-    assert message_of(tmp_path) == f"{tmp_path}: cannot be read (Is a directory)."
+    expected = f"{tmp_path}: cannot be read (Is a directory). Give the path of a YAML file."
+    assert message_of(tmp_path) == expected
 
 
 def test_recipes_are_immutable(recipe_path: Path):

@@ -3,8 +3,9 @@
 1. Trajectories are sampled from the full-precision model itself; no data set is needed. Each
    planned layer's input is rotated and summarised (rms, largest value, kurtosis), and a bounded
    sample of its values is kept for static scales.
-2. The branch M is the truncated SVD of each block of W; then the residual W' = (W - M) H_g is
-   quantized with the scales of least squared error over a clipping grid.
+2. The branch M is the truncated SVD of each block of W; then the residual W' = (W - M) H_g gets
+   the scales of least squared error over a clipping grid.
+3. The codes are rounded to nearest, or so that the layer's output error is least (quant/gptq.py).
 
 The statistics go to `calibration.json`: a kurtosis near 3 says that the rotated tokens are close
 to the Gaussian for which the token_rms step is optimal.
@@ -27,10 +28,11 @@ from treeq_export.model.sampler import sample
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors, save_plan
 from treeq_export.quant.branch import dense_branch, fit_branch
+from treeq_export.quant.gptq import quantize_weight_gptq, second_moment
 from treeq_export.quant.numerics import activation_step, quantize_weight
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.scales import fit_tensor_scale, fit_weight_scale
-from treeq_export.recipe import Recipe
+from treeq_export.recipe import CalibrateSection, Recipe
 
 STATISTICS_FILE = "calibration.json"
 
@@ -135,15 +137,18 @@ def collect_statistics(
 
 
 def quantize_layer(
-    layer: LayerPlan, weight: NDArray[np.floating], statistics: InputStatistics, clip_steps: int
+    layer: LayerPlan,
+    weight: NDArray[np.floating],
+    statistics: InputStatistics,
+    section: CalibrateSection,
 ) -> Tensors:
     """Return one layer's tensors by short name.
 
     Args:
         layer: Its entry in the plan.
         weight: W, (N, K).
-        statistics: Of its rotated input; used by static activation scales.
-        clip_steps: Points of the clipping grids.
+        statistics: Of its rotated input; used by static activation scales and by rounding "gptq".
+        section: The recipe's calibrate section.
 
     Returns:
         codes, weight_scale, and activation_step, branch.R, branch.L where the plan has them.
@@ -156,13 +161,18 @@ def quantize_layer(
         tensors |= {"branch.R": r_factor, "branch.L": l_factor}
     rotated = rotate(residual, layer.rotation_group)
     bits = layer.weight.bits
-    scale = fit_weight_scale(rotated, bits, layer.weight.group_size, clip_steps)
-    tensors |= {"weight_scale": scale, "codes": quantize_weight(rotated, scale, bits)}
+    scale = fit_weight_scale(rotated, bits, layer.weight.group_size, section.num_clip_steps)
+    if section.rounding == "gptq":
+        moment = second_moment(np.concatenate(statistics.kept))
+        codes = quantize_weight_gptq(rotated, scale, bits, moment)
+    else:
+        codes = quantize_weight(rotated, scale, bits)
+    tensors |= {"weight_scale": scale, "codes": codes}
     if layer.activation.bits is not None:
         step = activation_step(layer.activation)
         if step is None:
             step = fit_tensor_scale(
-                np.concatenate(statistics.kept), layer.activation.bits, clip_steps
+                np.concatenate(statistics.kept), layer.activation.bits, section.num_clip_steps
             )
         tensors["activation_step"] = np.array([step], dtype=np.float32)
     return tensors
@@ -191,9 +201,7 @@ def run_calibrate(
     tensors: Tensors = {}
     for done, layer in enumerate(plan.layers, start=1):
         weight = linear_of(denoiser, layer).weight.detach().numpy()
-        short = quantize_layer(
-            layer, weight, statistics[layer.name], recipe.calibrate.num_clip_steps
-        )
+        short = quantize_layer(layer, weight, statistics[layer.name], recipe.calibrate)
         tensors |= {f"{layer.name}.{name}": value for name, value in short.items()}
         on_step(0.7 + 0.3 * done / len(plan.layers))
     write_json(

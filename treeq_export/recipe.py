@@ -86,12 +86,15 @@ class CalibrateSection(Section):
     Attributes:
         num_samples: Trajectories sampled from the model itself.
         num_clip_steps: Points of the clipping grid of the weight scales.
-        max_tokens: Tokens per layer that static activation scales are fitted to.
+        max_tokens: Tokens per layer that static scales and rounding "gptq" are fitted to.
+        rounding: "gptq" rounds the residual weight for least output error on these tokens,
+            "nearest" for least weight error.
     """
 
     num_samples: Positive = 16
     num_clip_steps: Positive = 40
     max_tokens: Positive = 4096
+    rounding: Literal["nearest", "gptq"] = "gptq"
 
 
 class CompileSection(Section):
@@ -203,13 +206,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise RecipeError(f"{path}: not YAML: {text}") from error
+        raise RecipeError(f"{path}: not YAML: {_yaml_problem(error)}. Correct that.") from error
     if not isinstance(raw, dict):
         raise RecipeError(
-            f"{path}: received {type(raw).__name__}, expected sections such as model:"
+            f"{path}: received {type(raw).__name__}, expected sections. "
+            "Write at least name: and model:, with its checkpoint:."
         )
     for override in overrides:
         _apply_override(raw, override)
@@ -234,8 +239,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise RecipeError(f"--set {override}: not YAML: {text}") from error
+        raise RecipeError(
+            f"--set {override}: not YAML: {_yaml_problem(error)}. Correct or quote the value."
+        ) from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Say in one line where a text stops to be YAML."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
 
 
 def _first_problem(error: ValidationError) -> str:

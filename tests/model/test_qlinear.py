@@ -5,6 +5,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from treeq_export.plan import (
     StrategyRecord,
     Tensors,
     TreePath,
+    load_tensors,
+    save_plan,
 )
 from treeq_export.quant import numerics
 from treeq_export.quant.branch import apply_branch, dense_branch
@@ -242,16 +245,17 @@ def test_error_is_at_most_twice_that_of_plain_float32(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_are_exact_beyond_24_bits(dtype: torch.dtype):
     k = 4096
-    layer = make_layer(8, 8, k=k, n=3)
+    layer = make_layer(8, 8, k=k, n=64)
+    rng = np.random.default_rng(0)
     tensors = make_tensors(layer)
-    tensors["codes"] = np.full((3, k), 127, dtype=np.int8)
-    tensors["codes"][1, ::3] = 126
-    tensors["codes"][2] = -128
+    tensors["codes"] = rng.integers(96, 128, (64, k)).astype(np.int8)
+    tensors["codes"][0] = -128
     module = QLinear(layer, tensors, None)
-    codes = np.full((2, k), 127, dtype=np.int8)
-    codes[1] = -127
+    codes = rng.integers(96, 128, (16, k)).astype(np.int8)
+    codes[0] = -128
     exact = codes.astype(np.int64) @ tensors["codes"].astype(np.int64).T
-    assert np.abs(exact).min() > 1 << 24
+    assert np.abs(exact).min() > 1 << 25
+    assert exact.max() == k << 14
     sums = module.accumulate(torch.from_numpy(codes).to(dtype))
     assert sums.dtype == dtype
     # One rounding, at the very end, where the sums are held as float32.
@@ -577,6 +581,18 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(make_tiny_denoi
             w_hat = numerics.dequantize_weight(own["codes"], own["weight_scale"])
             linear_of(plain, layer).weight.copy_(torch.from_numpy(w_hat))
     assert sqnr_db(predict(plain), predict(quantized)) > 100
+
+
+def test_tensors_read_from_a_file_can_be_trained(tmp_path: Path):
+    plan, tensors = make_plan([make_layer(branch=BranchFormat(b_in=1, b_out=1, rank=2))])
+    plan = save_plan(tmp_path, plan, tensors)
+    own = layer_tensors(load_tensors(tmp_path, plan), "layer")
+    module = QLinear(plan.layers[0], own, None)  # PyTorch warns of arrays that cannot be written
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    assert np.array_equal(module.codes, tensors["layer.codes"])
+    assert np.array_equal(module.weight_scale.numpy(), tensors["layer.weight_scale"] + 1)
 
 
 def test_layer_tensors_by_short_name():

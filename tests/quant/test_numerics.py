@@ -155,10 +155,13 @@ def test_accumulate_is_the_int64_product(
 def test_accumulate_is_exact_at_its_largest():
     k = 4608
     lowest = np.full((2, k), -128, dtype=np.int8)
-    odd = lowest.copy()
-    odd[:, 0] = 127
     assert accumulate(lowest, lowest).ravel().tolist() == [k << 14] * 4
-    assert accumulate(odd, lowest).ravel().tolist() == [((k - 1) << 14) - 127 * 128] * 4
+    rng = np.random.default_rng(0)
+    q_x = rng.integers(96, 128, (16, k)).astype(np.int8)
+    q_w = rng.integers(96, 128, (64, k)).astype(np.int8)
+    exact = q_x.astype(np.int64) @ q_w.astype(np.int64).T
+    assert exact.min() > 1 << 25
+    assert np.array_equal(accumulate(q_x, q_w)[:, 0], exact)
 
 
 def test_dequantize_output_adds_the_scaled_groups():
@@ -301,6 +304,8 @@ def test_nan_has_the_code_zero():
     assert codes.tolist() == [[0, 1, 7, -8]]
     nan_scale = np.full((1, 1), np.nan, dtype=np.float32)
     assert quantize_activation(x, nan_scale, 4).tolist() == [[0, 0, 0, 0]]
+    inf_scale = np.full((1, 1), np.inf, dtype=np.float32)
+    assert quantize_activation(x, inf_scale, 4).tolist() == [[0, 0, 0, 0]]
 
 
 def test_largest_float32_token_becomes_nan_quietly():

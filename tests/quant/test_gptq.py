@@ -1,0 +1,77 @@
+"""GPTQ rounding: against exhaustive search, its block form against the loop, what it gains."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from treeq_export.quant import gptq
+from treeq_export.quant.gptq import quantize_weight_gptq, second_moment
+from treeq_export.quant.numerics import code_range, dequantize_weight, quantize_weight
+from treeq_export.quant.scales import fit_weight_scale
+
+
+def make_case(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return a Gaussian weight (n, k) and strongly correlated tokens (4 k, k)."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.normal(size=(k, k)) * np.geomspace(1, 0.05, k)[:, None]
+    tokens = generator.normal(size=(4 * k, k)) @ mixing
+    return generator.normal(size=(n, k)).astype(np.float32), tokens.astype(np.float32)
+
+
+def output_error(weight: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray) -> float:
+    difference = weight.astype(np.float64) - dequantize_weight(codes, scale)
+    return float(np.einsum("nk,kl,nl->", difference, h, difference))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_output_error_is_below_rounding_to_nearest(bits: int, group_size: int | None):
+    weight, tokens = make_case(24, 64)
+    h = second_moment(tokens)
+    scale = fit_weight_scale(weight, bits, group_size, 40)
+    codes = quantize_weight_gptq(weight, scale, bits, h)
+    assert codes.dtype == np.int8
+    qmin, qmax = code_range(bits)
+    assert codes.min() >= qmin
+    assert codes.max() <= qmax
+    nearest = output_error(weight, quantize_weight(weight, scale, bits), scale, h)
+    assert output_error(weight, codes, scale, h) < 0.8 * nearest
+
+
+def test_uncorrelated_inputs_give_rounding_to_nearest():
+    weight, _ = make_case(8, 32)
+    scale = fit_weight_scale(weight, 4, None, 40)
+    codes = quantize_weight_gptq(weight, scale, 4, np.eye(32))
+    assert np.array_equal(codes, quantize_weight(weight, scale, 4))
+
+
+def test_it_comes_close_to_the_best_of_all_codes():
+    weight, tokens = make_case(3, 5, seed=1)
+    h = second_moment(tokens)
+    scale = fit_weight_scale(weight, 2, None, 40)
+    codes = quantize_weight_gptq(weight, scale, 2, h)
+    grid = np.array(list(itertools.product(range(-2, 2), repeat=5)), dtype=np.int8)
+    for row in range(3):
+        errors = [
+            output_error(weight[row : row + 1], c[None], scale[row : row + 1], h) for c in grid
+        ]
+        mine = output_error(weight[row : row + 1], codes[row : row + 1], scale[row : row + 1], h)
+        rank = int(np.sum(np.array(errors) < mine - 1e-12))
+        assert rank <= 0.02 * len(grid)
+
+
+def test_the_block_form_equals_the_plain_loop(monkeypatch: pytest.MonkeyPatch):
+    weight, tokens = make_case(16, 48)
+    h = second_moment(tokens)
+    scale = fit_weight_scale(weight, 3, None, 40)
+    whole = quantize_weight_gptq(weight, scale, 3, h)
+    monkeypatch.setattr(gptq, "_BLOCK", 7)
+    assert np.array_equal(quantize_weight_gptq(weight, scale, 3, h), whole)
+
+
+def test_inputs_that_are_all_zero_round_to_nearest():
+    weight, _ = make_case(4, 16)
+    scale = fit_weight_scale(weight, 3, None, 40)
+    codes = quantize_weight_gptq(weight, scale, 3, second_moment(np.zeros((8, 16))))
+    assert np.array_equal(codes, quantize_weight(weight, scale, 3))

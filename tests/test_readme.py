@@ -1,0 +1,58 @@
+"""The README's commands run as they are written, in a copy that looks like a fresh clone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def test_the_make_commands_are_those_that_ci_runs():
+    made = [line for line in commands() if line.startswith("make")]
+    assert made == ["make demo", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "make demo" in ci
+    assert "make check" in ci
+    makefile = (ROOT / "Makefile").read_text()
+    check = makefile.split("\ncheck:")[1].split("\n\n")[0]
+    assert "$(MAKE) test" in check
+
+
+def test_every_image_of_the_readme_exists():
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert images
+    for image in images:
+        assert (ROOT / image).is_file(), image
+
+
+@pytest.mark.slow
+def test_the_treeq_export_commands_run(tmp_path: Path):
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    (recipe,) = blocks("yaml")
+    (tmp_path / "my_recipe.yaml").write_text(recipe)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    lines = [line for line in commands() if line.startswith("treeq-export")]
+    assert len(lines) == 7
+    for line in lines:
+        done = subprocess.run(
+            line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert done.stdout
+    report = json.loads((tmp_path / "runs/mine/report.json").read_text())
+    assert report["plan"]["average_weight_bits"] == 3.0
+    assert report["parity"]["portable"]["passed"] is True
