@@ -11,8 +11,8 @@ of its error. With U the upper Cholesky factor of H^-1 the update is
 
 The scales stay as they were fitted; only the codes change.
 
-Source: Frantar et al., GPTQ, 2022 (section 3, algorithm 1). X are here the rotated inputs, and W the
-residual beside a branch.
+Source: Frantar et al., GPTQ, 2022 (section 3, algorithm 1). X are here the rotated inputs, and W
+the residual beside a branch.
 """
 
 import numpy as np
