@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -203,6 +204,25 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path):
     assert names(path) == ["model.onnx"]
     assert (path / "model.onnx").read_text() == "second"
     assert names(tmp_path / "onnx") == ["ort"]
+
+
+def test_the_old_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "ort"
+    make_folder(path)
+    (path / "old").touch()
+    rmtree, removed = shutil.rmtree, []
+
+    def remove(folder: Path, **options: bool) -> None:
+        assert folder != path
+        if folder.is_dir():
+            removed.append((names(folder), names(path)))
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with atomic_folder(path) as temporary:
+        (temporary / "new").touch()
+    assert removed == [(["old"], ["new"])]
+    assert names(tmp_path) == ["ort"]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)

@@ -1,8 +1,10 @@
 """Bench: fair rounds, honest ratios, the peer, memory in a process of its own."""
 
+import errno
 import gc
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, permutations
@@ -16,6 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+from onnxruntime.quantization import quantize_static, shape_inference
 
 from treeq_export.bench import memory_child, run_bench, timing
 from treeq_export.bench.environment import describe_environment, read_cpu, warn_if_busy
@@ -23,7 +27,7 @@ from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
 from treeq_export.bench.stage import compare_rows
 from treeq_export.bench.timing import compare_times, round_order, time_rounds, wait_until_idle
-from treeq_export.errors import PlanError, RunnerError
+from treeq_export.errors import OutputError, PlanError, RunnerError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.recipe import BenchSection, ModelSection
@@ -382,6 +386,51 @@ class TestPeer:
         with pytest.raises(RunnerError, match="quantization cannot quantize") as caught:
             self.quantize(tmp_path, fp32)
         assert "\n" not in str(caught.value)
+        assert not (tmp_path / "peer").exists()
+
+    @pytest.mark.parametrize("external", [False, True])
+    def test_graph_that_cannot_be_prepared(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+    ) -> None:
+        fp32 = write_graph(tmp_path / "fp32/model.onnx", width=256, external=external)
+        prepared = self.quantize(tmp_path, fp32).parent.rename(tmp_path / "prepared")
+        read: list[Path] = []
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise RuntimeError("cannot prepare")
+
+        def quantize(source: Path, *args: Any, **options: Any) -> None:
+            read.append(source)
+            quantize_static(source, *args, **options)
+
+        monkeypatch.setattr(shape_inference, "quant_pre_process", refuse)
+        monkeypatch.setattr(quantization, "quantize_static", quantize)
+        path = self.quantize(tmp_path, fp32)
+        # The tool writes beside what it reads: that is a copy.
+        assert read[0].name == fp32.name
+        assert read[0].parent.name == "workplace"
+        assert sorted(file.name for file in path.parent.iterdir()) == sorted(
+            file.name for file in prepared.iterdir()
+        )
+
+    def test_full_disk_is_told_apart(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fp32 = write_graph(tmp_path / "fp32/model.onnx")
+        write_bytes = Path.write_bytes
+
+        def write(path: Path, data: bytes) -> int:
+            if path.name == "room":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write_bytes(path, data)
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("Wire format was corrupt")
+
+        monkeypatch.setattr(quantization, "quantize_static", fail)
+        with pytest.raises(RunnerError, match="Wire format was corrupt"):
+            self.quantize(tmp_path, fp32)
+        monkeypatch.setattr(Path, "write_bytes", write)
+        with pytest.raises(OutputError, match=r"peer: the disk is full \("):
+            self.quantize(tmp_path, fp32)
         assert not (tmp_path / "peer").exists()
 
 

@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 
 from treeq_export.pipeline import STAGE_NAMES
 
-# What the undisturbed stage writes first is not written yet, or (calibrate, compile, evaluate,
-# report) a part of several files is: the n-th file or folder is complete, but not in its place.
+# The n-th renaming is missing: a file or folder is complete, but not in its place. Of calibrate,
+# compile, evaluate and report others already are; compile renames each old folder before.
 KILLED_BEFORE_FILE = {
     "search": 1,
     "calibrate": 3,
-    "compile": 2,
+    "compile": 4,
     "validate": 1,
     "bench": 1,
     "evaluate": 2,

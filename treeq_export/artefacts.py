@@ -120,13 +120,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         OutputError: The disk is full or the parent cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old{_TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
+        if path.exists():  # renamed, since a kill while it is removed would leave half of it
+            path.replace(old)
         temporary.replace(path)
     except Exception as error:
         failed_write = _os_error_in(error)
@@ -135,6 +136,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise _output_error(path, failed_write) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
