@@ -367,3 +367,23 @@ def test_sha256_of_file(tmp_path: Path):
 def test_output_errors_end_with_status_1():
     assert issubclass(OutputError, TreeqError)
     assert OutputError.exit_status == 1
+
+
+def test_folder_is_put_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    final = tmp_path / "onnx"
+    final.mkdir()
+    (final / "model").write_text("old")
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == final and "old" not in self.name:
+            raise OSError(errno.EACCES, "refused")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OutputError, match="onnx"), atomic_folder(final) as folder:
+        (folder / "model").write_text("new")
+    assert (final / "model").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]

@@ -135,6 +135,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise
         raise _output_error(path, failed_write) from error
     finally:
+        if old.exists() and not path.exists():
+            old.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

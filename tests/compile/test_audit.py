@@ -97,6 +97,27 @@ def test_float_layer_is_named(tmp_path: Path, make_layer: Make, make_model: Make
     assert "search.exclude" in message
 
 
+def test_every_reader_of_the_weight_counts(
+    tmp_path: Path, make_layer: Make, make_model: Make, make_plan: Make
+):
+    """One integer product beside another operator on the same codes is no integer layer."""
+    layer = make_layer(name="blocks.0.a", weight_bits=8)
+    model = lower(make_model(layer), "portable")
+    row = ir.val("row", ir.DataType.INT64, [1])
+    gather = ir.node("Gather", [model.graph.initializers["blocks.0.a.weight_quantized"], row])
+    gather.outputs[0].type, gather.outputs[0].shape = (
+        ir.TensorType(ir.DataType.INT8),
+        ir.Shape([1, 13]),
+    )
+    model.graph.inputs.append(row)
+    model.graph.append(gather)
+    model.graph.outputs.append(gather.outputs[0])
+    audit = audit_graph(save(model, tmp_path), *make_plan(layer))
+    assert [entry.op_type for entry in audit] == ["Gather + MatMulIntegerToFloat"]
+    with pytest.raises(CompileError, match=r"blocks\.0\.a \(Gather \+ MatMulIntegerToFloat\)"):
+        check_audit("portable", audit)
+
+
 def test_missing_layer_is_named(
     tmp_path: Path, make_layer: Make, make_model: Make, make_plan: Make
 ):
