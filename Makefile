@@ -26,7 +26,7 @@ demo: venv
 	$(BIN)/treeq-export run samples/digits/recipe.yaml --out $(DEMO_OUT)
 
 test: venv
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not me
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -33,7 +34,14 @@ STAGE_NAMES = ("search", "calibrate", "compile", "validate", "bench", "evaluate"
 _FLUX_SIZE = 16
 
 _stderr = Console(stderr=True)
-_stdout = Console()
+_PIPE_WIDTH = 140  # columns of a table where stdout is no terminal
+
+
+def _make_stdout() -> Console:
+    """Return a console for results, made late because stdout may have been redirected."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=_PIPE_WIDTH)
 
 
 class Commands(click.Group):
@@ -159,7 +167,7 @@ def _show_report(report: Any, run: Path, *, as_json: bool) -> None:
     if as_json:
         click.echo((run / "report.json").read_text(), nl=False)
     else:
-        print_report(report, _stdout)
+        print_report(report, _make_stdout())
 
 
 def _run_one(run: Path, name: str) -> object:
@@ -304,7 +312,7 @@ def _inspect_run(run: Path, as_json: bool) -> None:
             str(layer.rotation_group),
             f"{branch.b_out}x{branch.b_in} r{branch.rank}" if branch else "-",
         )
-    _stdout.print(table)
+    _make_stdout().print(table)
 
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:
@@ -329,7 +337,7 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
     for linear in linears:
         sizes = (linear.block, linear.leaf, linear.in_features, linear.out_features)
         table.add_row(linear.name, *map(str, sizes))
-    _stdout.print(table)
+    _make_stdout().print(table)
 
 
 @main.command()
@@ -349,7 +357,7 @@ def doctor(as_json: bool) -> None:
             missing = "[red]missing[/red]" if finding.required else "-"
             remedy = "" if finding.found else finding.remedy.replace("[", r"\[")
             table.add_row(finding.name, finding.found or missing, finding.purpose, remedy)
-        _stdout.print(table)
+        _make_stdout().print(table)
     if not is_healthy(findings):
         missing = ", ".join(f.name for f in findings if f.required and f.found is None)
         raise TreeqError(f"doctor: missing {missing}. Install with the commands of the table.")
