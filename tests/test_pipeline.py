@@ -23,7 +23,15 @@ from treeq_export.pipeline import (
     run_stage,
     stage_named,
 )
-from treeq_export.plan import LayerPlan, ModelRecord, Plan, StrategyRecord, TreePath, save_plan
+from treeq_export.plan import (
+    LayerPlan,
+    ModelRecord,
+    Plan,
+    StrategyRecord,
+    TreePath,
+    load_plan,
+    save_plan,
+)
 from treeq_export.quant.spec import ActivationFormat, WeightFormat
 from treeq_export.recipe import load_recipe
 from treeq_export.records import GateResult
@@ -41,6 +49,7 @@ class FakeStages:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.fail_in = ""
+        self.fail_early = False
         self.error: BaseException = TreeqError("broken")
 
     def make_all(self) -> tuple[pipeline.Stage, ...]:
@@ -51,6 +60,8 @@ class FakeStages:
     def make(self, name: str) -> Callable[..., object]:
         def execute(workspace: Workspace, on_step: Callable[[float], None]) -> object:
             self.ran.append(name)
+            if name == self.fail_in and self.fail_early:
+                raise self.error
             result = getattr(self, f"write_{name}", self.write_record)(workspace, name)
             if name == self.fail_in:
                 raise self.error
@@ -72,7 +83,9 @@ class FakeStages:
             format_version=1,
             model=ModelRecord(name=workspace.recipe.name, class_name="DiT", num_parameters=1),
             checkpoint_sha256=workspace.checkpoint.sha256,
-            strategy=StrategyRecord(name="uniform", options={}),
+            strategy=StrategyRecord(
+                name="uniform", options=workspace.recipe.search.model_dump(mode="json")
+            ),
             layers=(layer,),
         )
         workspace.forget_plan()
@@ -261,7 +274,9 @@ class TestFailure:
             runs(start="search")
         assert stages.ran == list(STAGE_NAMES[: STAGE_NAMES.index(name) + 1])
         stages.fail_in = ""
-        assert runs() == set(STAGE_NAMES[STAGE_NAMES.index(name) :])
+        # What search wrote before it failed is the plan of this recipe: calibrate goes on from it.
+        first = "calibrate" if name == "search" else name
+        assert runs() == set(STAGE_NAMES[STAGE_NAMES.index(first) :])
 
     def test_calibrate_has_completed_the_plan_already(self, runs: Runs, stages: FakeStages) -> None:
         # The plan is no longer as search wrote it, but search need not run again.
@@ -282,8 +297,8 @@ class TestFailure:
         stages.fail_in = "validate"
         with pytest.raises(TreeqError, match="broken"):
             runs("validate.batch_size=3")
-        assert not (runs.run / "report.json").exists()
-        assert (runs.run / "bench.json").is_file()
+        for kept in ("parity.json", "report.json", "bench.json"):
+            assert (runs.run / kept).is_file()
         stages.fail_in = ""
         assert runs("validate.batch_size=3") == {"validate", "report"}
 
@@ -503,3 +518,36 @@ class TestFinishedRun:
             "parity.json",
         ):
             assert (tmp_path / "run" / file).read_bytes() == (finished_run / file).read_bytes()
+
+
+class TestBadInputOnAFinishedRun:
+    def test_a_format_that_does_not_fit_loses_nothing(self, runs: Runs, stages: FakeStages) -> None:
+        files = {path for path in runs.run.rglob("*") if path.is_file()}
+        stages.fail_in, stages.fail_early = "search", True
+        with pytest.raises(TreeqError, match="broken"):
+            runs("search.rotation_group=48")
+        assert {path for path in runs.run.rglob("*") if path.is_file()} == files
+        stages.fail_in = ""
+        assert runs() == {"report"}
+
+    def test_no_report_mixes_the_results_of_two_recipes(
+        self, runs: Runs, stages: FakeStages
+    ) -> None:
+        stages.fail_in = "search"
+        with pytest.raises(TreeqError, match="broken"):
+            runs("search.rotation_group=48")
+        with (
+            runs.open("search.rotation_group=48") as workspace,
+            pytest.raises(PlanError, match=r"search, which is out of date"),
+        ):
+            require_stages(workspace, stage_named("report"))
+
+    def test_a_plan_that_a_killed_search_left_is_not_taken_for_that_of_the_old_recipe(
+        self, runs: Runs, stages: FakeStages
+    ) -> None:
+        stages.fail_in = "search"
+        with pytest.raises(TreeqError, match="broken"):
+            runs("search.weight_bits=5")
+        stages.fail_in = ""
+        assert runs() == ALL
+        assert load_plan(runs.run).layers[0].weight.bits == 4

@@ -222,19 +222,26 @@ def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
     if record is None or record.fingerprint != fingerprint(workspace, stage):
         return False
     if stage.name == "search":
-        return _is_json(workspace.run / PLAN_FILE)
+        return _is_plan_of(workspace)
     return all(
         (workspace.run / name).is_file() and sha256_of_file(workspace.run / name) == digest
         for name, digest in record.outputs.items()
     )
 
 
-def _is_json(path: Path) -> bool:
+def _is_plan_of(workspace: Workspace) -> bool:
+    """Whether plan.json was searched with this recipe.
+
+    Its bytes say nothing: calibrate completes it, and a user may have edited its layers. But a
+    search that was killed may have left the plan of another recipe. (That of another checkpoint
+    is refused when it is loaded.)
+    """
     try:
-        json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        plan = json.loads((workspace.run / PLAN_FILE).read_bytes())
+        options = plan["strategy"]["options"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
+    return options == workspace.recipe.search.model_dump(mode="json")
 
 
 def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
@@ -251,12 +258,9 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     Raises:
         TreeqError: Whatever the stage raises.
     """
-    if stage.after:
-        _ = workspace.plan  # raises where it cannot be used, before anything is removed
-    _remove_results(workspace, stage)
-    workspace.save()
     started = time.monotonic()
     result = stage.execute(workspace, on_step)
+    _remove_dependent_results(workspace, stage)
     workspace.stages[stage.name] = StageRecord(
         fingerprint=fingerprint(workspace, stage),
         seconds=round(time.monotonic() - started, 3),
@@ -266,15 +270,17 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     return result
 
 
-def _remove_results(workspace: Workspace, stage: Stage) -> None:
-    """Remove the results of a stage and of all that read them, but the plan: calibrate reads it.
+def _remove_dependent_results(workspace: Workspace, stage: Stage) -> None:
+    """Remove what later stages made of a stage's former result.
 
-    The files go first: a process killed in between leaves records whose files are missing.
+    Only a stage that has succeeded does this: one that fails on bad input loses nothing. The plan
+    stays, since calibrate reads the file that it writes.
     """
-    gone = _dependents(stage)
+    gone = _dependents(stage) - {stage.name}
+    kept = {PLAN_FILE, *stage.outputs(workspace)}
     for later in STAGES:
         for file in later.outputs(workspace) if later.name in gone else ():
-            if file != PLAN_FILE:
+            if file not in kept:
                 (workspace.run / file).unlink(missing_ok=True)
     workspace.stages = {
         name: record
@@ -366,18 +372,28 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
+def _is_of_this_recipe(workspace: Workspace, stage: Stage) -> bool:
+    """Whether a stage has not run yet, or ran with this recipe."""
+    record = workspace.stages.get(stage.name)
+    return record is None or record.fingerprint == fingerprint(workspace, stage)
+
+
 def require_stages(workspace: Workspace, stage: Stage) -> None:
     """Check that all stages that one reads, directly or not, are up to date.
 
-    The report is made of whatever is there.
+    The report is made of whatever has been measured, but not of results of another recipe.
 
     Raises:
         PlanError: Names the first stage to run.
     """
     for earlier in STAGES[: STAGES.index(stage)]:
-        if stage.name == "report" or stage.name not in _dependents(earlier):
+        if stage.name not in _dependents(earlier):
             continue
-        if not is_up_to_date(workspace, earlier):
+        if stage.name == "report":
+            current = _is_of_this_recipe(workspace, earlier)
+        else:
+            current = is_up_to_date(workspace, earlier)
+        if not current:
             why = "is out of date" if earlier.name in workspace.stages else "is not there yet"
             raise PlanError(
                 f"{workspace.run}: {stage.name} needs the result of {earlier.name}, which "
