@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from treeq_export.calibrate import (
-    STATISTICS_FILE,
-    InputStatistics,
-    collect_statistics,
-    quantize_layer,
-    run_calibrate,
-)
+from treeq_export.calibrate import STATISTICS_FILE, run_calibrate
+from treeq_export.model.fit import quantize_layer
 from treeq_export.model.quantized import layer_tensors, linear_of
 from treeq_export.model.sampler import sample
+from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import PLAN_FILE, TENSORS_FILE, LayerPlan, TreePath, load_plan, load_tensors
 from treeq_export.quant.branch import dense_branch
@@ -97,7 +93,9 @@ def test_statistics_are_those_of_the_rotated_inputs(static_run: Any):
 
 def test_static_scale_is_fitted_to_the_kept_tokens(static_run: Any):
     recipe = static_run.recipe
-    statistics = collect_statistics(static_run.denoiser, static_run.plan, recipe, lambda _: None)
+    statistics = collect_statistics(
+        static_run.denoiser, static_run.plan.layers, recipe, lambda _: None
+    )
     for layer in static_run.plan.layers:
         kept = np.concatenate(statistics[layer.name].kept)
         assert 0 < len(kept) <= recipe.calibrate.max_tokens
@@ -120,7 +118,7 @@ def test_kept_tokens_are_spread_over_the_trajectory(make_tiny_run: Make):
     sampler = tiny.recipe.sampler.model_copy(update={"steps": 3, "batch_size": 2})
     recipe = tiny.recipe.model_copy(update={"calibrate": section, "sampler": sampler})
     steps: list[float] = []
-    statistics = collect_statistics(tiny.denoiser, tiny.plan, recipe, steps.append)
+    statistics = collect_statistics(tiny.denoiser, tiny.plan.layers, recipe, steps.append)
     for entry in statistics.values():
         # 2 batches of 3 steps: 6 calls, 2 tokens of each.
         assert [len(tokens) for tokens in entry.kept] == [2] * 6
@@ -142,9 +140,9 @@ def test_hooks_are_gone_after_a_failure(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("treeq_export.calibrate.sample", fail)
+    monkeypatch.setattr("treeq_export.model.statistics.sample", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        collect_statistics(denoiser, static_run.plan, static_run.recipe, lambda _: None)
+        collect_statistics(denoiser, static_run.plan.layers, static_run.recipe, lambda _: None)
     for layer in static_run.plan.layers:
         assert not linear_of(denoiser, layer)._forward_pre_hooks
 

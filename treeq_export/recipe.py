@@ -12,10 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treeq_export.errors import RecipeError
-from treeq_export.quant.spec import Bits, BranchFormat
+from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
 
 
 class Section(BaseModel):
@@ -56,27 +57,80 @@ class SamplerSection(Section):
     batch_size: Positive = 50
 
 
+class BudgetSection(Section):
+    """What a searched assignment may cost; every limit that is set has to hold.
+
+    Attributes:
+        weight_bits: Average weight bits, weighted by number of weights.
+        activation_bits: Average activation bits, weighted by number of weights.
+        size_bytes: Packed codes, scales and branches of all quantized layers.
+    """
+
+    weight_bits: AverageBits | None = None
+    activation_bits: AverageBits | None = None
+    size_bytes: Positive | None = None
+
+
+class BranchBudget(Section):
+    """Let the search choose each layer's branch among Monarch shapes of equal parameters.
+
+    Attributes:
+        parameter_fraction: Branch parameters over the layer's weights, an upper limit.
+        grids: Largest number of blocks along each axis; the candidates are powers of two up to it.
+    """
+
+    parameter_fraction: Annotated[float, Field(gt=0, lt=1, strict=False)]
+    grids: Positive = 8
+
+
 class SearchSection(Section):
     """Which formats the layers get.
 
     Attributes:
-        strategy: "uniform": the same formats for every layer.
-        weight_bits: 2..8.
-        activation_bits: 2..8, or None to keep activations in floating point.
+        strategy: "uniform": the same formats for every layer; "tss": TreeQ's tree-structured
+            search; "integer_programming" and "greedy": baselines of the search.
+        weight_bits: 2..8, of strategy "uniform" without a budget.
+        activation_bits: 2..8, or None to keep activations in floating point; likewise.
+        budget: What the assignment may cost; "uniform" spreads two neighbouring widths evenly.
+        weight_candidates: Weight bits that the search may choose from.
+        activation_candidates: Activation bits, likewise; at most 16 pairs in all.
+        noise: Environmental Noise Guidance, lambda in 0..1: 1 measures every segment on inputs as
+            the quantized layers before it leave them (PTQ), 0 on clean ones (before PEFT or QAT).
+        keep: Configurations that a node keeps.
+        num_samples: Trajectories that inputs are taken from.
+        num_rows: Network inputs (sample and timestep) that every configuration is measured on.
+        refine: Least relative gain of a last exchange of bits between leaves on the whole network;
+            None leaves it out.
+        executor: "local", or "ray" for several processes or machines.
+        num_workers: Ray workers.
+        threads: Torch threads of each process; another number may round differently.
         activation_scale: "auto" is token_rms below 7 bits and token_absmax from 7 on.
         group_size: Input channels that share a weight scale; None is one scale per channel.
         rotation_group: Hadamard group, a power of two that divides each layer's in_features.
         branch: Shape of the Monarch branch; None is no branch.
+        branch_budget: Choose each layer's branch by measured output error instead.
         exclude: Glob patterns of layers that stay in floating point.
     """
 
-    strategy: Literal["uniform"] = "uniform"
+    strategy: Literal["uniform", "tss", "integer_programming", "greedy"] = "uniform"
     weight_bits: Bits = 4
     activation_bits: Bits | None = 4
+    budget: BudgetSection | None = None
+    weight_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
+    activation_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
+    noise: Annotated[float, Field(ge=0, le=1, strict=False)] = 1.0
+    keep: Annotated[int, Field(ge=2)] = 16
+    num_samples: Positive = 32
+    num_rows: Positive = 128
+    refine: Annotated[float, Field(ge=0, lt=1, strict=False)] | None = 1e-3
+    executor: Literal["local", "ray"] = "local"
+    num_workers: Positive = 2
+    threads: Positive = 1
     activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
     group_size: Positive | None = None
     rotation_group: Positive = 128
     branch: BranchFormat | None = BranchFormat(b_in=1, b_out=1, rank=8)
+    branch_budget: BranchBudget | None = None
     exclude: list[str] = []
 
 

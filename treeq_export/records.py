@@ -1,6 +1,7 @@
 """Results of the stages, as records. One record, many views: terminal, JSON and HTML read these.
 
-compile.json: CompileRecord; parity.json: ParityRecord; bench.json: BenchRecord; quality.json:
+search.json: SearchRecord; compile.json: CompileRecord; parity.json: ParityRecord;
+bench.json: BenchRecord; quality.json:
 QualityRecord.
 """
 
@@ -44,6 +45,96 @@ class GateResult(Record):
         """Return the result of comparing; nan never passes."""
         passed = measured >= limit if at_least else measured <= limit
         return cls(name=name, measured=measured, limit=limit, at_least=at_least, passed=passed)
+
+
+class SearchPoint(Record):
+    """One configuration of the whole network that the search measured.
+
+    Attributes:
+        weight_bits: Average, weighted by number of weights.
+        activation_bits: Likewise.
+        size_bytes: Packed codes, scales and branches of all quantized layers.
+        mse: Mean squared error of the network's prediction against full precision.
+        kept: Whether the Pareto drop kept it.
+        chosen: Whether it is the one that was chosen.
+    """
+
+    weight_bits: float
+    activation_bits: float
+    size_bytes: int
+    mse: float
+    kept: bool
+    chosen: bool
+
+
+class SearchNode(Record):
+    """One node of the search's tree.
+
+    Attributes:
+        name: Such as "block 3" or "blocks 0..3"; of a leaf its layers.
+        depth: 0 is the root.
+        first_leaf: Number of its first leaf.
+        last_leaf: Number of its last leaf.
+        num_configurations: How many it kept.
+        weight_bits: Average of the chosen plan inside it.
+        activation_bits: Likewise.
+    """
+
+    name: str
+    depth: int
+    first_leaf: int
+    last_leaf: int
+    num_configurations: int
+    weight_bits: float
+    activation_bits: float
+
+
+class SearchCost(Record):
+    """What a search costs, known before it starts.
+
+    Attributes:
+        num_leaves: Leaves of the tree.
+        num_merges: Merges of two nodes.
+        num_evaluations: Configurations to measure; linear in the number of leaves.
+        num_block_runs: Block evaluations that these take, each of `num_rows` inputs.
+        estimate_s: Estimated seconds, from timing one block; None where nothing was timed.
+    """
+
+    num_leaves: int
+    num_merges: int
+    num_evaluations: int
+    num_block_runs: int
+    estimate_s: float | None
+
+
+class SearchRecord(Record):
+    """Result of search (search.json).
+
+    Attributes:
+        strategy: Such as "tss".
+        noise: Lambda of Environmental Noise Guidance.
+        budget: The limits that were set, by name.
+        cost: What was announced; None for strategy "uniform".
+        num_measured: Configurations measured in this process.
+        num_from_journal: Configurations that the journal knew.
+        seconds: Wall time of this process.
+        network_mse: Of the chosen plan's search weights; None for strategy "uniform".
+        nodes: The tree, root first; empty for other strategies than "tss".
+        front: Configurations measured at the root.
+        branches: Branch shapes chosen and what they were chosen from, by layer.
+    """
+
+    strategy: str
+    noise: float
+    budget: dict[str, float]
+    cost: SearchCost | None
+    num_measured: int
+    num_from_journal: int
+    seconds: float
+    network_mse: float | None
+    nodes: list[SearchNode]
+    front: list[SearchPoint]
+    branches: dict[str, list[dict[str, Any]]]
 
 
 class AuditLayer(Record):

@@ -1,0 +1,122 @@
+"""Statistics and a bounded sample of every layer's rotated input.
+
+Trajectories are sampled from the full-precision model itself; no data set is needed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from treeq_export.model.quantized import linear_of
+from treeq_export.model.sampler import sample
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import LayerPlan
+from treeq_export.quant.rotation import rotate
+from treeq_export.recipe import Recipe
+
+
+@dataclass
+class InputStatistics:
+    """Running statistics of one layer's rotated input.
+
+    Attributes:
+        num_tokens: Tokens seen.
+        absmax: Largest magnitude.
+        second: Sum over tokens of the mean square.
+        ratio_fourth: Sum over tokens of mean fourth power over squared mean square.
+        kept: A bounded sample of tokens, (n, K) each.
+        num_kept: Tokens kept.
+    """
+
+    num_tokens: int = 0
+    absmax: float = 0.0
+    second: float = 0.0
+    ratio_fourth: float = 0.0
+    kept: list[NDArray[Any]] = field(default_factory=list)
+    num_kept: int = 0
+
+    def add(self, tokens: NDArray[np.floating], max_kept: int, stride: int) -> None:
+        """Add rotated tokens (n, K); every `stride`-th is kept while fewer than `max_kept` are."""
+        self.num_tokens += len(tokens)
+        self.absmax = max(self.absmax, float(np.abs(tokens).max()))
+        square = np.square(tokens, dtype=np.float64)
+        mean_square = square.mean(axis=1)
+        self.second += float(mean_square.sum())
+        fourth = np.square(square).mean(axis=1)
+        self.ratio_fourth += float((fourth / np.maximum(mean_square**2, 1e-300)).sum())
+        kept = tokens[::stride][: max_kept - self.num_kept]
+        if len(kept):
+            self.kept.append(kept.copy())
+            self.num_kept += len(kept)
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the statistics for `calibration.json`."""
+        return {
+            "num_tokens": self.num_tokens,
+            "rms": math.sqrt(self.second / max(self.num_tokens, 1)),
+            "absmax": self.absmax,
+            "kurtosis": self.ratio_fourth / max(self.num_tokens, 1),
+        }
+
+
+def collect_statistics(
+    denoiser: Denoiser,
+    layers: Sequence[LayerPlan],
+    recipe: Recipe,
+    on_step: Callable[[float], None],
+) -> dict[str, InputStatistics]:
+    """Sample trajectories and summarise every planned layer's rotated input.
+
+    Args:
+        denoiser: The full-precision model.
+        layers: The layers to observe; their rotation groups count.
+        recipe: Its sampler, calibrate and seed settings.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        Layer name to statistics.
+    """
+    statistics = {layer.name: InputStatistics() for layer in layers}
+    section = recipe.calibrate
+    # Spread the kept tokens over the trajectory: each of the network's calls gives an equal share.
+    batches = -(-section.num_samples // recipe.sampler.batch_size)
+    per_call = -(-section.max_tokens // (recipe.sampler.steps * batches))
+
+    def observe(layer: LayerPlan) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].detach().reshape(-1, layer.in_features).numpy()
+            entry = statistics[layer.name]
+            kept = min(entry.num_kept + per_call, section.max_tokens)
+            stride = max(1, len(tokens) // per_call)
+            entry.add(rotate(tokens, layer.rotation_group), kept, stride)
+
+        return hook
+
+    handles = [
+        linear_of(denoiser, layer).register_forward_pre_hook(observe(layer)) for layer in layers
+    ]
+    total = section.num_samples * recipe.sampler.steps
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return denoiser(*(inputs[name] for name in denoiser.input_names))
+
+    try:
+        sample(
+            run,
+            denoiser,
+            recipe.sampler,
+            num=section.num_samples,
+            seed=recipe.seed,
+            on_step=lambda done: on_step(done / total),
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics
