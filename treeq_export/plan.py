@@ -8,6 +8,7 @@ Two files. `plan.json` holds the assignment, one entry per quantized linear in e
     activation_step   float32  (1,)          step of the activation; absent where not quantized
     branch.R          float32  (b_in, K/b_in, b_out*r)
     branch.L          float32  (b_out, b_in*r, N/b_out)
+    bias              float32  (N,)          optional: replaces the checkpoint's bias
 
 A plan belongs to one checkpoint (`checkpoint_sha256`) and names its tensors (`tensors_sha256`, null
 before calibration). Saving the same plan gives the same bytes. Nothing executes on load.
@@ -279,6 +280,8 @@ def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors) -> None:
         b_in, b_out, rank = layer.branch.b_in, layer.branch.b_out, layer.branch.rank
         expected["branch.R"] = (b_in, k // b_in, b_out * rank)
         expected["branch.L"] = (b_out, b_in * rank, n // b_out)
+    if f"{layer.name}.bias" in tensors:
+        expected["bias"] = (n,)
     for tensor, shape in expected.items():
         found = tensors.get(f"{layer.name}.{tensor}")
         if found is None or found.shape != shape:

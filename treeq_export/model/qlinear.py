@@ -30,8 +30,9 @@ class QLinear(nn.Module):
     Args:
         layer: Its entry in the plan.
         tensors: The layer's tensors by short name: codes (N, K) int8, weight_scale (N, G) float32,
-            activation_step (1,) float32, branch.R and branch.L where there is a branch.
-        bias: (N,) float32, or None.
+            activation_step (1,) float32, branch.R and branch.L where there is a branch; bias (N,)
+            float32 where calibration has corrected it.
+        bias: The checkpoint's, (N,) float32, or None; `tensors` may replace it.
     """
 
     planes: Tensor
@@ -47,6 +48,8 @@ class QLinear(nn.Module):
         self.weight_scale = nn.Parameter(
             torch.from_numpy(tensors["weight_scale"].copy()), requires_grad=False
         )
+        if "bias" in tensors:
+            bias = torch.from_numpy(tensors["bias"].copy())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         step = tensors.get("activation_step")
         # The exported attribute: reading a parameter while it is traced is not possible.

@@ -1,0 +1,84 @@
+"""Network inputs along the model's own trajectories, and its answers to them.
+
+What is compared or distilled on whole-network level is compared on these: the samples that the
+full-precision model meets while it denoises, with their timesteps and conditioning.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from treeq_export.model.sampler import sample
+from treeq_export.model.zoo import Denoiser
+from treeq_export.recipe import SamplerSection
+
+Rows = dict[str, Tensor]  # input name -> (rows, ...), in the order of the denoiser's input_names
+
+
+def collect_rows(
+    denoiser: Denoiser,
+    section: SamplerSection,
+    *,
+    num_samples: int,
+    num_rows: int | None,
+    seed: int,
+    on_step: Callable[[float], None] = lambda _: None,
+) -> Rows:
+    """Sample trajectories and return network inputs from them, spread over samples and steps.
+
+    Args:
+        denoiser: The full-precision model.
+        section: Scheduler, steps, guidance, batch size.
+        num_samples: Trajectories.
+        num_rows: How many inputs to keep, evenly spaced in the order of the calls; None is all.
+        seed: Seed of the initial noise and of random conditioning.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        The inputs, min(num_rows, all) rows; with guidance also those of the unconditional half.
+    """
+    calls: list[Rows] = []
+    total = num_samples * section.steps
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        ordered = {name: inputs[name] for name in denoiser.input_names}
+        calls.append({name: tensor.clone() for name, tensor in ordered.items()})
+        with torch.no_grad():
+            return denoiser(*ordered.values())
+
+    sample(
+        run,
+        denoiser,
+        section,
+        num=num_samples,
+        seed=seed,
+        on_step=lambda done: on_step(done / total),
+    )
+    rows = {name: torch.cat([call[name] for call in calls]) for name in denoiser.input_names}
+    return rows if num_rows is None else thin_rows(rows, num_rows)
+
+
+def thin_rows(rows: Rows, num_rows: int) -> Rows:
+    """Return `num_rows` evenly spaced rows, or all where there are not more.
+
+    >>> thin_rows({"x": torch.arange(10)}, 4)["x"].tolist()
+    [0, 2, 5, 7]
+    """
+    total = len(next(iter(rows.values())))
+    index = torch.arange(min(num_rows, total)) * total // min(num_rows, total)
+    return {name: tensor[index] for name, tensor in rows.items()}
+
+
+@torch.no_grad()
+def predict(denoiser: Denoiser, rows: Rows, batch_size: int) -> Tensor:
+    """Return the network's prediction for rows, (rows, *sample_shape), in batches."""
+    num_rows = len(next(iter(rows.values())))
+    return torch.cat(
+        [
+            denoiser.prediction(
+                denoiser(*(rows[n][start : start + batch_size] for n in denoiser.input_names))
+            )
+            for start in range(0, num_rows, batch_size)
+        ]
+    )
