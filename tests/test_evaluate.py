@@ -21,6 +21,7 @@ from treeq_export.errors import PlanError, RecipeError, TreeqError
 from treeq_export.evaluate import run_evaluate
 from treeq_export.evaluate.frechet import Gaussian, fit_gaussian, frechet_distance
 from treeq_export.evaluate.grids import choose_mapping, draw_grid, unpack_samples, write_grid
+from treeq_export.evaluate.network import collect_held_out
 from treeq_export.evaluate.samples import (
     check_finite,
     digest_denoiser,
@@ -29,9 +30,11 @@ from treeq_export.evaluate.samples import (
     make_fingerprint,
     sample_or_load,
 )
+from treeq_export.evaluate.sampling import Runner
 from treeq_export.evaluate.scores import Judge, open_judge, score
-from treeq_export.evaluate.stage import Runner, apply_gates, mean_scores
+from treeq_export.evaluate.stage import Baseline, apply_gates, mean_scores
 from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.trajectories import collect_rows
 from treeq_export.model.zoo import Denoiser, make_denoiser
 from treeq_export.recipe import (
     EvaluateSection,
@@ -401,6 +404,9 @@ class TestGrids:
             assert image.info["Description"] == mapping.description
 
 
+HELD_OUT_CALLS = 6  # 6 trajectories of 2 guided steps are 24 rows, in batches of 4
+
+
 class CountingRunner:
     """A runner that adds a constant to the network's output and counts its calls."""
 
@@ -489,14 +495,14 @@ class TestRunEvaluate:
         denoiser = make_tiny_denoiser("dit")
         recipe = self.make_recipe(tmp_path)
         runner = CountingRunner(denoiser)
+        per_seed = 2 * 2
         first = self.evaluate(run_folder, denoiser, runner, recipe)
-        per_seed = runner.num_calls // 2
-        assert per_seed == 2 * 2
+        assert runner.num_calls == 2 * per_seed + HELD_OUT_CALLS
         assert self.evaluate(run_folder, denoiser, runner, recipe) == first
-        assert runner.num_calls == 2 * per_seed
+        assert runner.num_calls == 2 * per_seed + 2 * HELD_OUT_CALLS
         (run_folder / "samples/quantized_seed1.safetensors").unlink()
         assert self.evaluate(run_folder, denoiser, runner, recipe) == first
-        assert runner.num_calls == 3 * per_seed
+        assert runner.num_calls == 3 * per_seed + 3 * HELD_OUT_CALLS
 
     @pytest.mark.parametrize("change", ["plan", "sampler", "num", "weights"])
     def test_whatever_changes_the_images_is_sampled_again(
@@ -519,7 +525,7 @@ class TestRunEvaluate:
             next(denoiser.parameters()).data += 0.1
         self.evaluate(run_folder, denoiser, runner, recipe)
         assert (fp_file.read_bytes() == before) == (change == "plan")
-        assert (runner.num_calls > calls) == (change != "weights")
+        assert (runner.num_calls > calls + HELD_OUT_CALLS) == (change != "weights")
 
     @pytest.mark.parametrize("broken", ["quantized", "full precision"])
     def test_images_that_are_not_finite(
@@ -536,6 +542,88 @@ class TestRunEvaluate:
             self.evaluate(run_folder, denoiser, runner, recipe)
         assert "\n" not in str(caught.value)
         assert not (run_folder / "quality.json").exists()
+
+    def test_network_error_of_a_constant_offset(
+        self, run_folder: Path, tmp_path: Path, make_tiny_denoiser: MakeDenoiser
+    ) -> None:
+        denoiser = make_tiny_denoiser("dit")
+        recipe = self.make_recipe(tmp_path, seeds=[0])
+        exact = self.evaluate(run_folder, denoiser, CountingRunner(denoiser), recipe)
+        assert exact.network_mse == 0.0
+        record = self.evaluate(run_folder, denoiser, CountingRunner(denoiser, 0.5), recipe)
+        assert record.network_mse == pytest.approx(0.25, rel=1e-4)
+
+    def test_held_out_inputs_are_not_those_of_calibration(
+        self, tmp_path: Path, make_tiny_denoiser: MakeDenoiser
+    ) -> None:
+        denoiser = make_tiny_denoiser("dit")
+        recipe = self.make_recipe(tmp_path)
+        held_out = collect_held_out(denoiser, recipe)
+        assert len(held_out.expected) == 24
+        calibration = collect_rows(
+            denoiser, recipe.sampler, num_samples=6, num_rows=None, seed=recipe.seed
+        )
+        assert not torch.equal(held_out.rows["sample"], calibration["sample"])
+        other = recipe.model_copy(update={"seed": 1})
+        rows = collect_held_out(denoiser, other).rows
+        assert not torch.equal(held_out.rows["sample"], rows["sample"])
+
+    def test_baseline_is_scored_beside_ours(
+        self, run_folder: Path, tmp_path: Path, make_tiny_run: Callable[..., Any]
+    ) -> None:
+        tiny = make_tiny_run("dit")
+        recipe = self.make_recipe(tmp_path)
+        runner = CountingRunner(tiny.denoiser, 0.5)
+        baseline = Baseline(tiny.plan, runner, "digest of the baseline")
+        steps: list[float] = []
+        record = run_evaluate(
+            run_folder,
+            tiny.denoiser,
+            CountingRunner(tiny.denoiser),
+            recipe,
+            on_step=steps.append,
+            baseline=baseline,
+        )
+        assert record.baseline is not None
+        assert record.baseline.strategy == "uniform"
+        assert (record.baseline.weight_bits, record.baseline.activation_bits) == (4.0, 4.0)
+        assert record.baseline.network_mse == pytest.approx(0.25, rel=1e-4)
+        distances = [s.baseline.frechet_distance or 0.0 for s in record.seeds if s.baseline]
+        assert record.baseline.scores.frechet_distance == pytest.approx(np.mean(distances))
+        assert record.baseline.scores.psnr_db != record.quantized.psnr_db == math.inf
+        assert list(record.grids) == ["fp", "quantized", "baseline"]
+        assert (run_folder / record.grids["baseline"]).is_file()
+        assert steps == sorted(steps)
+        calls = runner.num_calls
+        run_evaluate(
+            run_folder,
+            tiny.denoiser,
+            CountingRunner(tiny.denoiser),
+            recipe,
+            on_step=lambda _: None,
+            baseline=baseline,
+        )
+        assert runner.num_calls == calls + HELD_OUT_CALLS
+
+    def test_runs_may_share_full_precision(
+        self, run_folder: Path, tmp_path: Path, make_tiny_denoiser: MakeDenoiser
+    ) -> None:
+        denoiser = make_tiny_denoiser("dit")
+        recipe = self.make_recipe(tmp_path, seeds=[0])
+        shared = tmp_path / "shared"
+        for source in ("first", "second"):
+            run_evaluate(
+                tmp_path / source,
+                denoiser,
+                CountingRunner(denoiser),
+                recipe,
+                on_step=lambda _: None,
+                fp_samples=shared,
+                source=source,
+            )
+            files = {path.name for path in (tmp_path / source / "samples").iterdir()}
+            assert files == {"fp.png", "quantized.png", "quantized_seed0.safetensors"}
+        assert [path.name for path in shared.iterdir()] == ["fp_seed0.safetensors"]
 
     def test_text_models_have_no_class_accuracy(
         self, run_folder: Path, tmp_path: Path, make_tiny_denoiser: MakeDenoiser

@@ -16,11 +16,13 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
+from treeq_export.baseline import open_baseline
 from treeq_export.bench.stage import run_bench
 from treeq_export.calibrate import run_calibrate
 from treeq_export.compile.stage import run_compile
@@ -39,6 +41,7 @@ from treeq_export.validate import run_validate
 from treeq_export.workspace import StageRecord, Workspace
 
 OnStep = Callable[[float], None]
+_BASELINE_SHARE = 0.1  # of evaluate's work, where the recipe asks for a baseline
 # Opens a progress bar for a stage (name, whether it is skipped) and returns its callback.
 OnStage = Callable[[str, bool], OnStep]
 
@@ -113,13 +116,26 @@ def _bench(workspace: Workspace, on_step: OnStep) -> None:
 def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
     recipe = workspace.recipe
     name = recipe.evaluate.runner
-    if name == "torch":
-        quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
-        runner = TorchRunner(quantized)
-    else:
-        runner = OrtRunner(model_path(workspace.run, name))
-    with runner:
-        run_evaluate(workspace.run, workspace.denoiser, runner, recipe, on_step=on_step)
+    with ExitStack() as stack:
+        baseline, before = None, 0.0
+        if recipe.evaluate.baseline is not None:
+            before = _BASELINE_SHARE
+            made = open_baseline(workspace, lambda done: on_step(_BASELINE_SHARE * done))
+            baseline = stack.enter_context(made)
+        if name == "torch":
+            quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
+            runner = stack.enter_context(TorchRunner(quantized))
+        else:
+            runner = stack.enter_context(OrtRunner(model_path(workspace.run, name)))
+        run_evaluate(
+            workspace.run,
+            workspace.denoiser,
+            runner,
+            recipe,
+            on_step=lambda done: on_step(before + (1 - before) * done),
+            baseline=baseline,
+            fp_samples=workspace.fp_samples,
+        )
 
 
 def _report(workspace: Workspace, on_step: OnStep) -> Report:
@@ -157,7 +173,7 @@ STAGES = (
     Stage("bench", ("bench", "seed"), ("compile",), lambda _: ["bench.json"], _bench),
     Stage(
         "evaluate",
-        ("sampler", "evaluate"),
+        ("sampler", "evaluate", "seed"),
         ("compile",),
         lambda _: ["quality.json"],
         _evaluate,
@@ -176,6 +192,16 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 def stage_named(name: str) -> Stage:
     """Return the stage of that name."""
     return next(stage for stage in STAGES if stage.name == name)
+
+
+def stages_before(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """Return the names of the stages whose results a stage reads.
+
+    Evaluate with runner "torch" needs no compiled graph: it reads what compile reads.
+    """
+    if stage.name == "evaluate" and recipe.evaluate.runner == "torch":
+        return stage_named("compile").after
+    return stage.after
 
 
 def reproduce_commands(workspace: Workspace) -> list[str]:
@@ -197,11 +223,12 @@ def fingerprint(workspace: Workspace, stage: Stage) -> str:
     for key, file in _recipe_files(workspace.recipe).items():
         section, _, field = key.partition(".")
         recipe[section][field] = sha256_of_file(file) if file.is_file() else None
+    before = stages_before(workspace.recipe, stage)
     depends = {
         "version": __version__,
         "stage": stage.name,
         "sections": {name: recipe[name] for name in stage.sections},
-        "after": [fingerprint(workspace, stage_named(name)) for name in stage.after],
+        "after": [fingerprint(workspace, stage_named(name)) for name in before],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
@@ -276,7 +303,7 @@ def _remove_dependent_results(workspace: Workspace, stage: Stage) -> None:
     Only a stage that has succeeded does this: one that fails on bad input loses nothing. The plan
     stays, since calibrate reads the file that it writes.
     """
-    gone = _dependents(stage) - {stage.name}
+    gone = _dependents(workspace.recipe, stage) - {stage.name}
     kept = {PLAN_FILE, *stage.outputs(workspace)}
     for later in STAGES:
         for file in later.outputs(workspace) if later.name in gone else ():
@@ -289,11 +316,11 @@ def _remove_dependent_results(workspace: Workspace, stage: Stage) -> None:
     }
 
 
-def _dependents(stage: Stage) -> set[str]:
+def _dependents(recipe: Recipe, stage: Stage) -> set[str]:
     """Return the names of a stage and of all stages that read its results."""
     found = {stage.name}
     for later in STAGES:
-        if found & set(later.after):
+        if found & set(stages_before(recipe, later)):
             found.add(later.name)
     return found
 
@@ -387,7 +414,7 @@ def require_stages(workspace: Workspace, stage: Stage) -> None:
         PlanError: Names the first stage to run.
     """
     for earlier in STAGES[: STAGES.index(stage)]:
-        if stage.name not in _dependents(earlier):
+        if stage.name not in _dependents(workspace.recipe, earlier):
             continue
         if stage.name == "report":
             current = _is_of_this_recipe(workspace, earlier)

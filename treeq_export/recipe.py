@@ -218,6 +218,7 @@ class EvaluateSection(Section):
         classifier: ONNX file, images -> logits, features; None skips Frechet distance and accuracy.
         reference: Safetensors file with mean and covariance of real images' features.
         runner: What produces the quantized images: a compiled target, or "torch" (fake-quantized).
+        baseline: "uniform" also samples what the budget gives without search and finetune.
         gates: Limits; one not met ends the run with status 3.
     """
 
@@ -226,6 +227,7 @@ class EvaluateSection(Section):
     classifier: str | None = None
     reference: str | None = None
     runner: Literal["portable", "ort", "torch"] = "portable"
+    baseline: Literal["uniform"] | None = None
     gates: QualityGates = QualityGates()
 
 

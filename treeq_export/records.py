@@ -1,8 +1,7 @@
 """Results of the stages, as records. One record, many views: terminal, JSON and HTML read these.
 
 search.json: SearchRecord; compile.json: CompileRecord; parity.json: ParityRecord;
-bench.json: BenchRecord; quality.json:
-QualityRecord.
+bench.json: BenchRecord; quality.json: QualityRecord; compare.json: CompareRecord.
 """
 
 import json
@@ -279,11 +278,30 @@ class QualityScores(Record):
 
 
 class SeedQuality(Record):
-    """Scores for one seed."""
+    """Scores for one seed; `baseline` where the recipe asks for one."""
 
     seed: int
     fp: QualityScores
     quantized: QualityScores
+    baseline: QualityScores | None = None
+
+
+class BaselineQuality(Record):
+    """What the budget gives without search and without finetune, fake-quantized in PyTorch.
+
+    Attributes:
+        strategy: How its bits were assigned: "uniform".
+        weight_bits: Average, weighted by number of weights.
+        activation_bits: Likewise.
+        scores: Means over the seeds.
+        network_mse: As in `QualityRecord`.
+    """
+
+    strategy: str
+    weight_bits: float
+    activation_bits: float
+    scores: QualityScores
+    network_mse: float
 
 
 class QualityRecord(Record):
@@ -292,7 +310,10 @@ class QualityRecord(Record):
     Attributes:
         runner: What produced the quantized images.
         conditioning: Where labels or text embeddings came from; "random" where none were given.
-        grids: PNG files relative to the run folder, by "fp" and "quantized".
+        grids: PNG files relative to the run folder, by "fp", "baseline" and "quantized".
+        network_mse: Mean squared error of the quantized network's prediction against full
+            precision, on held-out inputs of full-precision trajectories.
+        baseline: The baseline's scores; None where the recipe asks for none.
     """
 
     num_samples: int
@@ -303,6 +324,101 @@ class QualityRecord(Record):
     quantized: QualityScores
     grids: dict[str, str]
     gates: list[GateResult]
+    network_mse: float | None = None
+    baseline: BaselineQuality | None = None
+
+
+class Spread(Record):
+    """One score over the seeds.
+
+    Attributes:
+        mean: Mean over the seeds.
+        std: Sample standard deviation; None for one seed.
+        values: One per seed, in the order of `CompareRecord.seeds`.
+    """
+
+    mean: float
+    std: float | None
+    values: list[float]
+
+
+class CompareRow(Record):
+    """One cell of a comparison; everything is fake-quantized in PyTorch.
+
+    Attributes:
+        name: Folder below DIR/cells.
+        strategy: How the bits were assigned; of a peer its name.
+        variant: "ptq", or how it was trained afterwards: "peft" or "qat".
+        peer: Whether another toolkit quantized it.
+        description: Of a peer what it does to weights and activations.
+        budget: Average bits that the strategy could spend; None for a peer.
+        weight_bits: Average of the plan, weighted by number of weights.
+        activation_bits: Likewise.
+        branch_parameter_fraction: Branch parameters over quantized weights.
+        network_mse: As in `QualityRecord`.
+        frechet_distance: Over the seeds; None where there is no classifier.
+        frechet_ratio: Each seed's distance over full precision's; its mean is that of the means.
+        class_accuracy: Over the seeds; None where there is no classifier or there are no labels.
+        psnr_db: To full precision with equal seeds.
+        seconds: By stage.
+        num_evaluations: Configurations that the search measured; None where nothing was searched.
+        front: Configurations that the search measured at the root.
+    """
+
+    name: str
+    strategy: str
+    variant: str
+    peer: bool
+    description: str
+    budget: float | None
+    weight_bits: float
+    activation_bits: float
+    branch_parameter_fraction: float
+    network_mse: float | None
+    frechet_distance: Spread | None
+    frechet_ratio: Spread | None
+    class_accuracy: Spread | None
+    psnr_db: Spread | None
+    seconds: dict[str, float]
+    num_evaluations: int | None
+    front: list[SearchPoint]
+
+    @property
+    def average_bits(self) -> float:
+        """Mean of average weight and average activation bits."""
+        return (self.weight_bits + self.activation_bits) / 2
+
+
+class CompareRecord(Record):
+    """Result of compare (compare.json): one row per finished cell.
+
+    Attributes:
+        version: The treeq-export that measured it.
+        name: Of the recipe.
+        checkpoint_sha256: The checkpoint.
+        recipe: What all cells share; strategy, budget and finetune mode are each cell's own.
+        num_samples: Images for each seed.
+        seeds: The seeds.
+        conditioning: As in `QualityRecord`.
+        fp_frechet_distance: Full precision's, over the seeds.
+        fp_class_accuracy: Likewise.
+        rows: The finished cells.
+        pending: Names of cells that are still to come.
+        environment: The machine that the seconds belong to.
+    """
+
+    version: str
+    name: str
+    checkpoint_sha256: str
+    recipe: dict[str, Any]
+    num_samples: int
+    seeds: list[int]
+    conditioning: str
+    fp_frechet_distance: Spread | None
+    fp_class_accuracy: Spread | None
+    rows: list[CompareRow]
+    pending: list[str]
+    environment: dict[str, Any]
 
 
 def save_record(path: Path, record: Record) -> None:

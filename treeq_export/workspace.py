@@ -17,6 +17,7 @@ from treeq_export.recipe import Recipe
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+SAMPLES_FOLDER = "samples"
 
 
 class StageRecord(BaseModel):
@@ -57,6 +58,9 @@ class Workspace:
         recipe_path: Where it came from, for the commands in the report.
         overrides: The `--set` assignments, likewise.
 
+    Attributes:
+        fp_samples: Folder of the cached full-precision samples; runs that are compared share one.
+
     Raises:
         OutputError: The folder cannot be created or written to, or another process works in it.
         PlanError: Its `run.json` is malformed.
@@ -69,6 +73,7 @@ class Workspace:
         self.recipe = recipe
         self.recipe_path = recipe_path
         self.overrides = overrides
+        self.fp_samples = run / SAMPLES_FOLDER
         self.stages: dict[str, StageRecord] = {}
         self._lock = _lock_folder(run)
         try:
@@ -92,6 +97,22 @@ class Workspace:
         except ValidationError as error:
             raise _malformed(run) from error
         return cls(run, recipe, record.recipe_path, tuple(record.overrides))
+
+    def sibling(self, run: Path, recipe: Recipe) -> "Workspace":
+        """Return the workspace of another folder that shares the checkpoint and the loaded model.
+
+        Args:
+            run: The other folder.
+            recipe: Its recipe, with the same model section.
+
+        Raises:
+            OutputError: The folder cannot be created or written to.
+            PlanError: Its `run.json` is malformed.
+        """
+        other = Workspace(run, recipe, self.recipe_path, self.overrides)
+        other.fp_samples = self.fp_samples
+        other.__dict__.update(checkpoint=self.checkpoint, denoiser=self.denoiser)
+        return other
 
     def close(self) -> None:
         """Give the folder free for another process."""

@@ -1,30 +1,31 @@
-"""Running the evaluation: samples of both sides for every seed, scores, grids, gates."""
+"""Running the evaluation: samples of all sides for every seed, scores, grids, gates."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from treeq_export.errors import RecipeError
 from treeq_export.evaluate.grids import choose_mapping, write_grid
-from treeq_export.evaluate.samples import (
-    check_finite,
-    digest_denoiser,
-    digest_quantized,
-    digest_tensors,
-    make_fingerprint,
-    sample_or_load,
+from treeq_export.evaluate.network import collect_held_out
+from treeq_export.evaluate.samples import digest_denoiser, digest_quantized
+from treeq_export.evaluate.sampling import (
+    BASELINE,
+    FP,
+    LABELS,
+    QUANTIZED,
+    Images,
+    Runner,
+    Sampling,
+    make_full_precision,
+    make_quantized,
 )
 from treeq_export.evaluate.scores import Judge, open_judge, score
-from treeq_export.model.sampler import Run, sample
 from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import Plan
 from treeq_export.recipe import QualityGates, Recipe
 from treeq_export.records import (
+    BaselineQuality,
     GateResult,
     QualityRecord,
     QualityScores,
@@ -34,25 +35,22 @@ from treeq_export.records import (
 
 QUALITY_FILE = "quality.json"
 SAMPLES_FOLDER = "samples"
-FP = "fp"
-QUANTIZED = "quantized"
-LABELS = "class_labels"
-
-_REMEDIES = {
-    FP: "Check the checkpoint and the sampler section: nothing is quantized here.",
-    QUANTIZED: "`treeq-export validate` lists every layer's error; give the worst more bits, "
-    "or put them into search.exclude.",
-}
-
-Images = dict[str, NDArray[np.float32]]
+_SAMPLING_SHARE = 0.97  # of the work; the rest is the network's error on held-out inputs
 
 
-class Runner(Protocol):
-    """What produces the quantized outputs: an entered `OrtRunner` or `TorchRunner`."""
+@dataclass(frozen=True)
+class Baseline:
+    """A second quantized model, fake-quantized in PyTorch.
 
-    def run(self, inputs: Mapping[str, Any]) -> NDArray[np.float32]:
-        """Return the raw network output for inputs by name."""
-        ...
+    Attributes:
+        plan: Its plan.
+        runner: An entered `TorchRunner`.
+        source: Digest of its files (`digest_quantized`).
+    """
+
+    plan: Plan
+    runner: Runner
+    source: str
 
 
 def run_evaluate(
@@ -62,8 +60,11 @@ def run_evaluate(
     recipe: Recipe,
     *,
     on_step: Callable[[float], None],
+    baseline: Baseline | None = None,
+    fp_samples: Path | None = None,
+    source: str | None = None,
 ) -> QualityRecord:
-    """Sample with both models, score the images, and write `quality.json` and the grids.
+    """Sample with all models, score the images, and write `quality.json` and the grids.
 
     Args:
         run: The run folder, with the files that `recipe.evaluate.runner` stands for.
@@ -71,6 +72,9 @@ def run_evaluate(
         quantized: The entered runner that `recipe.evaluate.runner` names.
         recipe: Its sampler and evaluate sections.
         on_step: Called with the fraction done, 0..1.
+        baseline: A second quantized model to measure beside the first.
+        fp_samples: Folder of the cached full-precision samples; None is that of the run.
+        source: Digest of the quantized model; None takes that of the run folder's files.
 
     Returns:
         The record; its gates may be unmet, which the caller decides on.
@@ -84,20 +88,17 @@ def run_evaluate(
     section = recipe.evaluate
     judge = open_judge(section, denoiser.sample_shape)
     check_gates(section.gates, judge, has_labels=LABELS in denoiser.input_names)
-    sampler = _Sampler(run, denoiser, quantized, recipe, on_step)
-    results: list[SeedQuality] = []
-    grids: dict[str, str] = {}
-    for seed in section.seeds:
-        images, labels = sampler.sample_seed(seed)
-        if not grids:
-            grids = _write_grids(run, images)
-        results.append(
-            SeedQuality(
-                seed=seed,
-                fp=score(judge, images[FP], labels),
-                quantized=score(judge, images[QUANTIZED], labels, images[FP]),
-            )
-        )
+    folder = run / SAMPLES_FOLDER
+    source = source or digest_quantized(run, section.runner)
+    sides = {
+        FP: make_full_precision(denoiser, digest_denoiser(denoiser), fp_samples or folder),
+        QUANTIZED: make_quantized(quantized, source, section.runner, folder),
+    }
+    if baseline is not None:
+        sides[BASELINE] = make_quantized(baseline.runner, baseline.source, "torch", folder)
+    sampling = Sampling(denoiser, recipe, sides, lambda done: on_step(_SAMPLING_SHARE * done))
+    results, grids = _score_seeds(run, sampling, judge)
+    held_out = collect_held_out(denoiser, recipe)
     fp = mean_scores([result.fp for result in results])
     quantized_mean = mean_scores([result.quantized for result in results])
     record = QualityRecord(
@@ -109,82 +110,37 @@ def run_evaluate(
         quantized=quantized_mean,
         grids=grids,
         gates=apply_gates(section.gates, fp, quantized_mean),
+        network_mse=held_out.measure_mse(quantized),
+        baseline=None
+        if baseline is None
+        else BaselineQuality(
+            strategy=baseline.plan.strategy.name,
+            weight_bits=baseline.plan.average_weight_bits,
+            activation_bits=baseline.plan.average_activation_bits,
+            scores=mean_scores([result.baseline for result in results if result.baseline]),
+            network_mse=held_out.measure_mse(baseline.runner),
+        ),
     )
+    on_step(1.0)
     save_record(run / QUALITY_FILE, record)
     return record
 
 
-class _Sampler:
-    """Samples of both sides for one seed after the other, from cache where they are there."""
-
-    def __init__(
-        self,
-        run: Path,
-        denoiser: Denoiser,
-        quantized: Runner,
-        recipe: Recipe,
-        on_step: Callable[[float], None],
-    ) -> None:
-        self.folder = run / SAMPLES_FOLDER
-        self.denoiser = denoiser
-        self.recipe = recipe
-        self.on_step = on_step
-        self.num_done = 0
-
-        def run_fp(inputs: dict[str, Tensor]) -> Tensor:
-            return denoiser(*(inputs[name] for name in denoiser.input_names))
-
-        def run_quantized(inputs: dict[str, Tensor]) -> Tensor:
-            return torch.from_numpy(quantized.run(inputs))
-
-        self.sides: dict[str, tuple[Run, str]] = {
-            FP: (run_fp, digest_denoiser(denoiser)),
-            QUANTIZED: (run_quantized, digest_quantized(run, recipe.evaluate.runner)),
+def _score_seeds(
+    run: Path, sampling: Sampling, judge: Judge
+) -> tuple[list[SeedQuality], dict[str, str]]:
+    """Sample and score every seed; return the scores and the grids of the first seed."""
+    results: list[SeedQuality] = []
+    grids: dict[str, str] = {}
+    for seed in sampling.recipe.evaluate.seeds:
+        images, labels = sampling.sample_seed(seed)
+        grids = grids or _write_grids(run, images)
+        scores = {
+            name: score(judge, images[name], labels, None if name == FP else images[FP])
+            for name in images
         }
-
-    def sample_seed(self, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Return the images of both sides, and their labels where the model takes labels."""
-        num = self.recipe.evaluate.num_samples
-        conditioning = self.denoiser.make_conditioning(num, seed)
-        images = {side: self._sample_side(side, seed, conditioning) for side in self.sides}
-        labels = conditioning.get(LABELS)
-        return images, None if labels is None else labels.numpy()
-
-    def _sample_side(
-        self, side: str, seed: int, conditioning: Mapping[str, Tensor]
-    ) -> NDArray[np.float32]:
-        run, digest = self.sides[side]
-        num, section = self.recipe.evaluate.num_samples, self.recipe.sampler
-        runner = "torch (full precision)" if side == FP else self.recipe.evaluate.runner
-        fingerprint = make_fingerprint(
-            runner=runner,
-            source=digest,
-            sampler=section.model_dump(mode="json"),
-            num=num,
-            seed=seed,
-            conditioning=digest_tensors(conditioning),
-        )
-        share = num * section.steps
-        total = share * len(self.sides) * len(self.recipe.evaluate.seeds)
-        before = self.num_done
-
-        def make() -> Tensor:
-            return sample(
-                run,
-                self.denoiser,
-                section,
-                num=num,
-                seed=seed,
-                conditioning=conditioning,
-                on_step=lambda done: self.on_step((before + done) / total),
-            )
-
-        path = self.folder / f"{side}_seed{seed}.safetensors"
-        samples = sample_or_load(path, fingerprint, make)
-        self.num_done = before + share
-        self.on_step(self.num_done / total)
-        check_finite(samples, f"{runner}, seed {seed}", _REMEDIES[side])
-        return samples
+        results.append(SeedQuality(seed=seed, **scores))
+    return results, grids
 
 
 def check_gates(gates: QualityGates, judge: Judge, *, has_labels: bool) -> None:

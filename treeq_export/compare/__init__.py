@@ -1,0 +1,1 @@
+"""Comparison of strategies, budgets and trainings: one table, one run folder per cell."""
