@@ -44,5 +44,5 @@ def rotate(x: NDArray[np.floating], group: int) -> NDArray[np.floating]:
     """
     if group == 1:
         return x
-    grouped = x.reshape(*x.shape[:-1], -1, group)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)  # no tokens are fine too
     return (grouped @ hadamard(group).astype(x.dtype)).reshape(x.shape)

@@ -1,17 +1,24 @@
 """The search stage: discover the layers, ask a strategy for their formats, write the plan.
 
-A strategy is a function of `SearchInputs` that returns one `LayerPlan` per layer in execution
-order. It may run the model as often as it likes; it writes nothing.
+`plan.json` is the assignment, `search.json` how it was found. Everything measured on the way is in
+`search/journal.sqlite`: a search that is killed goes on where it was.
 """
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
 
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
 from treeq_export.model.layers import LinearInfo, discover_linears
+from treeq_export.model.replay import block_names
+from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import (
     FORMAT_VERSION,
@@ -21,32 +28,56 @@ from treeq_export.plan import (
     StrategyRecord,
     save_plan,
 )
-from treeq_export.recipe import Recipe
+from treeq_export.quant.spec import MAX_BITS, BranchFormat
+from treeq_export.recipe import Recipe, SearchSection
+from treeq_export.records import SearchCost, SearchNode, SearchRecord, save_record
+from treeq_export.search.baselines import (
+    search_greedy,
+    search_integer_program,
+    uniform_configuration,
+)
+from treeq_export.search.branches import BranchTrial, choose_branches
+from treeq_export.search.budget import CostModel, make_budget
+from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
+from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
+from treeq_export.search.formats import assign, make_layer_plan
+from treeq_export.search.journal import Journal
+from treeq_export.search.prepare import FOLDER
+from treeq_export.search.ray_executor import RayExecutor
+from treeq_export.search.refine import refine
+from treeq_export.search.segments import SegmentWorker
+from treeq_export.search.session import (
+    Session,
+    choose_batch_rows,
+    journal_fingerprint,
+    make_templates,
+    prepare,
+    weights_fingerprint,
+)
+from treeq_export.search.tree import build_tree, describe, encode, make_leaves, walk
+from treeq_export.search.tss import search_tree
 from treeq_export.search.uniform import assign_uniform
 
+RECORD_FILE = "search.json"
+JOURNAL_FILE = "journal.sqlite"
+_BRANCHES, _PREPARED = 0.05, 0.1  # fractions of the progress bar at which these are done
 
-@dataclass(frozen=True)
-class SearchInputs:
-    """What a strategy sees.
-
-    Attributes:
-        denoiser: The full-precision model.
-        linears: The quantizable layers in execution order, exclusions already removed.
-        recipe: The whole recipe; its `search` section holds the strategy's options.
-        on_step: Called with the fraction done, 0..1.
-    """
-
-    denoiser: Denoiser
-    linears: list[LinearInfo]
-    recipe: Recipe
-    on_step: Callable[[float], None]
+OnStep = Callable[[float], None]
+Say = Callable[[str], None]
 
 
-def _uniform(inputs: SearchInputs) -> tuple[LayerPlan, ...]:
-    return assign_uniform(inputs.linears, inputs.recipe.search)
+def _tree_and_refine(context: SearchContext) -> Outcome:
+    outcome = search_tree(context)
+    least_gain = context.section.refine
+    return outcome if least_gain is None else refine(context, outcome, least_gain)
 
 
-STRATEGIES: dict[str, Callable[[SearchInputs], tuple[LayerPlan, ...]]] = {"uniform": _uniform}
+STRATEGIES: dict[str, Callable[[SearchContext], Outcome]] = {
+    "tss": _tree_and_refine,
+    "integer_programming": search_integer_program,
+    "greedy": search_greedy,
+}
 
 
 def select_linears(linears: list[LinearInfo], exclude: list[str]) -> list[LinearInfo]:
@@ -76,9 +107,10 @@ def run_search(
     denoiser: Denoiser,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
+    say: Say = lambda _: None,
 ) -> Plan:
-    """Choose every layer's formats and write `plan.json`, still without tensors.
+    """Choose every layer's formats; write `plan.json`, still without tensors, and `search.json`.
 
     Args:
         run: The run folder.
@@ -86,6 +118,7 @@ def run_search(
         checkpoint: Where it came from.
         recipe: The recipe.
         on_step: Called with the fraction done, 0..1.
+        say: Called with the cost, before the search starts.
 
     Returns:
         The plan as written.
@@ -93,17 +126,16 @@ def run_search(
     Raises:
         FormatError: A format does not fit a layer.
         CheckpointError: The network has no layer that can be quantized.
-        RecipeError: `search.exclude` matches nothing or everything.
+        RecipeError: `search.exclude` matches nothing or everything, or the budget cannot be met.
+        RunnerError: The executor is not installed.
     """
-    found = discover_linears(denoiser)
-    if not found:
-        raise CheckpointError(
-            f"{checkpoint.path}: no quantizable layer, that is no linear in a transformer block. "
-            "Check num_layers in its config.json, or use another checkpoint."
-        )
-    linears = select_linears(found, recipe.search.exclude)
-    inputs = SearchInputs(denoiser, linears, recipe, on_step)
-    layers = STRATEGIES[recipe.search.strategy](inputs)
+    search = _Search(run, denoiser, checkpoint, recipe, on_step, say)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.search.threads)
+    try:
+        layers, record = search.execute()
+    finally:
+        torch.set_num_threads(threads)
     plan = Plan(
         format_version=FORMAT_VERSION,
         model=ModelRecord(
@@ -118,4 +150,246 @@ def run_search(
         layers=layers,
     )
     on_step(1.0)
+    save_record(run / RECORD_FILE, record)
     return save_plan(run, plan)
+
+
+class _Search:
+    """One run of the stage: its inputs, and what several steps need."""
+
+    def __init__(
+        self,
+        run: Path,
+        denoiser: Denoiser,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        on_step: OnStep,
+        say: Say,
+    ) -> None:
+        self._folder = run / FOLDER
+        self._denoiser = denoiser
+        self._checkpoint = checkpoint
+        self._recipe = recipe
+        self._section = recipe.search
+        self._on_step = on_step
+        self._say = say
+        self._started = perf_counter()
+        found = discover_linears(denoiser)
+        if not found:
+            raise CheckpointError(
+                f"{checkpoint.path}: no quantizable layer, that is no linear in a transformer "
+                "block. Check num_layers in its config.json, or use another checkpoint."
+            )
+        self._blocks = block_names(found)
+        self._linears = select_linears(found, recipe.search.exclude)
+        self._leaves = make_leaves(self._linears)
+
+    def execute(self) -> tuple[tuple[LayerPlan, ...], SearchRecord]:
+        """Return the plan's layers and the record."""
+        trials = self._choose_branches()
+        branches = self._branches_of(trials)
+        if self._section.strategy == "uniform":
+            layers = assign_uniform(self._linears, self._section, branches)
+            return layers, self._record(trials)
+        return self._measure(branches, trials)
+
+    @cached_property
+    def _statistics(self) -> Mapping[str, InputStatistics]:
+        templates = make_templates(self._linears, self._recipe, {})
+        return collect_statistics(self._denoiser, templates, self._recipe, lambda _: None)
+
+    def _choose_branches(self) -> dict[str, list[BranchTrial]]:
+        """Try branch shapes on every layer where the recipe gives a parameter budget for them."""
+        section = self._section
+        if section.branch_budget is None:
+            return {}
+        weight_bits, activation_bits = nominal_bits(section)
+        layers = [
+            make_layer_plan(linear, section, weight_bits, activation_bits, None)
+            for linear in self._linears
+        ]
+        return choose_branches(
+            self._denoiser,
+            layers,
+            self._statistics,
+            self._recipe.calibrate,
+            section.branch_budget,
+            lambda part: self._on_step(_BRANCHES * part),
+        )
+
+    def _branches_of(self, trials: Mapping[str, list[BranchTrial]]) -> dict[str, BranchFormat]:
+        section = self._section
+        if section.branch_budget is not None:
+            return {name: tried[0].branch for name, tried in trials.items()}
+        if section.branch is None:
+            return {}
+        return {linear.name: section.branch for linear in self._linears}
+
+    def _measure(
+        self, branches: dict[str, BranchFormat], trials: Mapping[str, list[BranchTrial]]
+    ) -> tuple[tuple[LayerPlan, ...], SearchRecord]:
+        """Run a strategy that measures configurations."""
+        section, leaves = self._section, self._leaves
+        costs = CostModel(leaves, section, branches)
+        budget = make_budget(section, costs)
+        make_templates(self._linears, self._recipe, branches)  # a shape that does not fit ends here
+        cost = self._announce(branches)
+        session = Session(
+            folder=self._folder,
+            recipe=self._recipe.model_dump_json(by_alias=True),
+            branches=branches,
+            names=frozenset(linear.name for linear in self._linears),
+            environment=encode(uniform_configuration(leaves, costs, section)),
+            batch_rows=self._batch_rows,
+        )
+        fingerprint = weights_fingerprint(self._recipe, self._checkpoint.sha256, branches)
+        prepare(
+            session,
+            self._denoiser,
+            fingerprint,
+            lambda: self._statistics,
+            lambda part: self._on_step(_BRANCHES + (_PREPARED - _BRANCHES) * part),
+        )
+        known = journal_fingerprint(fingerprint, session.environment, section.noise)
+        tally = Tally()
+        with ExitStack() as stack:
+            journal = stack.enter_context(Journal(self._folder / JOURNAL_FILE, known))
+            executor = stack.enter_context(self._make_executor(session, stack))
+            progress = _Progress(cost, tally, self._on_step)
+
+            def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
+                return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
+
+            context = SearchContext(
+                section, leaves, build_tree(leaves), len(self._blocks), costs, budget, measure
+            )
+            outcome = STRATEGIES[section.strategy](context)
+        layers = assign(leaves, outcome.configuration, section, branches)
+        return self._in_order(layers), self._record(trials, cost, tally, context, outcome)
+
+    @cached_property
+    def _batch_rows(self) -> int:
+        return choose_batch_rows(self._denoiser, self._blocks)
+
+    def _announce(self, branches: Mapping[str, BranchFormat]) -> SearchCost:
+        """Time one block and say what the search will cost."""
+        seconds = time_block(
+            self._denoiser,
+            self._blocks,
+            make_templates(self._linears, self._recipe, branches),
+            num_rows=self._section.num_rows,
+            batch_rows=self._batch_rows,
+        )
+        cost = estimate_cost(self._leaves, self._section, seconds)
+        self._say(describe_cost(cost, seconds, self._section.num_rows))
+        return cost
+
+    def estimate(self) -> SearchCost:
+        """Say what a tree search would cost; nothing is searched."""
+        return self._announce(self._branches_of({}))
+
+    def _make_executor(self, session: Session, stack: ExitStack) -> Executor:
+        section = self._section
+        if section.executor == "ray":
+            return RayExecutor(session.open, section.num_workers, section.threads)
+
+        def open_here() -> SegmentWorker:
+            worker = session.open(self._denoiser)
+            stack.callback(worker.close)
+            return worker
+
+        return LocalExecutor(open_here)
+
+    def _in_order(self, layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+        place = {linear.name: at for at, linear in enumerate(self._linears)}
+        return tuple(sorted(layers, key=lambda layer: place[layer.name]))
+
+    def _record(
+        self,
+        trials: Mapping[str, list[BranchTrial]],
+        cost: SearchCost | None = None,
+        tally: Tally | None = None,
+        context: SearchContext | None = None,
+        outcome: Outcome | None = None,
+    ) -> SearchRecord:
+        limits = self._section.budget
+        spent = limits.model_dump(exclude_none=True) if limits else {}
+        return SearchRecord(
+            strategy=self._section.strategy,
+            noise=self._section.noise,
+            budget={name: float(value) for name, value in spent.items()},
+            cost=cost,
+            num_measured=tally.num_measured if tally else 0,
+            num_from_journal=tally.num_reused if tally else 0,
+            seconds=round(perf_counter() - self._started, 3),
+            network_mse=outcome.network_mse if outcome else None,
+            nodes=_describe_tree(context, outcome) if context and outcome else [],
+            front=outcome.front if outcome else [],
+            branches={name: [asdict_trial(t) for t in tried] for name, tried in trials.items()},
+        )
+
+
+def nominal_bits(section: SearchSection) -> tuple[int, int]:
+    """Return the bits that branch shapes are tried at: the budget's, to the nearest."""
+    limits = section.budget
+    weight = limits.weight_bits if limits and limits.weight_bits else section.weight_bits
+    activation = section.activation_bits or MAX_BITS
+    if limits and limits.activation_bits:
+        activation = limits.activation_bits
+    return round(weight), round(activation)
+
+
+def asdict_trial(trial: BranchTrial) -> dict[str, Any]:
+    """Return a trial as the record holds it."""
+    shape = trial.branch.model_dump()
+    return {**shape, "num_parameters": trial.num_parameters, "error": trial.error}
+
+
+def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]:
+    """Return the tree with what the chosen configuration spends in each node."""
+    if not outcome.kept:
+        return []
+    nodes: list[SearchNode] = []
+    for node, depth in walk(context.root):
+        inside = outcome.configuration[node.first : node.last + 1]
+        cost = context.costs.cost(inside, node.first)
+        nodes.append(
+            SearchNode(
+                name=describe(node, context.leaves),
+                depth=depth,
+                first_leaf=node.first,
+                last_leaf=node.last,
+                num_configurations=outcome.kept[node.name],
+                weight_bits=cost.average_weight_bits,
+                activation_bits=cost.average_activation_bits,
+            )
+        )
+    return nodes
+
+
+class _Progress:
+    """Turns measured values into the fraction of the search that is done.
+
+    What a strategy will measure is known for the tree only; what it measures beyond that moves the
+    bar towards its end without reaching it.
+    """
+
+    def __init__(self, cost: SearchCost, tally: Tally, on_step: OnStep) -> None:
+        self._expected = max(cost.num_block_runs, 1)
+        self._tally = tally
+        self._on_step = on_step
+        self._done = 0.0
+
+    def count(self, tasks: Sequence[Task], block_runs: int) -> Callable[[float | None], None]:
+        """Return what `measure_all` calls for every value of these tasks."""
+        number = max(sum(len(task.suffixes) for task in tasks), 1)
+
+        def on_measured(seconds: float | None) -> None:
+            self._tally(seconds)
+            self._done += block_runs / number
+            fraction = self._done / (
+                self._done + max(self._expected - self._done, 0.05 * self._done)
+            )
+            self._on_step(_PREPARED + (1 - _PREPARED) * fraction)
+
+        return on_measured

@@ -1,49 +1,42 @@
 """Strategy `uniform`: the same formats for every layer. The baseline of every other strategy."""
 
+from collections.abc import Mapping, Sequence
+
 from treeq_export.model.layers import LinearInfo
-from treeq_export.plan import LayerPlan, TreePath
-from treeq_export.quant.spec import ActivationFormat, ActivationScale, WeightFormat
+from treeq_export.plan import LayerPlan
+from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import SearchSection
+from treeq_export.search.baselines import uniform_configuration
+from treeq_export.search.budget import CostModel
+from treeq_export.search.formats import assign, make_layer_plan
+from treeq_export.search.tree import make_leaves
 
-# From this width on, a token's largest value costs less than the tails of the sigma step.
-ABSMAX_FROM_BITS = 7
 
-
-def make_activation_format(bits: int | None, scale: str) -> ActivationFormat:
-    """Return the activation format for the recipe's words.
+def assign_uniform(
+    linears: Sequence[LinearInfo], section: SearchSection, branches: Mapping[str, BranchFormat]
+) -> tuple[LayerPlan, ...]:
+    """Return the same formats for every layer, or two neighbouring widths at a fractional budget.
 
     Args:
-        bits: 2..8, or None to keep activations in floating point.
-        scale: "auto", "token_rms", "token_absmax" or "tensor_static".
-    """
-    if bits is None:
-        return ActivationFormat(bits=None, scale="none")
-    chosen: ActivationScale = "token_absmax" if bits >= ABSMAX_FROM_BITS else "token_rms"
-    if scale in ("token_rms", "token_absmax", "tensor_static"):
-        chosen = scale
-    return ActivationFormat(bits=bits, scale=chosen)
-
-
-def make_layer_plan(linear: LinearInfo, section: SearchSection) -> LayerPlan:
-    """Return one layer's entry with the recipe's formats.
+        linears: The layers in execution order.
+        section: Bits, or a budget.
+        branches: Branch shape by layer; a layer without one is missing.
 
     Raises:
-        FormatError: A group, rotation or branch does not fit the layer.
+        FormatError: A group, rotation or branch does not fit a layer.
+        RecipeError: The budget cannot be met.
     """
-    layer = LayerPlan(
-        name=linear.name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        tree=TreePath(block=linear.block, position=linear.position, leaf=linear.leaf),
-        weight=WeightFormat(bits=section.weight_bits, group_size=section.group_size),
-        activation=make_activation_format(section.activation_bits, section.activation_scale),
-        rotation_group=section.rotation_group,
-        branch=section.branch,
-    )
-    layer.check_shapes()
-    return layer
-
-
-def assign_uniform(linears: list[LinearInfo], section: SearchSection) -> tuple[LayerPlan, ...]:
-    """Return the same formats for every layer, in execution order."""
-    return tuple(make_layer_plan(linear, section) for linear in linears)
+    if section.budget is None:
+        return tuple(
+            make_layer_plan(
+                linear,
+                section,
+                section.weight_bits,
+                section.activation_bits,
+                branches.get(linear.name),
+            )
+            for linear in linears
+        )
+    leaves = make_leaves(linears)
+    costs = CostModel(leaves, section, dict(branches))
+    return assign(leaves, uniform_configuration(leaves, costs, section), section, branches)

@@ -1,0 +1,162 @@
+"""Choosing each layer's branch among Monarch shapes of equal parameters.
+
+A shape is a grid of b_out x b_in blocks of rank r with r (N b_in + K b_out) parameters; plain low
+rank (1, 1, r) is one of them. For every grid the largest rank within the parameter budget is
+taken, the layer is quantized with it, and the shape of least output error on calibration inputs
+wins:
+
+    error = |X W^T - (Q(X H) Q_w^T + X M^T)|^2 / |X W^T|^2
+
+TreeQ publishes the branch; this way of choosing its shape is ours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeq_export.model.fit import quantize_layer
+from treeq_export.model.quantized import linear_of
+from treeq_export.model.statistics import InputStatistics
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import LayerPlan, Tensors
+from treeq_export.quant.branch import apply_branch
+from treeq_export.quant.numerics import qlinear
+from treeq_export.quant.rotation import rotate
+from treeq_export.quant.spec import BranchFormat
+from treeq_export.recipe import BranchBudget, CalibrateSection
+
+_MOST_TOKENS = 1024  # whose output error is measured
+
+
+@dataclass(frozen=True)
+class BranchTrial:
+    """One shape that was tried for a layer.
+
+    Attributes:
+        branch: The shape.
+        num_parameters: Of both factors.
+        error: Relative squared error of the layer's output.
+    """
+
+    branch: BranchFormat
+    num_parameters: int
+    error: float
+
+
+def branch_candidates(
+    in_features: int, out_features: int, budget: BranchBudget
+) -> list[BranchFormat]:
+    """Return the shapes within the budget, low rank first; none where not even rank 1 fits.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        budget: Fraction of the N K weights, and the largest grid.
+
+    >>> budget = BranchBudget(parameter_fraction=0.125, grids=2)
+    >>> [(c.b_in, c.b_out, c.rank) for c in branch_candidates(128, 128, budget)]
+    [(1, 1, 8), (1, 2, 5), (2, 1, 5), (2, 2, 4)]
+    """
+    limit = int(budget.parameter_fraction * in_features * out_features)
+    sizes = [1 << power for power in range(budget.grids.bit_length()) if 1 << power <= budget.grids]
+    found: list[BranchFormat] = []
+    for b_in in sizes:
+        for b_out in sizes:
+            if in_features % b_in or out_features % b_out:
+                continue
+            rank = limit // (out_features * b_in + in_features * b_out)
+            rank = min(rank, in_features // b_in, out_features // b_out)
+            if rank:
+                found.append(BranchFormat(b_in=b_in, b_out=b_out, rank=rank))
+    return found
+
+
+def output_error(
+    layer: LayerPlan, weight: NDArray[np.floating], tensors: Tensors, x: NDArray[np.floating]
+) -> float:
+    """Return the relative squared error of a quantized layer's output, bias left out.
+
+    Args:
+        layer: Its entry in the plan.
+        weight: W, (N, K).
+        tensors: What `quantize_layer` returned.
+        x: Inputs (n, K), not rotated.
+    """
+    step = tensors.get("activation_step")
+    y_hat = qlinear(
+        x,
+        tensors["codes"],
+        tensors["weight_scale"],
+        activation=layer.activation,
+        step=None if step is None else float(step[0]),
+        rotation_group=layer.rotation_group,
+    )
+    if layer.branch is not None:
+        y_hat = y_hat + apply_branch(x, tensors["branch.R"], tensors["branch.L"])
+    y = x @ weight.T
+    error, signal = (np.square(v, dtype=np.float64).sum() for v in (y - y_hat, y))
+    return float(error / max(signal, 1e-300))
+
+
+def try_branches(
+    layer: LayerPlan,
+    weight: NDArray[np.floating],
+    statistics: InputStatistics,
+    section: CalibrateSection,
+    budget: BranchBudget,
+) -> list[BranchTrial]:
+    """Measure every shape on one layer, in its formats.
+
+    Args:
+        layer: Its entry in the plan; its branch is replaced.
+        weight: W, (N, K).
+        statistics: Of its rotated input, with kept tokens.
+        section: How scales and codes are found.
+        budget: Parameters, and the largest grid.
+
+    Returns:
+        One trial per shape, low rank first.
+    """
+    kept = np.concatenate(statistics.kept)
+    tokens = kept[:: max(1, len(kept) // _MOST_TOKENS)]
+    x = rotate(tokens, layer.rotation_group)  # the rotation is its own inverse
+    trials: list[BranchTrial] = []
+    for branch in branch_candidates(layer.in_features, layer.out_features, budget):
+        tried = layer.model_copy(update={"branch": branch})
+        tensors = quantize_layer(tried, weight, statistics, section)
+        number = branch.num_parameters(layer.in_features, layer.out_features)
+        trials.append(BranchTrial(branch, number, output_error(tried, weight, tensors, x)))
+    return trials
+
+
+def choose_branches(
+    denoiser: Denoiser,
+    layers: Sequence[LayerPlan],
+    statistics: Mapping[str, InputStatistics],
+    section: CalibrateSection,
+    budget: BranchBudget,
+    on_step: Callable[[float], None],
+) -> dict[str, list[BranchTrial]]:
+    """Try all shapes on all layers.
+
+    Args:
+        denoiser: The full-precision model.
+        layers: One entry per layer, in the formats to measure with.
+        statistics: Of the rotated inputs, by layer.
+        section: How scales and codes are found.
+        budget: Parameters, and the largest grid.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        The trials by layer, that of least error first; layers too small for rank 1 are missing.
+    """
+    found: dict[str, list[BranchTrial]] = {}
+    for done, layer in enumerate(layers, start=1):
+        weight = linear_of(denoiser, layer).weight.detach().numpy()
+        trials = try_branches(layer, weight, statistics[layer.name], section, budget)
+        if trials:
+            found[layer.name] = sorted(trials, key=lambda trial: trial.error)
+        on_step(done / len(layers))
+    return found

@@ -1,0 +1,178 @@
+"""What a configuration costs, and what it may cost.
+
+Average bits are weighted by number of weights, for weights and activations alike, as the plan
+states them. Size is that of the packed codes, scales and branches of all quantized layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treeq_export.errors import RecipeError
+from treeq_export.quant.spec import PACK_WORD, BranchFormat
+from treeq_export.recipe import BudgetSection, SearchSection
+from treeq_export.search.tree import Configuration, Leaf
+
+FLOAT_BITS = 32  # of what a leaf in full precision keeps, for weights and activations
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a configuration, summed over its leaves.
+
+    Attributes:
+        weight_bits: Sum over weights of the weight's bits.
+        activation_bits: Sum over weights of the layer's activation bits.
+        size_bytes: Packed size.
+        num_weights: Number of weights.
+    """
+
+    weight_bits: int = 0
+    activation_bits: int = 0
+    size_bytes: int = 0
+    num_weights: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.weight_bits + other.weight_bits,
+            self.activation_bits + other.activation_bits,
+            self.size_bytes + other.size_bytes,
+            self.num_weights + other.num_weights,
+        )
+
+    @property
+    def average_weight_bits(self) -> float:
+        """Average bits of a weight."""
+        return self.weight_bits / max(self.num_weights, 1)
+
+    @property
+    def average_activation_bits(self) -> float:
+        """Average bits of an activation, weighted by number of weights."""
+        return self.activation_bits / max(self.num_weights, 1)
+
+
+class CostModel:
+    """Costs of configurations of one network.
+
+    Args:
+        leaves: All leaves, in execution order.
+        section: Group size of the weights.
+        branches: Branch shape by layer name; a layer without one is missing.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Leaf], section: SearchSection, branches: dict[str, BranchFormat]
+    ) -> None:
+        self.leaves = list(leaves)
+        self._group_size = section.group_size
+        self._branches = branches
+        self._known: dict[tuple[int, tuple[int, int] | None], Cost] = {}
+
+    def cost(self, configuration: Configuration, first: int = 0) -> Cost:
+        """Return the cost of consecutive leaves.
+
+        Args:
+            configuration: One entry per leaf.
+            first: The first entry's leaf.
+        """
+        total = Cost()
+        for offset, pair in enumerate(configuration):
+            key = (first + offset, pair)
+            if key not in self._known:
+                self._known[key] = self._leaf_cost(*key)
+            total += self._known[key]
+        return total
+
+    def _leaf_cost(self, index: int, pair: tuple[int, int] | None) -> Cost:
+        leaf = self.leaves[index]
+        weights = leaf.num_weights
+        if pair is None:
+            bits = FLOAT_BITS * weights
+            return Cost(bits, bits, 4 * weights, weights)
+        size = 0
+        for linear in leaf.linears:
+            n, k = linear.out_features, linear.in_features
+            words = -(-k // PACK_WORD)
+            scales = k // self._group_size if self._group_size else 1
+            branch = self._branches.get(linear.name)
+            factors = branch.num_parameters(k, n) if branch else 0
+            size += 4 * (pair[0] * n * words + n * scales + factors)
+        return Cost(pair[0] * weights, pair[1] * weights, size, weights)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of a search, as totals over the network.
+
+    Attributes:
+        weight_bits: Sum over weights; None is no limit.
+        activation_bits: Likewise.
+        size_bytes: Packed size; None is no limit.
+    """
+
+    weight_bits: float | None
+    activation_bits: float | None
+    size_bytes: float | None
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether a whole network's cost is within every limit."""
+        return all(
+            limit is None or spent <= limit * (1 + 1e-12)
+            for limit, spent in (
+                (self.weight_bits, cost.weight_bits),
+                (self.activation_bits, cost.activation_bits),
+                (self.size_bytes, cost.size_bytes),
+            )
+        )
+
+    def price(self, cost: Cost) -> float:
+        """Return the one number that the Pareto drop weighs against the error.
+
+        It is the mean over the limits of cost / limit, so that at equal numbers weight and
+        activation bits count alike.
+        """
+        parts = [
+            spent / limit
+            for limit, spent in (
+                (self.weight_bits, cost.weight_bits),
+                (self.activation_bits, cost.activation_bits),
+                (self.size_bytes, cost.size_bytes),
+            )
+            if limit is not None
+        ]
+        return sum(parts) / len(parts)
+
+
+def make_budget(section: SearchSection, costs: CostModel) -> Budget:
+    """Return the limits as totals, checked against what the candidates can reach.
+
+    Args:
+        section: The recipe's search section.
+        costs: Of the network.
+
+    Raises:
+        RecipeError: No limit is set, or the cheapest candidates exceed one.
+    """
+    limits = section.budget or BudgetSection()
+    if limits == BudgetSection():
+        raise RecipeError(
+            f"search.budget: missing, expected by strategy {section.strategy}. Set at least one of "
+            "weight_bits, activation_bits and size_bytes."
+        )
+    least_pair = (min(section.weight_candidates), min(section.activation_candidates))
+    least = costs.cost((least_pair,) * len(costs.leaves))
+    for name, limit, reached in (
+        ("weight_bits", limits.weight_bits, least.average_weight_bits),
+        ("activation_bits", limits.activation_bits, least.average_activation_bits),
+        ("size_bytes", limits.size_bytes, least.size_bytes),
+    ):
+        if limit is not None and reached > limit:
+            raise RecipeError(
+                f"search.budget.{name}: received {limit:g}, expected at least {reached:g}, which "
+                "the smallest candidates need. Raise it, or add smaller candidates."
+            )
+    num = least.num_weights
+
+    def total(average: float | None) -> float | None:
+        return None if average is None else average * num
+
+    return Budget(total(limits.weight_bits), total(limits.activation_bits), limits.size_bytes)

@@ -1,0 +1,208 @@
+"""What every measurement of a search reads: inputs, clean and noisy outputs, quantized weights.
+
+Written once into `search/` of the run folder and read from there, block by block and through the
+page cache, so that memory does not grow with the network:
+
+    rows.safetensors             the network's inputs, and `prediction`, its clean answer
+    blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
+    weights/<layer>.safetensors  branch.R, branch.L, w<bits>.<tensor> for every weight width,
+                                 a<bits>.activation_step for every activation width
+
+Environmental Noise Guidance (the scalar is TreeQ's, this formula is ours): a segment's input is
+x + lambda (x_q - x), with x_q what it is when all that lies before is quantized at the budget. The
+noisy outputs are those of the network quantized uniformly at the budget.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from treeq_export.artefacts import atomic_path
+from treeq_export.model.fit import quantize_layer
+from treeq_export.model.quantized import linear_of
+from treeq_export.model.replay import BlockReplay, Output
+from treeq_export.model.statistics import InputStatistics
+from treeq_export.model.trajectories import Rows
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import LayerPlan
+from treeq_export.quant.numerics import activation_step
+from treeq_export.quant.scales import fit_tensor_scale
+from treeq_export.quant.spec import WeightFormat
+from treeq_export.recipe import Recipe
+from treeq_export.search.formats import make_activation_format
+
+FOLDER = "search"
+_ROWS = "rows.safetensors"
+_PREDICTION = "prediction"
+_KEY = "fingerprint"
+STEP = "activation_step"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one search.
+
+    Attributes:
+        folder: `search/` of the run folder.
+        fingerprint: Of everything that the files depend on; others are made anew.
+    """
+
+    folder: Path
+    fingerprint: str
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one file, atomically."""
+        with atomic_path(self.folder / name) as temporary:
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()},
+                temporary,
+                metadata={_KEY: self.fingerprint},
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this search is there."""
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                return (file.metadata() or {}).get(_KEY) == self.fingerprint
+        except (OSError, SafetensorError):
+            return False
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one file; their bytes are read when they are used."""
+        return load_file(self.folder / name)
+
+    def load_rows(self) -> tuple[Rows, Tensor]:
+        """Return the network's inputs and its clean prediction."""
+        tensors = self.load(_ROWS)
+        prediction = tensors.pop(_PREDICTION)
+        return tensors, prediction
+
+    def load_block(self, block: int, kind: str) -> Output:
+        """Return the output of a block over all rows.
+
+        Args:
+            block: Its number.
+            kind: "clean" or "noisy".
+        """
+        tensors = self.load(_block_file(block))
+        count = int(tensors["num_elements"])
+        return tuple(tensors.get(f"{kind}.{element}") for element in range(count))
+
+
+def _block_file(block: int) -> str:
+    return f"blocks/{block}.safetensors"
+
+
+def weight_file(layer: str) -> str:
+    """Return the name of the file with a layer's quantized weights."""
+    return f"weights/{layer}.safetensors"
+
+
+def slice_rows(rows: Rows, start: int, size: int) -> Rows:
+    """Return `size` rows from `start` on."""
+    return {name: tensor[start : start + size] for name, tensor in rows.items()}
+
+
+def slice_output(output: Output, start: int, size: int) -> Output:
+    """Return `size` rows of a block's output from `start` on."""
+    return tuple(None if x is None else x[start : start + size] for x in output)
+
+
+def record_outputs(replay: BlockReplay, rows: Rows, batch_rows: int) -> tuple[list[Output], Tensor]:
+    """Run the whole network and return every block's output and the prediction, over all rows."""
+    blocks: list[list[Output]] = [[] for _ in replay.blocks]
+    predictions: list[Tensor] = []
+    total = len(next(iter(rows.values())))
+    for start in range(0, total, batch_rows):
+        (prediction,) = replay.run(
+            slice_rows(rows, start, batch_rows),
+            on_output=lambda block, output: blocks[block].append(output),
+        )
+        assert prediction is not None
+        predictions.append(prediction)
+    return [_concatenate(parts) for parts in blocks], torch.cat(predictions)
+
+
+def _concatenate(parts: Sequence[Output]) -> Output:
+    joined: list[Tensor | None] = []
+    for elements in zip(*parts, strict=True):
+        present = [x for x in elements if x is not None]
+        joined.append(torch.cat(present) if present else None)
+    return tuple(joined)
+
+
+def save_rows(store: Store, rows: Rows, prediction: Tensor) -> None:
+    """Write the network's inputs and its clean prediction."""
+    store.save(_ROWS, {**rows, _PREDICTION: prediction})
+
+
+def save_blocks(store: Store, clean: Sequence[Output], noisy: Sequence[Output]) -> None:
+    """Write the outputs of every block, clean and in the noisy environment."""
+    for block, outputs in enumerate(zip(clean, noisy, strict=True)):
+        tensors = {"num_elements": torch.tensor(len(outputs[0]))}
+        for kind, output in zip(("clean", "noisy"), outputs, strict=True):
+            tensors |= {f"{kind}.{element}": x for element, x in enumerate(output) if x is not None}
+        store.save(_block_file(block), tensors)
+
+
+def fit_weights(
+    store: Store,
+    denoiser: Denoiser,
+    templates: Sequence[LayerPlan],
+    statistics: Mapping[str, InputStatistics],
+    recipe: Recipe,
+    on_step: Callable[[float], None],
+) -> None:
+    """Quantize every layer to every candidate width and write the weights.
+
+    All candidates that share a width share its codes, whatever their activation.
+
+    Args:
+        store: Where to.
+        denoiser: The full-precision model.
+        templates: One entry per searched layer, with its branch and rotation.
+        statistics: Of every layer's rotated input.
+        recipe: The candidates, and how scales and codes are found.
+        on_step: Called with the fraction done, 0..1.
+    """
+    for done, layer in enumerate(templates, start=1):
+        if not store.has(weight_file(layer.name)):
+            weight = linear_of(denoiser, layer).weight.detach().numpy()
+            store.save(
+                weight_file(layer.name), _fit_layer(layer, weight, statistics[layer.name], recipe)
+            )
+        on_step(done / len(templates))
+
+
+def _fit_layer(
+    layer: LayerPlan, weight: NDArray[np.floating], statistics: InputStatistics, recipe: Recipe
+) -> dict[str, Tensor]:
+    section = recipe.search
+    # One set of codes serves all activation widths, so it is not fitted to any of them.
+    calibrate = recipe.calibrate.model_copy(
+        update={"inputs": "full_precision", "bias_correction": False}
+    )
+    tensors: dict[str, Tensor] = {}
+    for bits in sorted(set(section.weight_candidates)):
+        widened = WeightFormat(bits=bits, group_size=layer.weight.group_size)
+        planned = layer.model_copy(update={"weight": widened})
+        fitted = quantize_layer(planned, weight, statistics, calibrate)
+        for name, value in fitted.items():
+            if name != STEP:
+                key = name if name.startswith("branch.") else f"w{bits}.{name}"
+                tensors[key] = torch.from_numpy(np.ascontiguousarray(value))
+    for bits in sorted(set(section.activation_candidates)):
+        activation = make_activation_format(bits, section.activation_scale)
+        step = activation_step(activation)
+        if step is None:
+            kept = np.concatenate(statistics.kept)
+            step = fit_tensor_scale(kept, bits, recipe.calibrate.num_clip_steps)
+        tensors[f"a{bits}.{STEP}"] = torch.tensor([step], dtype=torch.float32)
+    return tensors

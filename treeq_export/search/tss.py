@@ -1,0 +1,114 @@
+"""Strategy `tss`: TreeQ's tree-structured search.
+
+Published: leaves are consecutive layers; neighbours are merged pairwise, bottom up; a merge tries
+all pairs of its children's configurations, measures the merged segment end to end, and a Pareto
+drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run (segments.py), how
+the drop fills and thins (pareto.py), and that with limits on weights and on activations the bits
+of the drop are the mean of both, each relative to its limit.
+
+At the root the error is that of the network's output. The configuration of least error within the
+budget wins, among all pairs that were measured there, kept or dropped.
+"""
+
+from dataclasses import dataclass
+
+from treeq_export.search.context import Outcome, SearchContext, make_point
+from treeq_export.search.executor import Task
+from treeq_export.search.pareto import drop
+from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A configuration of a node and its error."""
+
+    configuration: Configuration
+    mse: float
+
+
+def search_tree(context: SearchContext) -> Outcome:
+    """Run the search.
+
+    Args:
+        context: Its inputs.
+
+    Returns:
+        The outcome; deterministic.
+    """
+    leaf_choices: list[Configuration] = [(pair,) for pair in context.candidates]
+    kept: dict[str, list[Configuration]] = {
+        node.name: leaf_choices for node, _ in walk(context.root) if not node.children
+    }
+    points: list[Measured] = [Measured(choice, float("nan")) for choice in leaf_choices]
+    for level in merge_levels(context.root):
+        measured = _measure_level(context, level, kept)
+        for node in level:
+            points = measured[node.name]
+            kept[node.name] = _drop(context, node, points)
+    return _choose(context, points, kept)
+
+
+def _measure_level(
+    context: SearchContext, level: list[Node], kept: dict[str, list[Configuration]]
+) -> dict[str, list[Measured]]:
+    """Measure all pairs of all nodes of a level; they do not depend on each other."""
+    tasks: list[Task] = []
+    block_runs = 0
+    for node in level:
+        left, right = (kept[child.name] for child in node.children)
+        suffixes = tuple(encode(configuration) for configuration in right)
+        tasks += [Task(node.name, encode(prefix), suffixes) for prefix in left]
+        span = node.last_block - node.children[1].first_block + 1
+        block_runs += len(left) * len(right) * span
+    values = context.measure(tasks, block_runs)
+    measured: dict[str, list[Measured]] = {}
+    for node in level:
+        left, right = (kept[child.name] for child in node.children)
+        measured[node.name] = [
+            Measured(prefix + suffix, values[node.name, encode(prefix), encode(suffix)])
+            for prefix in left
+            for suffix in right
+        ]
+    return measured
+
+
+def _drop(context: SearchContext, node: Node, points: list[Measured]) -> list[Configuration]:
+    costs = [context.costs.cost(point.configuration, node.first) for point in points]
+    prices = [context.budget.price(cost) for cost in costs]
+    kept = drop(prices, [point.mse for point in points], context.section.keep)
+    return [points[index].configuration for index in kept]
+
+
+def _choose(
+    context: SearchContext, points: list[Measured], kept: dict[str, list[Configuration]]
+) -> Outcome:
+    """Return the configuration of least network error within the budget.
+
+    Where the tree ends before the network does, or is a single leaf, the root's pairs have no
+    network error yet: those of least segment error within the budget are measured.
+    """
+    allowed = [point for point in points if context.allows(point.configuration)]
+    allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
+    ends = context.root.last_block == context.num_blocks - 1 and context.root.children
+    if not ends:
+        finalists = [point.configuration for point in allowed[: context.section.keep]]
+        errors = context.measure_network(finalists)
+        allowed = [Measured(c, mse) for c, mse in zip(finalists, errors, strict=True)]
+        allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
+    best = allowed[0]
+    kept_at_root = set(kept[context.root.name])
+    front = [
+        make_point(
+            context.costs.cost(point.configuration),
+            point.mse,
+            kept=point.configuration in kept_at_root,
+            chosen=point.configuration == best.configuration,
+        )
+        for point in points
+    ]
+    return Outcome(
+        best.configuration,
+        best.mse,
+        front,
+        {name: len(configurations) for name, configurations in kept.items()},
+    )
