@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
@@ -218,11 +219,7 @@ def fingerprint(workspace: Workspace, stage: Stage) -> str:
 
     Files count by their content, wherever they lie.
     """
-    recipe = workspace.recipe.model_dump(mode="json", by_alias=True)
-    recipe["model"]["checkpoint"] = workspace.checkpoint.sha256
-    for key, file in _recipe_files(workspace.recipe).items():
-        section, _, field = key.partition(".")
-        recipe[section][field] = sha256_of_file(file) if file.is_file() else None
+    recipe = recipe_with_digests(workspace)
     before = stages_before(workspace.recipe, stage)
     depends = {
         "version": __version__,
@@ -231,6 +228,16 @@ def fingerprint(workspace: Workspace, stage: Stage) -> str:
         "after": [fingerprint(workspace, stage_named(name)) for name in before],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_with_digests(workspace: Workspace) -> dict[str, Any]:
+    """Return the recipe with the digest of each file in the place of its path."""
+    recipe = workspace.recipe.model_dump(mode="json", by_alias=True)
+    recipe["model"]["checkpoint"] = workspace.checkpoint.sha256
+    for key, file in _recipe_files(workspace.recipe).items():
+        section, _, field = key.partition(".")
+        recipe[section][field] = sha256_of_file(file) if file.is_file() else None
+    return recipe
 
 
 def _recipe_files(recipe: Recipe) -> dict[str, Path]:

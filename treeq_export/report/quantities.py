@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from treeq_export.records import Spread
+
 DASH = "-"
 INFINITY = "inf"
 
@@ -110,6 +112,18 @@ def format_seconds(value: float | None) -> str:
     if value < 120:
         return f"{value:.1f} s"
     return f"{int(value // 60)} min {int(value % 60)} s"
+
+
+def format_spread(spread: Spread | None, decimals: int) -> str:
+    """Return mean and standard deviation over the seeds; of one seed its value.
+
+    >>> format_spread(Spread(mean=0.3333, std=0.0879, values=[]), 3)
+    '0.333 ± 0.088'
+    """
+    if spread is None:
+        return DASH
+    mean = format_fixed(spread.mean, decimals)
+    return mean if spread.std is None else f"{mean} ± {format_fixed(spread.std, decimals)}"
 
 
 def format_limit(limit: float) -> str:

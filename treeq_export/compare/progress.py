@@ -1,0 +1,72 @@
+"""Progress of a comparison on a console: a bar for the stage at work and a line per cell."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from treeq_export.compare.stage import Progress as Done
+from treeq_export.records import CompareRow
+from treeq_export.report.quantities import format_fixed, format_ratio, format_seconds
+
+
+class CompareProgress:
+    """Shows the stage at work as a bar, and every finished cell as a line.
+
+    Args:
+        console: Where to print; one that is no terminal gets the lines only.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def start_stage(self, cell: str, stage: str) -> Callable[[float], None]:
+        """Open the bar of a stage in the place of the one before."""
+        for task in self.bars.task_ids:
+            self.bars.remove_task(task)
+        task = self.bars.add_task(f"{cell}: {stage}", total=1.0)
+        return lambda fraction: self.bars.update(task, completed=fraction)
+
+    def finish_cell(self, row: CompareRow, done: Done) -> None:
+        """Print a line for a finished cell."""
+        left = f", about {format_seconds(done.left_s)} left" if done.left_s else ""
+        state = describe_row(row) if done.worked else "up to date"
+        self.console.print(
+            f"[{done.num_done}/{done.num_cells}] {row.name}: {state}{left}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def describe_row(row: CompareRow) -> str:
+    """Return a row's bits and scores in one line."""
+    parts = [f"W{format_fixed(row.weight_bits)} A{format_fixed(row.activation_bits)}"]
+    if row.network_mse is not None:
+        parts.append(f"network MSE {row.network_mse:.3e}")
+    if row.frechet_ratio is not None:
+        parts.append(f"Frechet {format_ratio(row.frechet_ratio.mean)} of full precision")
+    return ", ".join(parts)

@@ -1,0 +1,124 @@
+"""From a finished run folder to a row of the table."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from treeq_export.compare.cells import Cell
+from treeq_export.records import (
+    CompareRow,
+    QualityRecord,
+    QualityScores,
+    SearchRecord,
+    Spread,
+    load_record,
+)
+from treeq_export.workspace import Workspace
+
+SEARCH_FILE = "search.json"
+QUALITY_FILE = "quality.json"
+
+Scores = Sequence[QualityScores]
+
+
+def make_spread(values: Sequence[float | None]) -> Spread | None:
+    """Return mean and sample standard deviation; None where a seed has no value.
+
+    >>> make_spread([1.0, 2.0, 3.0]).std
+    1.0
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean = sum(known) / len(known)
+    std = statistics.stdev(known) if len(known) > 1 and math.isfinite(mean) else None
+    return Spread(mean=mean, std=std, values=known)
+
+
+def make_ratio(values: Spread | None, base: Spread | None) -> Spread | None:
+    """Return one spread over another: each seed's ratio, and the ratio of the two means.
+
+    The mean is that of the means, because a seed whose base is small by chance would rule the
+    mean of the ratios.
+    """
+    if values is None or base is None or not all(base.values):
+        return None
+    ratios = make_spread([v / b for v, b in zip(values.values, base.values, strict=True)])
+    return ratios and ratios.model_copy(update={"mean": values.mean / base.mean})
+
+
+def spread_of(scores: Scores, pick: Callable[[QualityScores], float | None]) -> Spread | None:
+    """Return one score's spread over the seeds."""
+    return make_spread([pick(entry) for entry in scores])
+
+
+def spread_distance(scores: Scores) -> Spread | None:
+    """Return the Frechet distance over the seeds."""
+    return spread_of(scores, lambda entry: entry.frechet_distance)
+
+
+def spread_accuracy(scores: Scores) -> Spread | None:
+    """Return the class accuracy over the seeds."""
+    return spread_of(scores, lambda entry: entry.class_accuracy)
+
+
+def read_quality(workspace: Workspace) -> QualityRecord:
+    """Read a cell's quality.json.
+
+    Raises:
+        PlanError: Missing or malformed.
+    """
+    return load_record(workspace.run / QUALITY_FILE, QualityRecord, "evaluate")
+
+
+def make_row(cell: Cell, workspace: Workspace) -> CompareRow:
+    """Return the row of a finished cell.
+
+    Args:
+        cell: The cell.
+        workspace: Its run folder, all stages done.
+
+    Raises:
+        PlanError: A record is malformed.
+    """
+    search = None
+    if (workspace.run / SEARCH_FILE).is_file():
+        search = load_record(workspace.run / SEARCH_FILE, SearchRecord, "search")
+    plan = workspace.plan
+    return CompareRow(
+        name=cell.name,
+        strategy=cell.strategy,
+        variant=cell.variant,
+        peer=False,
+        description="",
+        budget=cell.budget,
+        weight_bits=plan.average_weight_bits,
+        activation_bits=plan.average_activation_bits,
+        branch_parameter_fraction=plan.branch_parameter_fraction,
+        seconds={name: record.seconds for name, record in workspace.stages.items()},
+        num_evaluations=count_evaluations(search),
+        front=search.front if search is not None else [],
+        **score_fields(read_quality(workspace)),
+    )
+
+
+def count_evaluations(search: SearchRecord | None) -> int | None:
+    """Return how many configurations a search measured; None where it measured nothing."""
+    if search is None or search.cost is None:
+        return None
+    return search.num_measured + search.num_from_journal
+
+
+def score_fields(quality: QualityRecord) -> dict[str, Any]:
+    """Return the fields of a row that come from the images."""
+    scores = [seed.quantized for seed in quality.seeds]
+    distance = spread_distance(scores)
+    fp = spread_distance([seed.fp for seed in quality.seeds])
+    return {
+        "network_mse": quality.network_mse,
+        "frechet_distance": distance,
+        "frechet_ratio": make_ratio(distance, fp),
+        "class_accuracy": spread_accuracy(scores),
+        "psnr_db": spread_of(scores, lambda entry: entry.psnr_db),
+    }

@@ -1,0 +1,65 @@
+"""The table of a comparison in a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from treeq_export.compare.view import EMULATED, TableRow, table_rows
+from treeq_export.records import CompareRecord
+from treeq_export.report.quantities import format_spread
+
+COLUMNS = (
+    "budget",
+    "bits W / A",
+    "branch",
+    "network MSE",
+    "vs uniform",
+    "Frechet distance",
+    "x FP",
+    "PSNR, dB",
+    "search",
+    "finetune",
+    "evals",
+)
+
+
+def print_comparison(record: CompareRecord, console: Console) -> None:
+    """Print the table, full precision first.
+
+    Args:
+        record: The table.
+        console: Where to print.
+    """
+    seeds = f"{len(record.seeds)} seed{'' if len(record.seeds) == 1 else 's'}"
+    title = f"{record.name}: {record.num_samples} images for each of {seeds}; {EMULATED}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("strategy", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    fp = format_spread(record.fp_frechet_distance, 3)
+    table.add_row("full precision", *[""] * 5, fp)
+    for row in table_rows(record):
+        table.add_row(*_cells(row))
+    console.print(table)
+    if record.pending:
+        text = f"Still to come: {', '.join(record.pending)}"
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _cells(row: TableRow) -> list[Text]:
+    texts = (
+        row.label,
+        row.budget,
+        f"{row.weight_bits} / {row.activation_bits}",
+        row.branch,
+        row.network_mse,
+        row.against_uniform,
+        row.frechet_distance,
+        row.frechet_ratio,
+        row.psnr_db,
+        row.seconds["search"],
+        row.seconds["finetune"],
+        row.num_evaluations,
+    )
+    return [Text(text) for text in texts]

@@ -1,0 +1,95 @@
+"""The table of a comparison as texts: what terminal and HTML both show."""
+
+from dataclasses import dataclass
+
+from treeq_export.records import CompareRecord, CompareRow
+from treeq_export.report.quantities import (
+    DASH,
+    format_count,
+    format_fixed,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    format_spread,
+)
+
+EMULATED = "fake-quantized in PyTorch"
+UNIFORM = "uniform"
+STAGES = ("search", "calibrate", "finetune", "evaluate")
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row as texts; `row` is what they were made of.
+
+    Attributes:
+        row: The record's row.
+        label: Strategy and variant.
+        against_uniform: Network MSE over that of uniform bits at the same budget and variant.
+        seconds: By stage.
+    """
+
+    row: CompareRow
+    label: str
+    budget: str
+    weight_bits: str
+    activation_bits: str
+    branch: str
+    network_mse: str
+    against_uniform: str
+    frechet_distance: str
+    frechet_ratio: str
+    class_accuracy: str
+    psnr_db: str
+    seconds: dict[str, str]
+    num_evaluations: str
+
+
+def label_of(row: CompareRow) -> str:
+    """Return what a row is called.
+
+    A peer is called by its name, the others by strategy and training.
+    """
+    if row.peer or row.variant == "ptq":
+        return row.strategy
+    return f"{row.strategy} + {row.variant.upper()}"
+
+
+def table_rows(record: CompareRecord) -> list[TableRow]:
+    """Return all rows by budget, peers last, otherwise in the record's order."""
+    ordered = sorted(record.rows, key=lambda row: (row.peer, row.budget or 0.0))
+    return [_make_row(record, row) for row in ordered]
+
+
+def ratio_to_uniform(record: CompareRecord, row: CompareRow) -> float | None:
+    """Return a row's network MSE over that of uniform bits at the same budget, untrained both.
+
+    None where one of them was not measured, for peers, and for uniform bits themselves.
+    """
+    if row.peer or (row.strategy, row.variant) == (UNIFORM, "ptq") or row.network_mse is None:
+        return None
+    for base in record.rows:
+        same = (base.strategy, base.variant, base.budget) == (UNIFORM, "ptq", row.budget)
+        if same and base.network_mse:
+            return row.network_mse / base.network_mse
+    return None
+
+
+def _make_row(record: CompareRecord, row: CompareRow) -> TableRow:
+    return TableRow(
+        row=row,
+        label=label_of(row),
+        budget=DASH if row.budget is None else format_number(row.budget),
+        weight_bits=format_fixed(row.weight_bits),
+        activation_bits=format_fixed(row.activation_bits),
+        branch=format_percent(row.branch_parameter_fraction),
+        network_mse=DASH if row.network_mse is None else f"{row.network_mse:.3e}",
+        against_uniform=format_ratio(ratio_to_uniform(record, row)),
+        frechet_distance=format_spread(row.frechet_distance, 3),
+        frechet_ratio=format_spread(row.frechet_ratio, 2),
+        class_accuracy=format_percent(row.class_accuracy and row.class_accuracy.mean),
+        psnr_db=format_spread(row.psnr_db, 1),
+        seconds={name: format_seconds(row.seconds.get(name)) for name in STAGES},
+        num_evaluations=format_count(row.num_evaluations),
+    )
