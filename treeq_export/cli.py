@@ -29,7 +29,16 @@ from rich.table import Table
 from treeq_export import __version__
 from treeq_export.errors import CheckpointError, TreeqError
 
-STAGE_NAMES = ("search", "calibrate", "compile", "validate", "bench", "evaluate", "report")
+STAGE_NAMES = (
+    "search",
+    "calibrate",
+    "finetune",
+    "compile",
+    "validate",
+    "bench",
+    "evaluate",
+    "report",
+)
 
 _FLUX_SIZE = 16
 
@@ -219,6 +228,19 @@ def calibrate(run: Path, as_json: bool) -> None:
     _print_record(run, "calibration.json", as_json)
 
 
+@main.command()
+@_run_option
+@_json_option
+def finetune(run: Path, as_json: bool) -> None:
+    """Train branches and scales by distillation from full precision (recipe: finetune.mode)."""
+    if _run_one(run, "finetune") is None:
+        click.echo(
+            "null" if as_json else "finetune.mode is none: nothing was trained.", err=not as_json
+        )
+        return
+    _print_record(run, "finetune.json", as_json)
+
+
 @main.command("compile")
 @_run_option
 @_json_option
@@ -342,7 +364,7 @@ def compare(
         open_comparison(out, recipe, str(recipe_path), overrides, options) as workspace,
         CompareProgress(_stderr) as progress,
     ):
-        record = run_compare(workspace, options, progress, lambda _: None)
+        record = run_compare(workspace, options, progress)
     if as_json:
         click.echo((out / COMPARE_FILE).read_text(), nl=False)
     else:

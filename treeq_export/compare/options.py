@@ -1,8 +1,10 @@
 """What a comparison is made of, and its options as they are written on the command line."""
 
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS
@@ -30,6 +32,25 @@ class CompareOptions:
     variants: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
+
+
+def command_line(options: CompareOptions, recipe: str, overrides: Sequence[str], out: Path) -> str:
+    """Return the command line that repeats a comparison, with the folder's name only."""
+    words = ["treeq-export", "compare", recipe]
+    words += ["--budgets", ",".join(f"{budget:g}" for budget in options.budgets)]
+    words += ["--strategies", ",".join(options.strategies)]
+    lists = {
+        "--finetune": options.variants,
+        "--peers": options.peers,
+        "--seeds": options.seeds or (),
+    }
+    for flag, values in lists.items():
+        if values:
+            words += [flag, ",".join(map(str, values))]
+    words += ["--out", out.absolute().name]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def split_list(text: str) -> list[str]:

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_path
+from treeq_export.artefacts import atomic_path, write_bytes
 from treeq_export.bench.environment import describe_environment
 from treeq_export.compare.cells import Cell, comparable_part, make_cells, shared_recipe
-from treeq_export.compare.options import CompareOptions
+from treeq_export.compare.figures import draw_png
+from treeq_export.compare.html import render_comparison
+from treeq_export.compare.options import CompareOptions, command_line
 from treeq_export.compare.rows import make_row, read_quality, spread_accuracy, spread_distance
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.pipeline import (
@@ -34,6 +36,8 @@ from treeq_export.records import CompareRecord, CompareRow, QualityRecord, load_
 from treeq_export.workspace import RUN_FILE, Workspace, read_run
 
 COMPARE_FILE = "compare.json"
+HTML_FILE = "compare.html"
+PNG_FILE = "compare.png"
 CELLS_FOLDER = "cells"
 SHARED_STAGES = ("search", "calibrate")
 CELL_STAGES = (*SHARED_STAGES, "evaluate")
@@ -74,15 +78,13 @@ def run_compare(
     workspace: Workspace,
     options: CompareOptions,
     on_progress: OnProgress,
-    on_record: Callable[[CompareRecord], None],
 ) -> CompareRecord:
-    """Run every cell that is not up to date, and write the table after each.
+    """Run every cell that is not up to date, and write the table and its views after each.
 
     Args:
         workspace: The comparison's folder, with its recipe (`open_comparison`).
         options: The cells.
         on_progress: Shows how far it is.
-        on_record: Called with the table whenever a cell has been added.
 
     Returns:
         The table; rows of earlier calls with other budgets or strategies are in it.
@@ -99,9 +101,23 @@ def run_compare(
             worked = _run_cell(workspace, run, cell, on_progress)
             row = make_row(cell, run)
             table.add(row, read_quality(run))
+        if worked:
+            write_views(workspace, options, table.record)
         on_progress.finish_cell(row, clock.tick(worked))
-        on_record(table.record)
+    write_views(workspace, options, table.record)
     return table.record
+
+
+def write_views(workspace: Workspace, options: CompareOptions, record: CompareRecord) -> None:
+    """Write compare.html and compare.png.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    out = workspace.run
+    command = command_line(options, workspace.recipe_path or "RECIPE", workspace.overrides, out)
+    write_bytes(out / HTML_FILE, render_comparison(record, out, command).encode())
+    write_bytes(out / PNG_FILE, draw_png(record))
 
 
 def open_comparison(

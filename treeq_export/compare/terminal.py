@@ -11,11 +11,11 @@ from treeq_export.report.quantities import format_spread
 
 COLUMNS = (
     "budget",
-    "bits W / A",
+    "bits\nW / A",
     "branch",
-    "network MSE",
-    "vs uniform",
-    "Frechet distance",
+    "network\nMSE",
+    "vs\nuniform",
+    "Frechet\ndistance",
     "x FP",
     "PSNR, dB",
     "search",
@@ -34,12 +34,15 @@ def print_comparison(record: CompareRecord, console: Console) -> None:
     seeds = f"{len(record.seeds)} seed{'' if len(record.seeds) == 1 else 's'}"
     title = f"{record.name}: {record.num_samples} images for each of {seeds}; {EMULATED}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True
     table.add_column("strategy", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     fp = format_spread(record.fp_frechet_distance, 3)
     table.add_row("full precision", *[""] * 5, fp)
     for row in table_rows(record):
+        if row.first:
+            table.add_section()
         table.add_row(*_cells(row))
     console.print(table)
     if record.pending:
@@ -48,6 +51,7 @@ def print_comparison(record: CompareRecord, console: Console) -> None:
 
 
 def _cells(row: TableRow) -> list[Text]:
+    """Return the cells of a row; the least network MSE of a budget is bold."""
     texts = (
         row.label,
         row.budget,
@@ -62,4 +66,7 @@ def _cells(row: TableRow) -> list[Text]:
         row.seconds["finetune"],
         row.num_evaluations,
     )
-    return [Text(text) for text in texts]
+    at_mse = 1 + COLUMNS.index("network\nMSE")
+    return [
+        Text(text, "bold" if row.best and at == at_mse else "") for at, text in enumerate(texts)
+    ]

@@ -26,8 +26,10 @@ class TableRow:
     Attributes:
         row: The record's row.
         label: Strategy and variant.
-        against_uniform: Network MSE over that of uniform bits at the same budget and variant.
+        against_uniform: Network MSE over that of untrained uniform bits at the same budget.
         seconds: By stage.
+        first: Whether it is the first of its budget.
+        best: Whether none of its budget has less network MSE, trained and untrained ones apart.
     """
 
     row: CompareRow
@@ -44,6 +46,8 @@ class TableRow:
     psnr_db: str
     seconds: dict[str, str]
     num_evaluations: str
+    first: bool
+    best: bool
 
 
 def label_of(row: CompareRow) -> str:
@@ -59,7 +63,16 @@ def label_of(row: CompareRow) -> str:
 def table_rows(record: CompareRecord) -> list[TableRow]:
     """Return all rows by budget, peers last, otherwise in the record's order."""
     ordered = sorted(record.rows, key=lambda row: (row.peer, row.budget or 0.0))
-    return [_make_row(record, row) for row in ordered]
+    before = [None, *ordered]
+    return [
+        _make_row(record, row, first=last is None or _group(last) != _group(row))
+        for last, row in zip(before, ordered, strict=False)
+    ]
+
+
+def _group(row: CompareRow) -> tuple[bool, float | None]:
+    """Return what the rows of one part of the table share."""
+    return row.peer, row.budget
 
 
 def ratio_to_uniform(record: CompareRecord, row: CompareRow) -> float | None:
@@ -76,7 +89,19 @@ def ratio_to_uniform(record: CompareRecord, row: CompareRow) -> float | None:
     return None
 
 
-def _make_row(record: CompareRecord, row: CompareRow) -> TableRow:
+def _is_best(record: CompareRecord, row: CompareRow) -> bool:
+    rivals = [
+        other.network_mse
+        for other in record.rows
+        if not row.peer
+        and _group(other) == _group(row)
+        and (other.variant == "ptq") == (row.variant == "ptq")
+        and other.network_mse is not None
+    ]
+    return len(rivals) > 1 and row.network_mse == min(rivals)
+
+
+def _make_row(record: CompareRecord, row: CompareRow, *, first: bool) -> TableRow:
     return TableRow(
         row=row,
         label=label_of(row),
@@ -92,4 +117,6 @@ def _make_row(record: CompareRecord, row: CompareRow) -> TableRow:
         psnr_db=format_spread(row.psnr_db, 1),
         seconds={name: format_seconds(row.seconds.get(name)) for name in STAGES},
         num_evaluations=format_count(row.num_evaluations),
+        first=first,
+        best=_is_best(record, row),
     )

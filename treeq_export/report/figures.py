@@ -1,21 +1,12 @@
-"""Plots as inline SVG that follow the page's colours, light or dark.
-
-matplotlib draws with marker colours; each is replaced by a CSS variable of the page's style. Same
-input, same text: ids are salted with the figure's name, and no date is written. No pyplot, so
-nothing global is left behind.
-"""
+"""Plots of the report: parity by layer, times, sizes."""
 
 # matplotlib's stubs leave its **kwargs untyped.
 # pyright: reportUnknownMemberType=false
 
-import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,57 +19,23 @@ from treeq_export.report.quantities import (
     format_number,
     format_ratio,
 )
+from treeq_export.report.svg import (
+    ALARM,
+    BAND,
+    BASELINE,
+    INK,
+    OURS,
+    SECOND,
+    THIRD,
+    make_panels,
+    to_svg,
+)
 
-INK, MUTED, LINE, BAND = "#010101", "#010102", "#010103", "#010104"
-OURS, SECOND, THIRD, BASELINE, ALARM = "#010105", "#010106", "#010107", "#010108", "#010109"
-VARIABLES = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
-    BAND: "var(--band)",
-    OURS: "var(--series-1)",
-    SECOND: "var(--series-2)",
-    THIRD: "var(--series-3)",
-    BASELINE: "var(--series-0)",
-    ALARM: "var(--bad)",
-}
-
-WIDTH_IN = 11.0
 # A raw time beyond this many times the slowest median is drawn at the edge, so that one
 # interrupted round does not flatten all bars.
 EDGE = 1.6
 # An SQNR of infinity is drawn this far above the best finite one.
 HEADROOM_DB = 15.0
-
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9.0,
-    "font.family": "sans-serif",
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.0,
-    "axes.titlecolor": INK,
-    "figure.labelsize": 9.0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0.0,
-    "ytick.major.size": 0.0,
-    "legend.frameon": False,
-}
-
-Draw = Callable[[Figure], None]
 
 
 def draw_parity(targets: Sequence[TargetParity], blocks: Mapping[str, int], limit_db: float) -> str:
@@ -95,11 +52,11 @@ def draw_parity(targets: Sequence[TargetParity], blocks: Mapping[str, int], limi
     """
 
     def draw(figure: Figure) -> None:
-        for axes, target in zip(_panels(figure, len(targets)), targets, strict=True):
+        for axes, target in zip(make_panels(figure, len(targets)), targets, strict=True):
             _draw_layers(axes, target.layers, blocks, limit_db)
             axes.set_title(target.target)
 
-    return _to_svg("parity", 3.3 * len(targets), draw)
+    return to_svg("parity", 3.3 * len(targets), draw)
 
 
 def _draw_layers(
@@ -200,12 +157,12 @@ def draw_speed(rows: Sequence[BenchRow], ours: Iterable[str]) -> str:
 
     def draw(figure: Figure) -> None:
         heights = [len(panel) + 1.4 for panel in panels]
-        for axes, panel in zip(_panels(figure, len(panels), heights), panels, strict=True):
+        for axes, panel in zip(make_panels(figure, len(panels), heights), panels, strict=True):
             _draw_times(axes, panel, set(ours))
             axes.set_title(f"batch {panel[0].batch}")
         figure.supxlabel("milliseconds per call; bar: median, dots: every round, first on top")
 
-    return _to_svg("speed", sum(0.42 * len(panel) + 0.85 for panel in panels), draw)
+    return to_svg("speed", sum(0.42 * len(panel) + 0.85 for panel in panels), draw)
 
 
 def _draw_times(axes: Axes, rows: Sequence[BenchRow], ours: set[str]) -> None:
@@ -247,7 +204,7 @@ def draw_sizes(sizes: Sequence[tuple[str, int]], full_bytes: int) -> str:
     """
 
     def draw(figure: Figure) -> None:
-        (axes,) = _panels(figure, 1)
+        (axes,) = make_panels(figure, 1)
         values = [size / 1e6 for _, size in sizes]
         colors = [BASELINE if name == "fp32" else OURS for name, _ in sizes]
         axes.barh(range(len(sizes)), values, height=0.62, color=colors, alpha=0.8)
@@ -264,7 +221,7 @@ def draw_sizes(sizes: Sequence[tuple[str, int]], full_bytes: int) -> str:
         _finish_bars(axes, [name for name, _ in sizes], max(values) * 1.3)
         axes.set_xlabel("megabytes (1e6 bytes), model and external data")
 
-    return _to_svg("size", 0.42 * len(sizes) + 0.7, draw)
+    return to_svg("size", 0.42 * len(sizes) + 0.7, draw)
 
 
 def _finish_bars(axes: Axes, names: Sequence[str], right: float) -> None:
@@ -274,54 +231,3 @@ def _finish_bars(axes: Axes, names: Sequence[str], right: float) -> None:
     axes.set_xlim(0, right)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-
-
-def _panels(figure: Figure, number: int, heights: Sequence[float] | None = None) -> list[Axes]:
-    grid = figure.subplots(number, 1, squeeze=False, height_ratios=heights)
-    return list(grid[:, 0])
-
-
-def _to_svg(name: str, height_in: float, draw: Draw) -> str:
-    """Run `draw` on a figure under the page's style and return its SVG."""
-    buffer = io.StringIO()
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update({**_STYLE, "svg.hashsalt": f"treeq-{name}"})
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _make_inline(buffer.getvalue(), name)
-
-
-def _make_inline(svg: str, name: str) -> str:
-    """Turn an SVG document into an element that can stand in an HTML page among others.
-
-    Namespaces, metadata, style sheets and the fixed size go; ids get a prefix; marker colours
-    become variables of the page.
-    """
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{_SVG}metadata" or child.tag == f"{_SVG}style":
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        link = element.attrib.pop(_LINK, None)
-        if link is not None:
-            element.set("href", link)
-        for key, value in element.attrib.items():
-            element.set(key, _rewrite_attribute(key, value, name))
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img"}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _rewrite_attribute(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    value = value.replace("url(#", f"url(#{name}-")
-    if key == "href":
-        value = value.replace("#", f"#{name}-", 1)
-    if key == "style":
-        for color, variable in VARIABLES.items():
-            value = value.replace(color, variable)
-    return value

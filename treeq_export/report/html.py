@@ -97,8 +97,24 @@ def render_html(report: Report) -> str:
     """
     if report.evidence is None:
         raise ValueError("report.json does not hold what report.html shows: build the report anew")
+    view = _make_view(report, report.evidence)
+    return make_environment().get_template(TEMPLATE).render(view) + "\n"
+
+
+def make_environment(*packages: str) -> Environment:
+    """Return an environment with the filters of a page.
+
+    Args:
+        packages: Where templates are looked for before those of this package.
+    """
+    folders = [resources.files(package) for package in (*packages, "treeq_export.report")]
+
+    def read(name: str) -> str:
+        folder = next(folder for folder in folders if (folder / name).is_file())
+        return (folder / name).read_text(encoding="utf-8")
+
     environment = Environment(
-        loader=FunctionLoader(_read_template),
+        loader=FunctionLoader(read),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -115,16 +131,12 @@ def render_html(report: Report) -> str:
             "count": quantities.format_count,
             "ratio": quantities.format_ratio,
             "seconds": quantities.format_seconds,
+            "spread": quantities.format_spread,
             "worst": sort_worst_first,
             "speedup": describe_speedup,
         }
     )
-    view = _make_view(report, report.evidence)
-    return environment.get_template(TEMPLATE).render(view) + "\n"
-
-
-def _read_template(name: str) -> str:
-    return (resources.files("treeq_export.report") / name).read_text(encoding="utf-8")
+    return environment
 
 
 def _make_view(report: Report, evidence: Evidence) -> dict[str, Any]:
@@ -205,10 +217,10 @@ def _read_grids(run: Path, quality: QualityRecord | None) -> list[Grid]:
     titles = {"fp": "Full precision", "quantized": "Quantized"}
     found = quality.grids if quality else {}
     ordered = sorted(found, key=lambda key: [*titles, key].index(key))
-    return [_read_grid(run, titles.get(key, key), found[key]) for key in ordered]
+    return [read_grid(run, titles.get(key, key), found[key]) for key in ordered]
 
 
-def _read_grid(run: Path, title: str, name: str) -> Grid:
+def read_grid(run: Path, title: str, name: str) -> Grid:
     """Read a PNG of the run folder; one that is missing or something else is named instead."""
     path = (run / name).resolve()
     if not path.is_relative_to(run.resolve()):

@@ -1,0 +1,214 @@
+"""The picture of a comparison: Pareto fronts on the left, what the images became on the right.
+
+Left: network MSE over average bits, one line per strategy and training, and behind them the
+configurations that the tree-structured search kept and dropped at its root. Right: Frechet
+distance over full precision's, with the standard deviation over the seeds.
+"""
+
+# matplotlib's stubs leave its **kwargs untyped.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import offset_copy
+
+from treeq_export.compare.view import label_of
+from treeq_export.records import CompareRecord, CompareRow, SearchPoint
+from treeq_export.report.svg import (
+    BASELINE,
+    INK,
+    MARKERS,
+    MUTED,
+    OURS,
+    SECOND,
+    THIRD,
+    to_png,
+    to_svg,
+)
+
+HEIGHT_IN = 4.7
+COLORS = {"uniform": BASELINE, "tss": OURS, "integer_programming": SECOND, "greedy": THIRD}
+STYLES = {"ptq": ("-", "o"), "peft": ((0, (4, 2)), "s"), "qat": ((0, (1, 1.5)), "^")}
+TSS = "tss"
+_MARGIN_BITS = 0.35
+_LINEAR_BELOW = 3.0  # largest over least value
+_DECADES_FROM = 3000.0  # from here on only powers of ten are ticked
+_SPREAD_PT = 3.0  # lines are drawn beside each other, so that no error bar hides another
+
+Value = Callable[[CompareRow], float | None]
+
+
+class Limits(NamedTuple):
+    """Extent of the axis of bits: that of the strategies; peers beyond it stand at its edge."""
+
+    low: float
+    high: float
+
+
+def draw_svg(record: CompareRecord) -> str:
+    """Return the picture as inline SVG for the page."""
+    return to_svg("compare", HEIGHT_IN, lambda figure: draw_comparison(figure, MARKERS, record))
+
+
+def draw_png(record: CompareRecord) -> bytes:
+    """Return the picture as a PNG file."""
+    return to_png(HEIGHT_IN, lambda figure, paint: draw_comparison(figure, paint, record))
+
+
+def draw_comparison(figure: Figure, paint: Mapping[str, str], record: CompareRecord) -> None:
+    """Draw both panels.
+
+    Args:
+        figure: Where to draw.
+        paint: The colour to use for each marker colour.
+        record: The table.
+    """
+    left, right = figure.subplots(1, 2)
+    limits = _bit_limits(record.rows)
+    _draw_root(left, paint, record.rows, limits)
+    _draw_lines(figure, left, paint, record.rows, lambda row: row.network_mse)
+    _draw_peers(left, paint, record.rows, limits, lambda row: row.network_mse)
+    _scale(left, record.rows, lambda row: row.network_mse)
+    left.set_title("Network error: Pareto fronts")
+    left.set_ylabel("network MSE on held-out inputs")
+    _draw_lines(figure, right, paint, record.rows, _ratio)
+    _draw_peers(right, paint, record.rows, limits, _ratio)
+    right.axhline(1.0, color=paint[MUTED], linewidth=0.9, linestyle=(0, (4, 3)))
+    _scale(right, record.rows, _ratio)
+    right.set_title(f"Images: mean and standard deviation over {len(record.seeds)} seeds")
+    right.set_ylabel("Frechet distance / full precision's")
+    for axes in (left, right):
+        axes.set_xlim(limits)
+        axes.set_xlabel("average bits, mean of weights and activations")
+    handles, labels = left.get_legend_handles_labels()  # lines after the dots behind them
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+
+
+def _ratio(row: CompareRow) -> float | None:
+    return None if row.frechet_ratio is None else row.frechet_ratio.mean
+
+
+def _bit_limits(rows: Sequence[CompareRow]) -> Limits:
+    bits = [row.average_bits for row in rows if not row.peer] or [row.average_bits for row in rows]
+    low, high = (min(bits), max(bits)) if bits else (2.0, 4.0)
+    return Limits(low - _MARGIN_BITS, high + _MARGIN_BITS)
+
+
+def _series(rows: Sequence[CompareRow]) -> dict[tuple[str, str], list[CompareRow]]:
+    """Return the rows of each line, by strategy and variant, ascending in bits."""
+    lines: dict[tuple[str, str], list[CompareRow]] = {}
+    for row in sorted(rows, key=lambda row: row.average_bits):
+        if not row.peer:
+            lines.setdefault((row.strategy, row.variant), []).append(row)
+    order = {name: at for at, name in enumerate(COLORS)}
+    return dict(sorted(lines.items(), key=lambda item: (item[0][1] != "ptq", order[item[0][0]])))
+
+
+def _draw_lines(
+    figure: Figure, axes: Axes, paint: Mapping[str, str], rows: Sequence[CompareRow], value: Value
+) -> None:
+    """Draw a line per strategy and training, with error bars where the value has a spread."""
+    lines = _series(rows)
+    for at, ((strategy, variant), members) in enumerate(lines.items()):
+        known = [(row, y) for row in members if (y := value(row)) is not None]
+        if not known:
+            continue
+        style, marker = STYLES[variant]
+        spreads = [_std(row) if value is _ratio else 0.0 for row, _ in known]
+        shift = _SPREAD_PT * (at - (len(lines) - 1) / 2) if value is _ratio else 0.0
+        axes.errorbar(
+            [row.average_bits for row, _ in known],
+            [y for _, y in known],
+            yerr=spreads if value is _ratio else None,
+            transform=offset_copy(axes.transData, figure, x=shift, units="points"),
+            color=paint[COLORS[strategy]],
+            linestyle=style,
+            marker=marker,
+            markersize=5.0 if strategy == TSS else 4.0,
+            linewidth=1.8 if strategy == TSS else 1.3,
+            elinewidth=0.9,
+            capsize=2.0,
+            zorder=3 if strategy == TSS else 2.5,
+            label=label_of(known[0][0]),
+        )
+        for (row, y), spread in zip(known, spreads, strict=True):
+            axes.update_datalim([(row.average_bits, y + spread), (row.average_bits, y)])
+
+
+def _std(row: CompareRow) -> float:
+    spread = row.frechet_ratio
+    return 0.0 if spread is None or spread.std is None else spread.std
+
+
+def _draw_root(
+    axes: Axes, paint: Mapping[str, str], rows: Sequence[CompareRow], limits: Limits
+) -> None:
+    """Draw the configurations that the searches measured at the root."""
+    points = [
+        point
+        for row in rows
+        if row.strategy == TSS and row.variant == "ptq"
+        for point in row.front
+        if limits.low <= _bits(point) <= limits.high and point.mse > 0
+    ]
+    for kept, label in ((False, "dropped at the root of tss"), (True, "kept at the root of tss")):
+        chosen = [point for point in points if point.kept == kept]
+        if chosen:
+            axes.plot(
+                [_bits(point) for point in chosen],
+                [point.mse for point in chosen],
+                "o",
+                markersize=3.4 if kept else 2.6,
+                markerfacecolor=paint[OURS] if kept else "none",
+                markeredgecolor=paint[OURS if kept else BASELINE],
+                markeredgewidth=0.7,
+                alpha=0.5 if kept else 0.8,
+                label=label,
+            )
+
+
+def _bits(point: SearchPoint) -> float:
+    return (point.weight_bits + point.activation_bits) / 2
+
+
+def _draw_peers(
+    axes: Axes,
+    paint: Mapping[str, str],
+    rows: Sequence[CompareRow],
+    limits: Limits,
+    value: Value,
+) -> None:
+    """Draw peers as diamonds; one beyond the axis stands at its edge, with its bits named."""
+    for row in rows:
+        y = value(row)
+        if not row.peer or y is None:
+            continue
+        beyond = row.average_bits > limits.high
+        x = min(row.average_bits, limits.high)
+        axes.plot(x, y, ">" if beyond else "D", color=paint[INK], markersize=4.0, clip_on=False)
+        axes.annotate(
+            f"{row.strategy}, {row.description}",
+            (x, y),
+            xytext=(-6, 4) if beyond else (5, 4),
+            textcoords="offset points",
+            ha="right" if beyond else "left",
+            fontsize=7.5,
+            color=paint[INK],
+        )
+
+
+def _scale(axes: Axes, rows: Sequence[CompareRow], value: Value) -> None:
+    """Make an axis logarithmic where the values differ much, with ticks in plain numbers."""
+    known = [y for row in rows if (y := value(row)) is not None and y > 0]
+    extent = max(known) / min(known) if known else 1.0
+    if extent < _LINEAR_BELOW:
+        return
+    axes.set_yscale("log")
+    subs = (1.0, 2.0, 5.0) if extent < _DECADES_FROM else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
