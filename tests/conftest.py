@@ -186,6 +186,8 @@ def make_tiny_recipe(tiny_checkpoints: Path) -> Callable[..., Recipe]:
                     "num_samples": 3,
                     "num_clip_steps": 8,
                     "max_tokens": 128,
+                    "inputs": "full_precision",
+                    "bias_correction": False,
                     "rounding": "nearest",
                 },
             }
@@ -353,6 +355,8 @@ model: {checkpoint: checkpoint}
 sampler: {steps: 2, batch_size: 4}
 search: {rotation_group: 32, branch: {b_in: 1, b_out: 1, rank: 4}}
 calibrate: {num_samples: 2, num_clip_steps: 4}
+finetune:
+  {mode: peft, steps: 4, batch_size: 4, num_trajectories: 4, check_every: 2, held_out_rows: 4}
 compile: {targets: [ort], max_batch: 8}
 validate: {batch_size: 2}
 bench: {batch_sizes: [1], rounds: 3, warmup: 1, threads: 1}

@@ -1,24 +1,32 @@
-"""The calibrate stage: fill a plan with codes, scales and branch factors.
+"""The calibrate stage: fill a plan with codes, scales, biases and branch factors.
 
-Each planned layer's rotated input is summarised along trajectories of the full-precision model
-(model/statistics.py); then each layer is fitted (model/fit.py).
+Trajectories are sampled from the full-precision model; each planned layer's rotated input is
+summarised along them (model/statistics.py). Then each layer is fitted (model/fit.py): to these
+clean inputs, or in execution order to what the quantized layers before it leave of them
+(model/sequential.py).
 
 The statistics go to `calibration.json`: a kurtosis near 3 says that the rotated tokens are close
 to the Gaussian for which the token_rms step is optimal.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from treeq_export.artefacts import write_json
-from treeq_export.model.fit import quantize_layer
+from treeq_export.model.fit import fit_layer, quantize_layer
 from treeq_export.model.quantized import linear_of
-from treeq_export.model.statistics import collect_statistics
+from treeq_export.model.sequential import SequentialWalk, arrays_of
+from treeq_export.model.statistics import InputStatistics, collect_statistics
+from treeq_export.model.trajectories import Rows, join_calls
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, Tensors, save_plan
 from treeq_export.recipe import Recipe
 
 STATISTICS_FILE = "calibration.json"
+
+# Share of the sampling in the time of the stage, for its progress.
+_CLEAN_SHARE, _QUANTIZED_SHARE = 0.7, 0.2
 
 
 def run_calibrate(
@@ -40,13 +48,10 @@ def run_calibrate(
         PlanError: The plan does not fit the model.
         OutputError: The folder cannot be written to.
     """
-    statistics = collect_statistics(denoiser, plan.layers, recipe, lambda part: on_step(0.7 * part))
-    tensors: Tensors = {}
-    for done, layer in enumerate(plan.layers, start=1):
-        weight = linear_of(denoiser, layer).weight.detach().numpy()
-        short = quantize_layer(layer, weight, statistics[layer.name], recipe.calibrate)
-        tensors |= {f"{layer.name}.{name}": value for name, value in short.items()}
-        on_step(0.7 + 0.3 * done / len(plan.layers))
+    if recipe.calibrate.inputs == "quantized":
+        tensors, statistics = _fit_in_order(denoiser, plan, recipe, on_step)
+    else:
+        tensors, statistics = _fit_to_clean_inputs(denoiser, plan, recipe, on_step)
     write_json(
         run / STATISTICS_FILE,
         {
@@ -57,3 +62,47 @@ def run_calibrate(
         },
     )
     return save_plan(run, plan, tensors)
+
+
+def _fit_to_clean_inputs(
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+) -> tuple[Tensors, dict[str, InputStatistics]]:
+    statistics = collect_statistics(
+        denoiser, plan.layers, recipe, lambda part: on_step(_CLEAN_SHARE * part)
+    )
+    tensors: Tensors = {}
+    for done, layer in enumerate(plan.layers, start=1):
+        weight, bias = arrays_of(linear_of(denoiser, layer))
+        entry = statistics[layer.name]
+        short = quantize_layer(layer, weight, entry, recipe.calibrate, bias)
+        tensors |= {f"{layer.name}.{name}": value for name, value in short.items()}
+        on_step(_CLEAN_SHARE + (1 - _CLEAN_SHARE) * done / len(plan.layers))
+    return tensors, statistics
+
+
+def _fit_in_order(
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+) -> tuple[Tensors, dict[str, InputStatistics]]:
+    section = recipe.calibrate
+    calls: list[Rows] = []
+    statistics = collect_statistics(
+        denoiser,
+        plan.layers,
+        recipe,
+        lambda part: on_step(_QUANTIZED_SHARE * part),
+        max_kept=0,
+        on_inputs=lambda inputs: calls.append({k: v.clone() for k, v in inputs.items()}),
+    )
+    walk = SequentialWalk(
+        denoiser,
+        plan,
+        join_calls(calls, denoiser.input_names, section.num_rows),
+        batch_size=recipe.sampler.batch_size,
+        max_tokens=section.max_tokens,
+        seed=recipe.seed,
+    )
+    tensors = walk.run(
+        partial(fit_layer, section=section),
+        lambda part: on_step(_QUANTIZED_SHARE + (1 - _QUANTIZED_SHARE) * part),
+    )
+    return tensors, statistics

@@ -16,6 +16,7 @@ from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, strict=False)]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
 
 
@@ -135,20 +136,77 @@ class SearchSection(Section):
 
 
 class CalibrateSection(Section):
-    """How scales and branches are found.
+    """How scales, codes and branches are found.
 
     Attributes:
         num_samples: Trajectories sampled from the model itself.
         num_clip_steps: Points of the clipping grid of the weight scales.
-        max_tokens: Tokens per layer that static scales and rounding "gptq" are fitted to.
-        rounding: "gptq" rounds the residual weight for least output error on these tokens,
+        max_tokens: Tokens per layer that the layers are fitted to.
+        inputs: "quantized" fits the layers in execution order, each to give the full-precision
+            output from what the quantized layers before it and its own activation quantizer leave
+            of its input; "full_precision" fits each to clean inputs.
+        num_rows: Network inputs that "quantized" carries from block to block.
+        step: "gaussian" is the best step of a Gaussian; "fitted" scales it for least output error.
+        bias_correction: Let the bias take the mean output error of every channel.
+        rounding: "gptq" rounds the residual weight for least output error on the kept tokens,
             "nearest" for least weight error.
     """
 
-    num_samples: Positive = 16
+    num_samples: Positive = 64
     num_clip_steps: Positive = 40
-    max_tokens: Positive = 4096
+    max_tokens: Positive = 16384
+    inputs: Literal["full_precision", "quantized"] = "quantized"
+    num_rows: Positive = 1600
+    step: Literal["gaussian", "fitted"] = "gaussian"
+    bias_correction: bool = True
     rounding: Literal["nearest", "gptq"] = "gptq"
+
+
+class FinetuneSection(Section):
+    """How the calibrated tensors are trained by distillation from full precision.
+
+    Attributes:
+        mode: "none"; "peft": weight codes stay frozen; "qat": they are trained too, by a
+            straight-through estimator.
+        train: What is trained beside QAT's codes, in every layer that has it; activation steps of
+            token_absmax from 7 bits on stay.
+        steps: Optimizer steps.
+        batch_size: States per step; guidance doubles the rows.
+        num_trajectories: Trajectories that are walked at the same time.
+        on_policy: Fraction of them that follow the quantized model instead of full precision.
+        block_weight: Weight of the mean relative error of block outputs in the loss.
+        branch_lr: Learning rate of the branch, relative to each factor's rms.
+        scale_lr: Of the logarithm of weight scales and activation steps.
+        bias_lr: Of biases, relative to the rms row norm of the weight.
+        weight_lr: Of QAT's weights, in units of their step.
+        warmup: Fraction of the steps in which the learning rate rises; then it falls as a cosine.
+        clip_norm: Largest norm of the gradient.
+        check_every: Steps between measurements on held-out inputs, when the state is saved too.
+        held_out_rows: Inputs that are held out, from trajectories of another seed.
+        patience: Measurements without a new best after which training stops.
+    """
+
+    mode: Literal["none", "peft", "qat"] = "none"
+    train: list[Literal["branch", "weight_scale", "activation_step", "bias"]] = [
+        "branch",
+        "weight_scale",
+        "activation_step",
+        "bias",
+    ]
+    steps: Positive = 1500
+    batch_size: Positive = 32
+    num_trajectories: Positive = 256
+    on_policy: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.5
+    block_weight: Annotated[float, Field(ge=0, strict=False)] = 1.0
+    branch_lr: Rate = 0.02
+    scale_lr: Rate = 0.005
+    bias_lr: Rate = 0.005
+    weight_lr: Rate = 0.01
+    warmup: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.05
+    clip_norm: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    check_every: Positive = 100
+    held_out_rows: Positive = 256
+    patience: Positive = 5
 
 
 class CompileSection(Section):
@@ -240,6 +298,7 @@ class Recipe(Section):
     sampler: SamplerSection = SamplerSection()
     search: SearchSection = SearchSection()
     calibrate: CalibrateSection = CalibrateSection()
+    finetune: FinetuneSection = FinetuneSection()
     compile: CompileSection = CompileSection()
     validate_: ValidateSection = Field(default=ValidateSection(), alias="validate")
     bench: BenchSection = BenchSection()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treeq_export.quant import gptq
-from treeq_export.quant.gptq import quantize_weight_gptq, second_moment
+from treeq_export.quant.gptq import quantize_weight_gptq, refit_weight, second_moment
 from treeq_export.quant.numerics import code_range, dequantize_weight, quantize_weight
 from treeq_export.quant.scales import fit_weight_scale
 
@@ -75,3 +75,26 @@ def test_inputs_that_are_all_zero_round_to_nearest():
     scale = fit_weight_scale(weight, 3, None, 40)
     codes = quantize_weight_gptq(weight, scale, 3, second_moment(np.zeros((8, 16))))
     assert np.array_equal(codes, quantize_weight(weight, scale, 3))
+
+
+def test_the_refitted_weight_is_the_least_squares_one():
+    weight, tokens = make_case(6, 16)
+    rng = np.random.default_rng(1)
+    met = (0.9 * tokens + 0.2 * rng.standard_normal(tokens.shape)).astype(np.float32)
+    target = tokens @ weight.T
+    undamped = met.T.astype(np.float64) @ met / len(met)
+    refitted = refit_weight(weight, met, target, undamped)
+    exact = np.linalg.lstsq(met.astype(np.float64), target.astype(np.float64), rcond=None)[0].T
+    assert np.allclose(refitted, exact, atol=1e-3)
+    damped = refit_weight(weight, met, target, undamped + 1e6 * np.eye(16))
+    assert np.allclose(damped, weight, atol=1e-3)
+    assert np.allclose(
+        refit_weight(weight, tokens, target, second_moment(tokens)), weight, atol=1e-5
+    )
+
+
+def test_a_weight_without_tokens_is_left_as_it_is():
+    weight, _ = make_case(6, 16)
+    nothing = np.empty((0, 16), dtype=np.float32)
+    target = np.empty((0, 6), dtype=np.float32)
+    assert np.array_equal(refit_weight(weight, nothing, target, second_moment(nothing)), weight)

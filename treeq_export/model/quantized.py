@@ -56,15 +56,31 @@ def quantize_model(denoiser: Denoiser, plan: Plan, tensors: Mapping[str, NDArray
     shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
     quantized = copy.deepcopy(denoiser, shared)
     for layer in plan.layers:
-        linear = linear_of(quantized, layer)
-        replacement = QLinear(layer, layer_tensors(tensors, layer.name), linear.bias)
-        parent_name, _, child = layer.name.rpartition(".")
-        parent = quantized.model.get_submodule(parent_name)
-        if isinstance(parent, nn.ModuleList | nn.Sequential):
-            parent[int(child)] = replacement
-        else:
-            setattr(parent, child, replacement)
+        replace_linear(quantized, layer, layer_tensors(tensors, layer.name))
     return quantized.eval()
+
+
+def replace_linear(
+    denoiser: Denoiser, layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]
+) -> QLinear:
+    """Put a `QLinear` in the place of one linear, and return it.
+
+    Args:
+        denoiser: The model; it is changed.
+        layer: The layer's entry in the plan.
+        tensors: Its tensors by short name.
+
+    Raises:
+        PlanError: The model has no such linear.
+    """
+    replacement = QLinear(layer, tensors, linear_of(denoiser, layer).bias)
+    parent_name, _, child = layer.name.rpartition(".")
+    parent = denoiser.model.get_submodule(parent_name)
+    if isinstance(parent, nn.ModuleList | nn.Sequential):
+        parent[int(child)] = replacement
+    else:
+        setattr(parent, child, replacement)
+    return replacement
 
 
 def quantized_layers(denoiser: Denoiser) -> dict[str, QLinear]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.sampler import sample
+from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.rotation import rotate
@@ -70,6 +71,9 @@ def collect_statistics(
     layers: Sequence[LayerPlan],
     recipe: Recipe,
     on_step: Callable[[float], None],
+    *,
+    max_kept: int | None = None,
+    on_inputs: Callable[[Rows], None] = lambda _: None,
 ) -> dict[str, InputStatistics]:
     """Sample trajectories and summarise every planned layer's rotated input.
 
@@ -78,21 +82,24 @@ def collect_statistics(
         layers: The layers to observe; their rotation groups count.
         recipe: Its sampler, calibrate and seed settings.
         on_step: Called with the fraction done, 0..1.
+        max_kept: Tokens to keep of each layer; None is calibrate.max_tokens.
+        on_inputs: Called with the network's inputs of every call.
 
     Returns:
         Layer name to statistics.
     """
     statistics = {layer.name: InputStatistics() for layer in layers}
     section = recipe.calibrate
+    max_kept = section.max_tokens if max_kept is None else max_kept
     # Spread the kept tokens over the trajectory: each of the network's calls gives an equal share.
     batches = -(-section.num_samples // recipe.sampler.batch_size)
-    per_call = -(-section.max_tokens // (recipe.sampler.steps * batches))
+    per_call = max(1, -(-max_kept // (recipe.sampler.steps * batches)))
 
     def observe(layer: LayerPlan) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].detach().reshape(-1, layer.in_features).numpy()
             entry = statistics[layer.name]
-            kept = min(entry.num_kept + per_call, section.max_tokens)
+            kept = min(entry.num_kept + per_call, max_kept)
             stride = max(1, len(tokens) // per_call)
             entry.add(rotate(tokens, layer.rotation_group), kept, stride)
 
@@ -104,6 +111,7 @@ def collect_statistics(
     total = section.num_samples * recipe.sampler.steps
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
+        on_inputs(inputs)
         with torch.no_grad():
             return denoiser(*(inputs[name] for name in denoiser.input_names))
 

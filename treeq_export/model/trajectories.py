@@ -4,7 +4,7 @@ What is compared or distilled on whole-network level is compared on these: the s
 full-precision model meets while it denoises, with their timesteps and conditioning.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,12 @@ def collect_rows(
         seed=seed,
         on_step=lambda done: on_step(done / total),
     )
-    rows = {name: torch.cat([call[name] for call in calls]) for name in denoiser.input_names}
+    return join_calls(calls, denoiser.input_names, num_rows)
+
+
+def join_calls(calls: Sequence[Rows], names: Sequence[str], num_rows: int | None) -> Rows:
+    """Return the inputs of several network calls as one, thinned to `num_rows` (None is all)."""
+    rows = {name: torch.cat([call[name] for call in calls]) for name in names}
     return rows if num_rows is None else thin_rows(rows, num_rows)
 
 

@@ -11,8 +11,14 @@ of its error. With U the upper Cholesky factor of H^-1 the update is
 
 The scales stay as they were fitted; only the codes change.
 
-Source: Frantar et al., GPTQ, 2022 (section 3, algorithm 1). X are here the rotated inputs, and W
-the residual beside a branch.
+Where the inputs that the codes meet, A, differ from the clean X (earlier layers and the activation
+quantizer have changed them), W is first replaced by the weight that gives the clean output from A:
+
+    W* = argmin |Y - A W*^T|^2 + n lambda |W* - W|^2 = W + (Y - A W^T)^T A (A^T A + n lambda I)^-1
+
+Sources: Frantar et al., GPTQ, 2022 (section 3, algorithm 1); the asymmetric objective is that of
+Li et al., GPTAQ, 2025, solved here in closed form ahead of the loop. X are here the rotated inputs,
+and W the residual beside a branch.
 """
 
 import numpy as np
@@ -32,6 +38,25 @@ def second_moment(tokens: FloatArray) -> NDArray[np.float64]:
     moment = x.T @ x / max(len(x), 1)
     mean = float(np.trace(moment)) / len(moment)
     return moment + (DAMPING * mean if mean > 0 else 1.0) * np.eye(len(moment))
+
+
+def refit_weight(
+    weight: FloatArray, tokens: FloatArray, target: FloatArray, moment: NDArray[np.float64]
+) -> FloatArray:
+    """Return W*, the weight near W that gives the target from the tokens that the codes will meet.
+
+    Args:
+        weight: W, (N, K).
+        tokens: A, (n, K).
+        target: Y, (n, N).
+        moment: The damped A^T A / n (`second_moment`); its damping is lambda.
+
+    Returns:
+        (N, K) float32.
+    """
+    missed = target - tokens @ weight.T
+    correlation = (tokens.T @ missed).astype(np.float64) / max(len(tokens), 1)
+    return (weight + np.linalg.solve(moment, correlation).T).astype(np.float32)
 
 
 def quantize_weight_gptq(
