@@ -362,7 +362,8 @@ class TestOutputFolder:
         check_refused(outcome, "report.html", "Is a directory")
 
     def test_no_run_in_it(self, driver: Any, tmp_path: Path) -> None:
-        for command in ("search", "calibrate", "compile", "validate", "bench", "evaluate"):
+        stages = ("search", "calibrate", "finetune", "compile", "validate", "bench", "evaluate")
+        for command in stages:
             outcome = driver.run(command, "--run", tmp_path / "run")
             check_refused(outcome, "run.json: missing. Run `treeq-export run RECIPE --out")
         assert not (tmp_path / "run").exists()
@@ -393,7 +394,7 @@ class TestResults:
         (finished / "bench.json").write_text("{}")
         outcome = driver.run("run", recipe, "--out", finished)
         assert outcome.status == 0, outcome.stderr
-        assert "calibrate  up to date\ncompile    ...\n" in outcome.stderr
+        assert "finetune   up to date\ncompile    ...\n" in outcome.stderr
         assert (finished / "onnx/ort/model.onnx").read_bytes() == whole
         assert json.loads((finished / "bench.json").read_text())["rows"]
 

@@ -240,6 +240,7 @@ class TestStageCommands:
         [
             ("search", "plan.json"),
             ("calibrate", "calibration.json"),
+            ("finetune", "finetune.json"),
             ("compile", "compile.json"),
             ("validate", "parity.json"),
             ("bench", "bench.json"),
@@ -258,7 +259,7 @@ class TestStageCommands:
         record = json.loads(result.stdout)
         if command == "search":
             assert record["tensors_sha256"] is None
-        elif command not in ("bench", "report"):
+        elif command not in ("finetune", "bench", "report"):  # these hold times
             assert result.stdout == before
 
     @pytest.mark.parametrize("command", ["search", "calibrate", "validate"])
@@ -284,9 +285,21 @@ class TestStageCommands:
         assert load_plan(run).average_weight_bits == 3.0
         assert call("calibrate", "--run", run).exit_code == 0
         assert load_plan(run).tensors_sha256 is not None
+        assert call("finetune", "--run", run).exit_code == 0
         skipped = call("validate", "--run", run)
         assert skipped.exit_code == 1
         assert skipped.stderr.endswith(f"Run `treeq-export compile --run {run}` first.\n")
+
+    @pytest.mark.parametrize("flags", [[], ["--json"]])
+    def test_finetuning_may_be_left_out(self, run: Path, flags: list[str]) -> None:
+        record = json.loads((run / "run.json").read_text())
+        record["recipe"]["finetune"]["mode"] = "none"
+        (run / "run.json").write_text(json.dumps(record))
+        result = call("finetune", "--run", run, *flags)
+        assert result.exit_code == 0
+        assert result.stdout == ("null\n" if flags else "")
+        assert ("nothing was trained" in result.stderr) is not bool(flags)
+        assert not (run / "finetune.json").exists()
 
     def test_searching_again_makes_the_rest_out_of_date(self, run: Path) -> None:
         assert call("search", "--run", run).exit_code == 0

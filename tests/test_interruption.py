@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from treeq_export.pipeline import STAGE_NAMES
 
 # The n-th renaming is missing: a file or folder is complete, but not in its place. Of calibrate,
-# compile, evaluate and report others already are; compile renames each old folder before.
+# finetune, compile, evaluate and report others already are; compile renames each old folder before.
 KILLED_BEFORE_FILE = {
     "search": 1,
     "calibrate": 3,
+    "finetune": 3,
     "compile": 4,
     "validate": 1,
     "bench": 1,
@@ -199,7 +200,13 @@ class TestEveryStage:
         for section in ("model", "plan", "parity", "quality", "size"):
             assert report[section] == expected[section]
         assert list(report["stages"]) == list(expected["stages"])
-        for file in ("plan.json", "plan.safetensors", "calibration.json", "parity.json"):
+        for file in (
+            "plan.json",
+            "plan.safetensors",
+            "calibration.json",
+            "finetuned.safetensors",
+            "parity.json",
+        ):
             assert (history.run / file).read_bytes() == (finished_run / file).read_bytes()
 
     def test_second_run_leaves_no_temporaries(self, history: History) -> None:

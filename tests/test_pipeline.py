@@ -40,7 +40,8 @@ from treeq_export.workspace import Workspace
 
 ALL = set(STAGE_NAMES)
 FROM_CALIBRATE = ALL - {"search"}
-FROM_COMPILE = FROM_CALIBRATE - {"calibrate"}
+FROM_FINETUNE = FROM_CALIBRATE - {"calibrate"}
+FROM_COMPILE = FROM_FINETUNE - {"finetune"}
 
 
 class FakeStages:
@@ -96,6 +97,13 @@ class FakeStages:
         workspace.forget_plan()
         (workspace.run / "calibration.json").write_text("{}")
         save_plan(workspace.run, plan, {})
+
+    def write_finetune(self, workspace: Workspace, _: str) -> None:
+        for file in ("finetune.json", "finetuned.safetensors"):
+            if workspace.recipe.finetune.mode == "none":
+                (workspace.run / file).unlink(missing_ok=True)
+            else:
+                (workspace.run / file).write_text("{}")
 
     def write_compile(self, workspace: Workspace, _: str) -> None:
         for target in ("fp32", *workspace.recipe.compile.targets):
@@ -162,6 +170,8 @@ class TestWhatRunsAgain:
             ("sampler.steps=3", FROM_CALIBRATE),
             ("seed=1", FROM_CALIBRATE),
             ("calibrate.num_samples=3", FROM_CALIBRATE),
+            ("finetune.steps=3", FROM_FINETUNE),
+            ("finetune.mode=none", FROM_FINETUNE),
             ("compile.targets=[ort,portable]", FROM_COMPILE),
             ("validate.batch_size=3", {"validate", "report"}),
             ("validate.gates.min_layer_sqnr_db=50", {"validate", "report"}),
@@ -186,6 +196,8 @@ class TestWhatRunsAgain:
             ("plan.json", ALL),
             ("plan.safetensors", FROM_CALIBRATE),
             ("calibration.json", FROM_CALIBRATE),
+            ("finetune.json", FROM_FINETUNE),
+            ("finetuned.safetensors", FROM_FINETUNE),
             ("compile.json", FROM_COMPILE),
             ("onnx/ort/model.onnx", FROM_COMPILE),
             ("onnx/ort/model.onnx.data", FROM_COMPILE),
@@ -337,7 +349,8 @@ class TestRequireStages:
         [
             ("search", "calibrate"),
             ("search", "evaluate"),
-            ("calibrate", "compile"),
+            ("calibrate", "finetune"),
+            ("finetune", "compile"),
             ("calibrate", "bench"),
             ("compile", "validate"),
         ],
@@ -450,6 +463,8 @@ class TestFinishedRun:
         assert files >= {
             "plan.json",
             "plan.safetensors",
+            "finetune.json",
+            "finetuned.safetensors",
             "compile.json",
             "parity.json",
             "bench.json",
@@ -512,6 +527,7 @@ class TestFinishedRun:
             "plan.json",
             "plan.safetensors",
             "calibration.json",
+            "finetuned.safetensors",
             "compile.json",
             "onnx/fp32/model.onnx",
             "onnx/ort/model.onnx",

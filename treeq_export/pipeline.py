@@ -29,8 +29,9 @@ from treeq_export.calibrate import run_calibrate
 from treeq_export.compile.stage import run_compile
 from treeq_export.errors import GateError, PlanError, RecipeError
 from treeq_export.evaluate.stage import run_evaluate
+from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
-from treeq_export.plan import PLAN_FILE
+from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.records import GateResult, ParityRecord, QualityRecord, load_record
 from treeq_export.report import Report, write_report
@@ -75,6 +76,20 @@ def _calibrate(workspace: Workspace, on_step: OnStep) -> None:
     plan = workspace.plan
     workspace.forget_plan()
     run_calibrate(workspace.run, workspace.denoiser, plan, workspace.recipe, on_step)
+
+
+def _finetune(workspace: Workspace, on_step: OnStep) -> object:
+    plan = workspace.plan
+    calibrated = load_tensors(workspace.run, plan, finetuned=False)
+    record = run_finetune(
+        workspace.run, workspace.denoiser, plan, calibrated, workspace.recipe, on_step
+    )
+    workspace.forget_plan()
+    return record
+
+
+def _finetuned_files(workspace: Workspace) -> list[str]:
+    return [name for name in (FINETUNE_FILE, FINETUNED_FILE) if (workspace.run / name).is_file()]
 
 
 def _compile(workspace: Workspace, on_step: OnStep) -> None:
@@ -169,7 +184,14 @@ STAGES = (
         lambda _: [PLAN_FILE, "plan.safetensors", "calibration.json"],
         _calibrate,
     ),
-    Stage("compile", ("model", "compile"), ("calibrate",), _compiled_files, _compile),
+    Stage(
+        "finetune",
+        ("model", "sampler", "finetune", "seed"),
+        ("calibrate",),
+        _finetuned_files,
+        _finetune,
+    ),
+    Stage("compile", ("model", "compile"), ("finetune",), _compiled_files, _compile),
     Stage("validate", ("validate", "seed"), ("compile",), lambda _: ["parity.json"], _validate),
     Stage("bench", ("bench", "seed"), ("compile",), lambda _: ["bench.json"], _bench),
     Stage(

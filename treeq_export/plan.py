@@ -10,6 +10,10 @@ Two files. `plan.json` holds the assignment, one entry per quantized linear in e
     branch.L          float32  (b_out, b_in*r, N/b_out)
     bias              float32  (N,)          optional: replaces the checkpoint's bias
 
+Finetuning lays trained tensors over these: `finetuned.safetensors` holds them under the same names,
+and `finetune.json` says which calibrated tensors they belong to (`base_tensors_sha256`) and which
+file they are (`tensors_sha256`). The plan itself stays as calibration left it.
+
 A plan belongs to one checkpoint (`checkpoint_sha256`) and names its tensors (`tensors_sha256`, null
 before calibration). Saving the same plan gives the same bytes. Nothing executes on load.
 """
@@ -39,6 +43,8 @@ from treeq_export.quant.spec import (
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 TENSORS_FILE = "plan.safetensors"
+FINETUNE_FILE = "finetune.json"
+FINETUNED_FILE = "finetuned.safetensors"
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -237,18 +243,19 @@ def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
     return plan
 
 
-def load_tensors(folder: Path, plan: Plan) -> Tensors:
-    """Read `plan.safetensors` and check it against the plan.
+def load_tensors(folder: Path, plan: Plan, *, finetuned: bool = True) -> Tensors:
+    """Read `plan.safetensors` and what finetuning has laid over it, and check both.
 
     Args:
         folder: The run folder.
         plan: The plan of that folder.
+        finetuned: Whether trained tensors, where there are any, replace the calibrated ones.
 
     Returns:
         `<layer>.<tensor>` to array.
 
     Raises:
-        PlanError: Calibration has not run, or the file is not the one the plan names.
+        PlanError: Calibration has not run, or a file is not the one it should be.
     """
     path = folder / TENSORS_FILE
     if plan.tensors_sha256 is None or not path.is_file():
@@ -261,16 +268,40 @@ def load_tensors(folder: Path, plan: Plan) -> Tensors:
             f"{path}: not the file that plan.json names. "
             f"Run `treeq-export calibrate --run {folder}` again."
         )
-    try:
-        tensors: Tensors = _storage.load_file(path)
-    except SafetensorError as error:
-        raise PlanError(f"{path}: {error}. Calibrate again.") from error
+    tensors = _read_tensors(path, "Calibrate")
     for layer in plan.layers:
-        _check_tensors(path, layer, tensors)
+        _check_tensors(path, layer, tensors, "Calibrate")
+    if finetuned and (folder / FINETUNE_FILE).is_file():
+        _lay_over(folder, plan, tensors)
     return tensors
 
 
-def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors) -> None:
+def _lay_over(folder: Path, plan: Plan, tensors: Tensors) -> None:
+    """Replace calibrated tensors by the trained ones."""
+    path, record = folder / FINETUNED_FILE, folder / FINETUNE_FILE
+    remedy = f"Run `treeq-export finetune --run {folder}` again."
+    try:
+        fields: Any = json.loads(record.read_bytes())
+        base, own = fields["base_tensors_sha256"], fields["tensors_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"{record}: malformed. {remedy}") from error
+    if base != plan.tensors_sha256:
+        raise PlanError(f"{record}: belongs to other calibrated tensors than plan.json. {remedy}")
+    if not path.is_file() or sha256_of_file(path) != own:
+        raise PlanError(f"{path}: not the file that {FINETUNE_FILE} names. {remedy}")
+    tensors |= _read_tensors(path, "Finetune")
+    for layer in plan.layers:
+        _check_tensors(path, layer, tensors, "Finetune")
+
+
+def _read_tensors(path: Path, what: str) -> Tensors:
+    try:
+        return _storage.load_file(path)
+    except SafetensorError as error:
+        raise PlanError(f"{path}: {error}. {what} again.") from error
+
+
+def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors, what: str) -> None:
     n, k = layer.out_features, layer.in_features
     groups = k // layer.weight.group_size if layer.weight.group_size else 1
     expected: dict[str, tuple[int, ...]] = {"codes": (n, k), "weight_scale": (n, groups)}
@@ -288,5 +319,5 @@ def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors) -> None:
             received = "nothing" if found is None else str(found.shape)
             raise PlanError(
                 f"{path}: {layer.name}.{tensor}: received {received}, expected {shape}. "
-                "Calibrate again."
+                f"{what} again."
             )

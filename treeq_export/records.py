@@ -1,7 +1,8 @@
 """Results of the stages, as records. One record, many views: terminal, JSON and HTML read these.
 
-search.json: SearchRecord; compile.json: CompileRecord; parity.json: ParityRecord;
-bench.json: BenchRecord; quality.json: QualityRecord; compare.json: CompareRecord.
+search.json: SearchRecord; finetune.json: FinetuneRecord; compile.json: CompileRecord;
+parity.json: ParityRecord; bench.json: BenchRecord; quality.json: QualityRecord;
+compare.json: CompareRecord.
 """
 
 import json
@@ -134,6 +135,52 @@ class SearchRecord(Record):
     nodes: list[SearchNode]
     front: list[SearchPoint]
     branches: dict[str, list[dict[str, Any]]]
+
+
+class FinetunePoint(Record):
+    """One measurement during training.
+
+    Attributes:
+        step: Optimizer steps done.
+        train_loss: Mean loss since the measurement before; None before the first step.
+        held_out_loss: The same loss on held-out inputs.
+        held_out_mse: Mean squared error of the network's prediction on them.
+    """
+
+    step: int
+    train_loss: float | None
+    held_out_loss: float
+    held_out_mse: float
+
+
+class FinetuneRecord(Record):
+    """Result of finetune (finetune.json); the tensors are in finetuned.safetensors.
+
+    Attributes:
+        mode: "peft" or "qat".
+        base_tensors_sha256: Digest of the calibrated tensors that they replace.
+        tensors_sha256: Digest of finetuned.safetensors.
+        num_trained: Trained numbers.
+        steps: Optimizer steps done.
+        best_step: The step that the tensors are from, which has the least held_out_mse.
+        mse_before: Held-out squared error of the calibrated network's prediction.
+        mse_after: That of the trained one.
+        stopped_early: Whether patience ran out before the last step.
+        seconds: Wall time, that of interrupted runs included.
+        curve: Measurements, in order; the first is before training.
+    """
+
+    mode: str
+    base_tensors_sha256: str
+    tensors_sha256: str
+    num_trained: int
+    steps: int
+    best_step: int
+    mse_before: float
+    mse_after: float
+    stopped_early: bool
+    seconds: float
+    curve: list[FinetunePoint]
 
 
 class AuditLayer(Record):

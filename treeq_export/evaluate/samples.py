@@ -21,7 +21,7 @@ from treeq_export import __version__
 from treeq_export.artefacts import atomic_path, sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import PLAN_FILE, TENSORS_FILE
+from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, TENSORS_FILE
 from treeq_export.runners.compiled import model_path
 
 _TENSOR = "samples"
@@ -51,13 +51,16 @@ def digest_quantized(run: Path, runner: str) -> str:
 
     Args:
         run: The run folder.
-        runner: "torch" (the plan and its tensors) or a compiled target (graph and external data).
+        runner: "torch" (the plan, its tensors and the finetuned ones) or a compiled target (graph
+            and external data).
 
     Raises:
         PlanError: The files are missing; names the stage that writes them.
     """
     if runner == "torch":
         stage, files = "calibrate", [run / PLAN_FILE, run / TENSORS_FILE]
+        if (run / FINETUNE_FILE).is_file():
+            stage, files = "finetune", [*files, run / FINETUNED_FILE]
     else:
         path = model_path(run, runner)
         stage, files = "compile", [path, *sorted(path.parent.glob(f"{path.name}.*"))]

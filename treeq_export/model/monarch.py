@@ -19,14 +19,23 @@ class Monarch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return M x, (..., N), of x (..., K)."""
-        b_in, block_in, _ = self.R.shape
-        b_out, inner, block_out = self.L.shape
-        shape = (*x.shape[:-1], b_out * block_out)
         if torch.compiler.is_exporting():
+            b_out, _, block_out = self.L.shape
             return torch.onnx.ops.symbolic(
-                "treeq::Monarch", (x, self.R, self.L), dtype=x.dtype, shape=shape, version=1
+                "treeq::Monarch",
+                (x, self.R, self.L),
+                dtype=x.dtype,
+                shape=(*x.shape[:-1], b_out * block_out),
+                version=1,
             )
-        tokens = x.reshape(-1, b_in, block_in).transpose(0, 1)
-        z = torch.bmm(tokens, self.R).reshape(b_in, -1, b_out, inner // b_in)
-        z = z.permute(2, 1, 0, 3).reshape(b_out, -1, inner)
-        return torch.bmm(z, self.L).transpose(0, 1).reshape(shape)
+        return apply_factors(x, self.R, self.L)
+
+
+def apply_factors(x: Tensor, r_factor: Tensor, l_factor: Tensor) -> Tensor:
+    """Return M x, (..., N), of x (..., K) and both factors (shapes: `Monarch`)."""
+    b_in, block_in, _ = r_factor.shape
+    b_out, inner, block_out = l_factor.shape
+    tokens = x.reshape(-1, b_in, block_in).transpose(0, 1)
+    z = torch.bmm(tokens, r_factor).reshape(b_in, -1, b_out, inner // b_in)
+    z = z.permute(2, 1, 0, 3).reshape(b_out, -1, inner)
+    return torch.bmm(z, l_factor).transpose(0, 1).reshape(*x.shape[:-1], b_out * block_out)

@@ -1,0 +1,157 @@
+"""Running the stage: student, held-out inputs, training, and the two files that it ends with.
+
+The result is laid over `plan.safetensors` (plan.py) and holds only what was trained.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from treeq_export import __version__
+from treeq_export.artefacts import atomic_path, sha256_of_file
+from treeq_export.errors import OutputError, RecipeError, TreeqError
+from treeq_export.finetune.distill import block_names
+from treeq_export.finetune.pool import TrajectoryPool
+from treeq_export.finetune.state import STATE_FILE, load_state, save_state
+from treeq_export.finetune.student import Kind, export_student, make_student
+from treeq_export.finetune.training import Training
+from treeq_export.model.trajectories import collect_rows
+from treeq_export.model.zoo import Denoiser
+from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, Plan, Tensors
+from treeq_export.recipe import FinetuneSection, Recipe
+from treeq_export.records import FinetunePoint, FinetuneRecord, save_record
+
+# Far from the seeds that calibrate and evaluate draw their noise with.
+_HELD_OUT_SEED = 1_000_003
+_PREPARATION = 0.05  # share of the progress bar
+
+
+def run_finetune(
+    run: Path,
+    denoiser: Denoiser,
+    plan: Plan,
+    tensors: Tensors,
+    recipe: Recipe,
+    on_step: Callable[[float], None],
+) -> FinetuneRecord | None:
+    """Train what the recipe names and write `finetuned.safetensors` and `finetune.json`.
+
+    Args:
+        run: The run folder; a training that was interrupted there goes on.
+        denoiser: The full-precision model.
+        plan: The calibrated plan.
+        tensors: Its calibrated tensors, without an earlier result of this stage.
+        recipe: Its finetune and sampler sections and its seed.
+        on_step: Called with the fraction done, 0..1.
+
+    Returns:
+        The record; None with mode "none", which only removes an earlier result.
+
+    Raises:
+        RecipeError: The plan has nothing of what the recipe wants to train.
+        PlanError: The plan does not fit the model.
+        TreeqError: The loss is not finite; nothing is written.
+        OutputError: The folder cannot be written to.
+    """
+    section = recipe.finetune
+    if section.mode == "none":
+        for name in (FINETUNE_FILE, FINETUNED_FILE, STATE_FILE):
+            (run / name).unlink(missing_ok=True)
+        on_step(1.0)
+        return None
+    started = time.monotonic()
+    training = _prepare(denoiser, plan, tensors, recipe)
+    state = run / STATE_FILE
+    fingerprint = _fingerprint(plan, recipe)
+    before = load_state(state, training, fingerprint)
+    if training.progress.step == 0:
+        training.pool.spread(
+            training.teacher, section.batch_size, lambda part: on_step(_PREPARATION * part)
+        )
+
+    def elapsed() -> float:
+        return before + time.monotonic() - started
+
+    try:
+        stopped = training.run(
+            lambda part: on_step(_PREPARATION + (1 - _PREPARATION) * part),
+            lambda: save_state(state, training, fingerprint, elapsed()),
+        )
+    except OutputError:
+        raise
+    except TreeqError:  # what the saved state leads to is not finite
+        state.unlink(missing_ok=True)
+        raise
+    (run / FINETUNE_FILE).unlink(missing_ok=True)
+    with atomic_path(run / FINETUNED_FILE) as temporary:
+        save_file(_sorted(export_student(training.student.denoiser)), temporary)
+    progress = training.progress
+    best = next(p for p in progress.curve if p["step"] == progress.best_step)
+    record = FinetuneRecord(
+        mode=section.mode,
+        base_tensors_sha256=plan.tensors_sha256 or "",
+        tensors_sha256=sha256_of_file(run / FINETUNED_FILE),
+        num_trained=sum(p.numel() for p in training.parameters.values()),
+        steps=progress.step,
+        best_step=progress.best_step,
+        mse_before=progress.curve[0]["held_out_mse"],
+        mse_after=best["held_out_mse"],
+        stopped_early=stopped,
+        seconds=round(elapsed(), 3),
+        curve=[FinetunePoint(**point) for point in progress.curve],
+    )
+    save_record(run / FINETUNE_FILE, record)
+    state.unlink(missing_ok=True)
+    on_step(1.0)
+    return record
+
+
+def _sorted(tensors: Tensors) -> Tensors:
+    return {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+
+
+def _kinds(section: FinetuneSection) -> frozenset[Kind]:
+    return frozenset[Kind]((*section.train, *(("codes",) if section.mode == "qat" else ())))
+
+
+def _prepare(denoiser: Denoiser, plan: Plan, tensors: Tensors, recipe: Recipe) -> Training:
+    """Return the training at its start, before the pool's states are spread over the schedule."""
+    section, sampler = recipe.finetune, recipe.sampler
+    student = make_student(denoiser, plan, tensors, _kinds(section))
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        wanted = ", ".join(section.train) or "nothing"
+        raise RecipeError(
+            f"finetune.train: received {wanted}, expected something that a layer of the plan has. "
+            "Add weight_scale or bias, give the layers a branch, or set finetune.mode to none."
+        )
+    size = max(section.num_trajectories, section.batch_size)
+    pool = TrajectoryPool(denoiser, sampler, size, section.on_policy, recipe.seed)
+    # Twice as many as there are rows to keep, so that not only every step of a few is kept.
+    held_out = collect_rows(
+        denoiser,
+        sampler,
+        num_samples=-(-2 * section.held_out_rows // sampler.steps),
+        num_rows=section.held_out_rows,
+        seed=recipe.seed + _HELD_OUT_SEED,
+    )
+    return Training(denoiser, student, block_names(plan), pool, held_out, section)
+
+
+def _fingerprint(plan: Plan, recipe: Recipe) -> str:
+    """Return the digest of all that a training depends on."""
+    depends = {
+        "version": __version__,
+        "tensors": plan.tensors_sha256,
+        "plan": plan.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "sampler": recipe.sampler.model_dump(mode="json"),
+        "finetune": recipe.finetune.model_dump(mode="json"),
+        "threads": torch.get_num_threads(),
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""The state of a training in progress: one safetensors file, with the progress in its header.
+
+One file, because two could not be replaced at the same instant. It is removed when training ends.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from treeq_export.artefacts import atomic_path
+from treeq_export.finetune.training import Progress, Training
+
+STATE_FILE = "finetune.state.safetensors"
+_FINGERPRINT, _PROGRESS, _SECONDS = "fingerprint", "progress", "seconds"
+
+
+def save_state(path: Path, training: Training, fingerprint: str, seconds: float) -> None:
+    """Write the state of a training, atomically.
+
+    Args:
+        path: The state file.
+        training: The training.
+        fingerprint: Digest of all that it depends on.
+        seconds: Time spent so far.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written to.
+    """
+    header = {
+        _FINGERPRINT: fingerprint,
+        _PROGRESS: json.dumps(dataclasses.asdict(training.progress)),
+        _SECONDS: repr(seconds),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in training.state().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def load_state(path: Path, training: Training, fingerprint: str) -> float:
+    """Bring a training to the state that was saved, if it is of the same training.
+
+    Args:
+        path: The state file; it may be missing.
+        training: The training, at its start.
+        fingerprint: Digest of all that it depends on.
+
+    Returns:
+        The seconds spent before; 0 where nothing was taken up.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get(_FINGERPRINT) != fingerprint:
+                return 0.0
+            names: list[str] = file.keys()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError):
+        return 0.0  # none, or not a file of ours: training starts anew
+    training.load_state(tensors, Progress(**json.loads(header[_PROGRESS])))
+    return float(header[_SECONDS])
