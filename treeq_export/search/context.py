@@ -50,7 +50,7 @@ class SearchContext:
         Args:
             configurations: One entry per leaf each.
             base: What most of them start like: blocks that do not differ are not run again. The
-                empty one stands for full precision. The values do not depend on it.
+                empty one stands for full precision. Values depend on it by rounding only.
         """
         prefix = encode(base)
         texts = [encode(configuration) for configuration in configurations]

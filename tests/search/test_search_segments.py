@@ -1,0 +1,328 @@
+"""Measured errors against the whole network with its linears replaced, computed another way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from treeq_export.model.layers import discover_linears
+from treeq_export.model.replay import BlockReplay, Output, block_names
+from treeq_export.model.statistics import collect_statistics
+from treeq_export.model.trajectories import Rows
+from treeq_export.model.zoo import Denoiser
+from treeq_export.recipe import Recipe
+from treeq_export.search.bank import LayerBank
+from treeq_export.search.executor import Task
+from treeq_export.search.prepare import Store
+from treeq_export.search.segments import NETWORK, SegmentWorker
+from treeq_export.search.session import (
+    Session,
+    make_bank,
+    make_templates,
+    prepare,
+    weights_fingerprint,
+)
+from treeq_export.search.tree import (
+    Configuration,
+    Leaf,
+    build_tree,
+    decode,
+    encode,
+    make_leaves,
+    walk,
+)
+
+FAMILIES = ("dit", "pixart", "sd3", "flux")
+ENVIRONMENT = (2, 3)
+
+
+@dataclass
+class Search:
+    """A prepared search of a tiny model, and the same model with replaced linears."""
+
+    recipe: Recipe
+    denoiser: Denoiser
+    leaves: list[Leaf]
+    store: Store
+    bank: LayerBank
+    session: Session
+
+    def open(self, noise: float) -> SegmentWorker:
+        search = self.recipe.search.model_copy(update={"noise": noise})
+        recipe = self.recipe.model_copy(update={"search": search})
+        session = Session(**vars(self.session) | {"recipe": recipe.model_dump_json(by_alias=True)})
+        return session.open(self.denoiser)
+
+    def outputs(self, configuration: Configuration) -> tuple[list[Output], torch.Tensor]:
+        """Every block's output and the prediction, by hooks on the model with QLinear in place."""
+        blocks = block_names(discover_linears(self.denoiser))  # before they are replaced
+        replaced: list[tuple[nn.Module, str, Any]] = []
+        for leaf, pair in zip(self.leaves, configuration, strict=True):
+            for linear in leaf.linears if pair else ():
+                assert pair is not None
+                parent_name, _, child = linear.name.rpartition(".")
+                parent = self.denoiser.model.get_submodule(parent_name)
+                replaced.append((parent, child, parent._modules[child]))
+                parent._modules[child] = self.bank.layer(linear.name, *pair)
+        found: list[Output] = []
+        handles = [
+            self.denoiser.model.get_submodule(name).register_forward_hook(
+                lambda *call: found.append(call[2] if isinstance(call[2], tuple) else (call[2],))
+            )
+            for name in blocks
+        ]
+        rows, _ = self.store.load_rows()
+        try:
+            with torch.no_grad():
+                raw = self.denoiser(*(rows[name] for name in self.denoiser.input_names))
+        finally:
+            for parent, child, module in replaced:
+                parent._modules[child] = module
+            for handle in handles:
+                handle.remove()
+        return found, self.denoiser.prediction(raw)
+
+
+def mean_square(one: Output, other: Output) -> float:
+    pairs = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
+    total = sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)
+    return total / sum(x.numel() for x, _ in pairs)
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    make_tiny_denoiser: Callable[..., Denoiser],
+    make_tiny_recipe: Callable[..., Recipe],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Search]:
+    """A function: family -> a prepared search, made once."""
+    made: dict[str, Search] = {}
+
+    def make(family: str) -> Search:
+        if family not in made:
+            made[family] = prepare_family(
+                make_tiny_recipe(
+                    family,
+                    strategy="tss",
+                    weight_candidates=[2, 3],
+                    activation_candidates=[3, 8],
+                    num_rows=5,
+                    num_samples=3,
+                ),
+                make_tiny_denoiser(family),
+                tmp_path_factory.mktemp("search"),
+            )
+        return made[family]
+
+    return make
+
+
+def prepare_family(recipe: Recipe, denoiser: Denoiser, folder: Path) -> Search:
+    linears = discover_linears(denoiser)
+    leaves = make_leaves(linears)
+    branches = {x.name: recipe.search.branch for x in linears if recipe.search.branch}
+    session = Session(
+        folder=folder,
+        recipe=recipe.model_dump_json(by_alias=True),
+        branches=branches,
+        names=frozenset(x.name for x in linears),
+        environment=encode((ENVIRONMENT,) * len(leaves)),
+        batch_rows=3,  # of 5 rows: two batches, one of them short
+    )
+    templates = make_templates(linears, recipe, {})
+    prepare(
+        session,
+        denoiser,
+        weights_fingerprint(recipe, "", branches),
+        lambda: collect_statistics(denoiser, templates, recipe, lambda _: None),
+        lambda _: None,
+    )
+    store = Store(folder, "")
+    bank = make_bank(store, denoiser, linears, recipe, branches)
+    return Search(recipe, denoiser, leaves, store, bank, session)
+
+
+def close_to(value: float) -> Any:
+    return pytest.approx(value, rel=2e-3)  # float32 in other batches: codes on a border may flip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_every_merge_measures_what_the_whole_network_gives(
+    family: str, noise: float, prepared: Callable[[str], Search]
+):
+    search = prepared(family)
+    clean, prediction = search.outputs((None,) * len(search.leaves))
+    worker = search.open(noise)
+    root = build_tree(search.leaves)
+    values = {}
+    try:
+        for node, _ in walk(root):
+            if node.children:
+                left, right = (child.num_leaves for child in node.children)
+                prefix = encode(((2, 3), (3, 8), (2, 8), (3, 3))[:left] + ((2, 3),) * (left - 4))
+                suffixes = tuple(encode((pair,) * right) for pair in ((2, 8), (3, 3)))
+                task = Task(node.name, prefix, suffixes)
+                values[node] = (task, list(worker.measure(task)))
+    finally:
+        worker.close()
+    assert len(values) == len(search.leaves) - 1
+    for node, (task, measured) in values.items():
+        for suffix, value in zip(task.suffixes, measured, strict=True):
+            inside = decode(task.prefix) + decode(suffix)
+            before = (ENVIRONMENT if noise else None,) * node.first
+            after = (None,) * (len(search.leaves) - node.last - 1)
+            outputs, predicted = search.outputs((*before, *inside, *after))
+            if node is root:
+                expected = mean_square((predicted,), (prediction,))
+            else:
+                expected = mean_square(outputs[node.last_block], clean[node.last_block])
+            assert value == close_to(expected), node.name
+            assert value > 0
+
+
+def test_noise_between_mixes_the_inputs(prepared: Callable[[str], Search]):
+    search = prepared("dit")
+    clean, _ = search.outputs((None,) * 10)
+    dirty, _ = search.outputs((ENVIRONMENT,) * 10)
+    rows, _ = search.store.load_rows()
+    node = build_tree(search.leaves).children[1]
+    assert (node.name, node.first_block) == ("segment 5..9", 1)
+    pairs: Configuration = ((3, 8),) * 4
+    worker = search.open(0.25)
+    try:
+        (value,) = worker.measure(Task(node.name, encode(pairs), ("2/3",)))
+    finally:
+        worker.close()
+    before = tuple(
+        x + 0.25 * (x_q - x)
+        for x, x_q in zip(clean[0], dirty[0], strict=True)
+        if x is not None and x_q is not None
+    )
+    assert value == close_to(run_second_block(search, rows, before, (*pairs, (2, 3)), clean[1]))
+
+
+def run_second_block(
+    search: Search, rows: Rows, before: Output, pairs: Configuration, clean: Output
+) -> float:
+    originals = {}
+    for leaf, pair in zip(search.leaves[5:], pairs, strict=True):
+        assert pair is not None
+        for linear in leaf.linears:
+            module = search.denoiser.model.get_submodule(linear.name)
+            originals[linear.name] = module.forward
+            module.forward = search.bank.layer(linear.name, *pair).forward
+    try:
+        with BlockReplay(search.denoiser, block_names(discover_linears(search.denoiser))) as replay:
+            output = replay.run(rows, first=1, last=1, recorded=lambda _: before)
+    finally:
+        for name in originals:
+            del search.denoiser.model.get_submodule(name).forward
+    return mean_square(output, clean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_configurations_do_not_depend_on_the_base(
+    family: str, prepared: Callable[[str], Search]
+):
+    search = prepared(family)
+    number = len(search.leaves)
+    _, prediction = search.outputs((None,) * number)
+    base: Configuration = ((2, 8),) * number
+    late = (*base[:-1], (3, 3))
+    early = ((3, 3), *base[1:])
+    alone = (*(None,) * (number - 1), (2, 3))
+    texts = tuple(encode(c) for c in (base, late, early, alone))
+    worker = search.open(1.0)
+    try:
+        from_base = list(worker.measure(Task(NETWORK, encode(base), texts)))
+        from_clean = list(worker.measure(Task(NETWORK, "", texts)))
+        from_late = list(worker.measure(Task(NETWORK, encode(late), texts)))
+    finally:
+        worker.close()
+    # Recorded outputs may lie otherwise in memory, which changes the order of a summation.
+    assert from_clean == pytest.approx(from_base, rel=1e-6)
+    assert from_late == pytest.approx(from_base, rel=1e-6)
+    for configuration, value in zip((base, late, early, alone), from_base, strict=True):
+        _, predicted = search.outputs(configuration)
+        assert value == close_to(mean_square((predicted,), (prediction,)))
+
+
+def test_what_is_left_of_a_merge_runs_once_per_left_configuration(
+    prepared: Callable[[str], Search], monkeypatch: pytest.MonkeyPatch
+):
+    search = prepared("dit")
+    calls: list[str] = []
+    layer = LayerBank.layer
+
+    def count(self: LayerBank, name: str, weight_bits: int, activation_bits: int) -> Any:
+        calls.append(name)
+        return layer(self, name, weight_bits, activation_bits)
+
+    monkeypatch.setattr(LayerBank, "layer", count)
+    worker = search.open(0.0)
+    suffixes = ("2/3", "2/8", "3/3", "3/8")
+    try:
+        list(worker.measure(Task("segment 2..3", "2/8", suffixes)))
+        inside = {name.split(".", 2)[2]: calls.count(name) for name in calls}
+        calls.clear()
+        across = tuple(" ".join([pair] * 5) for pair in suffixes)
+        list(worker.measure(Task("segment 0..9", " ".join(["2/8"] * 5), across)))
+        blocks = {block: sum(f"blocks.{block}." in name for name in calls) for block in (0, 1)}
+    finally:
+        worker.close()
+    # Two batches: each runs the left leaf once and the right leaf once per suffix.
+    assert inside == {"attn1.to_out.0": 2, "ff.net.0.proj": 8}
+    assert blocks == {0: 2 * 7, 1: 2 * 7 * 4}
+
+
+def test_closing_gives_the_model_back(prepared: Callable[[str], Search]):
+    search = prepared("dit")
+    worker = search.open(1.0)
+    assert any("forward" in vars(module) for module in search.denoiser.modules())
+    worker.close()
+    assert not any("forward" in vars(module) for module in search.denoiser.modules())
+
+
+def test_layers_beyond_the_limit_are_loaded_again(prepared: Callable[[str], Search]):
+    search = prepared("dit")
+    linears = discover_linears(search.denoiser)
+    branches = dict(search.session.branches)
+    small = make_bank(search.store, search.denoiser, linears, search.recipe, branches)
+    small._limit_bytes = 1
+    x = torch.randn(2, 64)
+    for name in (linears[0].name, linears[1].name, linears[0].name):
+        for pair in ((2, 3), (3, 8), (2, 8)):
+            expected = search.bank.layer(name, *pair)(x)
+            assert torch.equal(small.layer(name, *pair)(x), expected)
+            assert len(small._layers) == 1
+
+
+def test_codes_are_shared_by_the_candidates_of_one_width(prepared: Callable[[str], Search]):
+    search = prepared("dit")
+    name = search.leaves[1].linears[0].name
+    low = search.bank.layer(name, 3, 3)
+    codes, bits = low.get_buffer("_codes"), low.layer.activation.bits
+    high = search.bank.layer(name, 3, 8)
+    assert high.get_buffer("_codes") is codes
+    assert (bits, high.layer.activation.bits) == (3, 8)
+
+
+def test_prepared_files_are_kept(prepared: Callable[[str], Search], tmp_path: Path):
+    search = prepared("dit")
+    branches = dict(search.session.branches)
+    fingerprint = weights_fingerprint(search.recipe, "", branches)
+    before = {path: path.stat().st_mtime_ns for path in search.store.folder.rglob("*.safetensors")}
+
+    def fail() -> Any:
+        raise AssertionError("nothing is missing")
+
+    prepare(search.session, search.denoiser, fingerprint, fail, lambda _: None)
+    after = {path: path.stat().st_mtime_ns for path in search.store.folder.rglob("*.safetensors")}
+    assert before == after
+    assert not Store(search.store.folder, "other").has("rows.safetensors")
+    assert not Store(tmp_path, fingerprint).has("rows.safetensors")
