@@ -38,6 +38,7 @@ from treeq_export.report import Report, write_report
 from treeq_export.runners.compiled import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.torch_runner import TorchRunner
+from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
 from treeq_export.validate import run_validate
 from treeq_export.workspace import StageRecord, Workspace
@@ -69,7 +70,14 @@ class Stage:
 
 def _search(workspace: Workspace, on_step: OnStep) -> None:
     workspace.forget_plan()
-    run_search(workspace.run, workspace.denoiser, workspace.checkpoint, workspace.recipe, on_step)
+    run_search(
+        workspace.run,
+        workspace.denoiser,
+        workspace.checkpoint,
+        workspace.recipe,
+        on_step,
+        workspace.say,
+    )
 
 
 def _calibrate(workspace: Workspace, on_step: OnStep) -> None:
@@ -176,7 +184,13 @@ def _compiled_files(workspace: Workspace) -> list[str]:
 
 
 STAGES = (
-    Stage("search", ("name", "model", "search"), (), lambda _: [PLAN_FILE], _search),
+    Stage(
+        "search",
+        ("name", "model", "search", "sampler", "calibrate", "seed"),
+        (),
+        lambda _: [PLAN_FILE, SEARCH_FILE],
+        _search,
+    ),
     Stage(
         "calibrate",
         ("model", "sampler", "calibrate", "seed"),
@@ -277,11 +291,12 @@ def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
     record = workspace.stages.get(stage.name)
     if record is None or record.fingerprint != fingerprint(workspace, stage):
         return False
-    if stage.name == "search":
-        return _is_plan_of(workspace)
+    if stage.name == "search" and not _is_plan_of(workspace):
+        return False
     return all(
         (workspace.run / name).is_file() and sha256_of_file(workspace.run / name) == digest
         for name, digest in record.outputs.items()
+        if (stage.name, name) != ("search", PLAN_FILE)
     )
 
 

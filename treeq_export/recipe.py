@@ -331,13 +331,31 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: received {type(raw).__name__}, expected sections. "
             "Write at least name: and model:, with its checkpoint:."
         )
+    return _with_absolute_paths(_validate(raw, overrides, str(path)), path.absolute().parent)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with some values replaced.
+
+    Args:
+        recipe: A checked recipe with absolute paths.
+        overrides: "section.key=value" assignments, the values YAML; paths relative to the current
+            folder.
+
+    Raises:
+        RecipeError: An unknown key, or a value out of range.
+    """
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    return _with_absolute_paths(_validate(raw, overrides, "--set"), Path.cwd())
+
+
+def _validate(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     for override in overrides:
         _apply_override(raw, override)
     try:
-        recipe = Recipe.model_validate(raw)
+        return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_problem(error)}") from error
-    return _with_absolute_paths(recipe, path.absolute().parent)
+        raise RecipeError(f"{where}: {_first_problem(error)}") from error
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
@@ -60,6 +61,7 @@ class Workspace:
 
     Attributes:
         fp_samples: Folder of the cached full-precision samples; runs that are compared share one.
+        say: Called with what a person should know before a long stage starts.
 
     Raises:
         OutputError: The folder cannot be created or written to, or another process works in it.
@@ -73,6 +75,7 @@ class Workspace:
         self.recipe = recipe
         self.recipe_path = recipe_path
         self.overrides = overrides
+        self.say: Callable[[str], None] = lambda _: None
         self.fp_samples = run / SAMPLES_FOLDER
         self.stages: dict[str, StageRecord] = {}
         self._lock = _lock_folder(run)

@@ -154,6 +154,30 @@ def run_search(
     return save_plan(run, plan)
 
 
+def estimate_search(
+    run: Path, denoiser: Denoiser, checkpoint: Checkpoint, recipe: Recipe, say: Say
+) -> SearchCost:
+    """Say what a tree search would cost; nothing is searched or written.
+
+    Args:
+        run: The run folder.
+        denoiser: The full-precision model.
+        checkpoint: Where it came from.
+        recipe: The recipe.
+        say: Called with the cost in words.
+
+    Raises:
+        As `run_search`.
+    """
+    search = _Search(run, denoiser, checkpoint, recipe, lambda _: None, say)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.search.threads)
+    try:
+        return search.announce({})
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Search:
     """One run of the stage: its inputs, and what several steps need."""
 
@@ -233,7 +257,7 @@ class _Search:
         costs = CostModel(leaves, section, branches)
         budget = make_budget(section, costs)
         make_templates(self._linears, self._recipe, branches)  # a shape that does not fit ends here
-        cost = self._announce(branches)
+        cost = self.announce(branches)
         session = Session(
             folder=self._folder,
             recipe=self._recipe.model_dump_json(by_alias=True),
@@ -271,7 +295,7 @@ class _Search:
     def _batch_rows(self) -> int:
         return choose_batch_rows(self._denoiser, self._blocks)
 
-    def _announce(self, branches: Mapping[str, BranchFormat]) -> SearchCost:
+    def announce(self, branches: Mapping[str, BranchFormat]) -> SearchCost:
         """Time one block and say what the search will cost."""
         seconds = time_block(
             self._denoiser,
@@ -283,10 +307,6 @@ class _Search:
         cost = estimate_cost(self._leaves, self._section, seconds)
         self._say(describe_cost(cost, seconds, self._section.num_rows))
         return cost
-
-    def estimate(self) -> SearchCost:
-        """Say what a tree search would cost; nothing is searched."""
-        return self._announce(self._branches_of({}))
 
     def _make_executor(self, session: Session, stack: ExitStack) -> Executor:
         section = self._section
