@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -159,9 +160,15 @@ def test_too_few_cpus_in_the_session_of_the_process(folder: Path) -> None:
 
 
 def test_workers_do_not_outlive_a_killed_search() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True
-    ) as driver:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # short, for sockets
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": folder},
+        ) as driver,
+    ):
         assert driver.stdout is not None
         line = driver.stdout.readline()
         started = set(psutil.Process(driver.pid).children(recursive=True))
@@ -285,9 +292,17 @@ def test_joins_the_cluster_of_the_environment(
 def test_address_where_nobody_listens(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{server.getsockname()[1]}")
-    with pytest.raises(RunnerError, match=r"does not start \(.*refused\)\. Correct or unset RAY_"):
+    with pytest.raises(RunnerError, match=r"RAY_ADDRESS=ray://.*refused\)\. Correct or unset it"):
         enter()
     assert fake_ray.options == {}
+
+
+def test_ray_that_does_not_start(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(fake_ray, "init", partial(int, "no number"))
+    with pytest.raises(RunnerError, match=r"^ray: does not start \(.*\)\. Use the local executor"):
+        enter()
+    assert fake_ray.num_shutdowns == 1
 
 
 def test_each_worker_has_one_task_at_a_time(fake_ray: FakeRay, tmp_path: Path) -> None:

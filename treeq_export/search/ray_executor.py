@@ -112,9 +112,12 @@ class RayExecutor:
         try:
             self._resources.enter_context(_ray_session(self._ray, num_cpus))
         except Exception as error:
+            address = os.environ.get("RAY_ADDRESS")
             raise RunnerError(
-                f"ray: does not start ({_last_line(error)}). "
-                "Correct or unset RAY_ADDRESS, or use the local executor."
+                f"ray: cannot join the cluster at RAY_ADDRESS={address} ({_last_line(error)}). "
+                "Correct or unset it; a cluster with tokens needs RAY_AUTH_MODE=token as well."
+                if address
+                else f"ray: does not start ({_last_line(error)}). Use the local executor."
             ) from error
         available = int(self._ray.cluster_resources().get("CPU", 0))
         if available < num_cpus:
