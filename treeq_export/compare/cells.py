@@ -88,8 +88,7 @@ def _cell_recipe(recipe: Recipe, strategy: str, budget: float, mode: str) -> Rec
     values = recipe.model_dump(mode="json", by_alias=True)
     values["search"]["strategy"] = strategy
     values["search"]["budget"] = {"weight_bits": budget, "activation_bits": budget}
-    if mode != "none" or "finetune" in values:
-        values.setdefault("finetune", {})["mode"] = mode
+    values["finetune"]["mode"] = mode
     return Recipe.model_validate(values)
 
 

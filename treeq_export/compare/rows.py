@@ -98,7 +98,7 @@ def make_row(cell: Cell, workspace: Workspace) -> CompareRow:
         branch_parameter_fraction=plan.branch_parameter_fraction,
         seconds={name: record.seconds for name, record in workspace.stages.items()},
         num_evaluations=count_evaluations(search),
-        front=search.front if search is not None else [],
+        front=search.front if search is not None and cell.base is None else [],
         **score_fields(read_quality(workspace)),
     )
 

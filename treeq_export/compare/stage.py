@@ -40,7 +40,7 @@ HTML_FILE = "compare.html"
 PNG_FILE = "compare.png"
 CELLS_FOLDER = "cells"
 SHARED_STAGES = ("search", "calibrate")
-CELL_STAGES = (*SHARED_STAGES, "evaluate")
+CELL_STAGES = (*SHARED_STAGES, "finetune", "evaluate")
 
 OnStep = Callable[[float], None]
 
