@@ -32,7 +32,7 @@ from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
-from treeq_export.recipe import Recipe
+from treeq_export.recipe import Recipe, strategy_options
 from treeq_export.records import GateResult, ParityRecord, QualityRecord, load_record
 from treeq_export.report import Report, write_report
 from treeq_export.runners.compiled import model_path
@@ -312,7 +312,7 @@ def _is_plan_of(workspace: Workspace) -> bool:
         options = plan["strategy"]["options"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return options == workspace.recipe.search.model_dump(mode="json")
+    return options == strategy_options(workspace.recipe.search)
 
 
 def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:

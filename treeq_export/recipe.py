@@ -135,6 +135,11 @@ class SearchSection(Section):
     exclude: list[str] = []
 
 
+def strategy_options(section: SearchSection) -> dict[str, Any]:
+    """Return what a plan records of the search: all that can change it, not where it ran."""
+    return section.model_dump(mode="json", exclude={"executor", "num_workers"})
+
+
 class CalibrateSection(Section):
     """How scales, codes and branches are found.
 

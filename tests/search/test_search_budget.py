@@ -76,15 +76,21 @@ def test_every_limit_has_to_hold(make_network: MakeNetwork):
     assert not budget.allows(costs.cost(((4, 4),) * 5))
     assert not budget.allows(costs.cost(((3, 6),) * 5))
     assert not Budget(None, None, 10).allows(costs.cost(((3, 4),) * 5))
-    assert budget.price(costs.cost(((3, 4),) * 5)) < budget.price(costs.cost(((4, 4),) * 5))
+    weights, activations = budget.relative(costs.cost(((3, 3),) * 5))
+    assert weights == 1.0  # the bits are closer to their limit than the size
+    assert activations == 0.75
 
 
-def test_only_limits_have_a_price(make_network: MakeNetwork):
+def test_a_node_spends_its_share(make_network: MakeNetwork):
     section = make_section(budget={"weight_bits": 3.0})
     costs = CostModel(make_network(1), section, {})
     budget = make_budget(section, costs)
-    assert budget.price(costs.cost(((3, 2),) * 5)) == 1.0
-    assert budget.price(costs.cost(((3, 6),) * 5)) == 1.0
+    for first in range(5):
+        assert budget.relative(costs.cost(((3, 2),), first)) == pytest.approx([1.0])
+        assert budget.relative(costs.cost(((6, 6),), first)) == pytest.approx([2.0])
+    section = make_section(budget={"activation_bits": 4.0})
+    budget = make_budget(section, CostModel(make_network(1), section, {}))
+    assert budget.relative(costs.cost(((6, 2),), 3)) == pytest.approx([0.5])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,19 @@ def test_uniform_bits_are_two_neighbours_below_the_average(
     # One more raised leaf of the largest size would exceed it, or nearly.
     assert reached <= average + 1e-9
     assert average - reached <= 2 * max(weights) / sum(weights)
+
+
+def test_uniform_bits_of_given_widths(make_network: MakeNetwork):
+    leaves = make_network(4)
+    bits = spread_bits(leaves, 3.0, [2, 4])
+    assert set(bits) == {2, 4}
+    weights = [leaf.num_weights for leaf in leaves]
+    assert sum(b * n for b, n in zip(bits, weights, strict=True)) <= 3 * sum(weights)
+    assert spread_bits(leaves, 7.5, [2, 4]) == [4] * 20
+    section = make_section(budget={"weight_bits": 3.0}, activation_bits=2)
+    costs = CostModel(leaves, section, {})
+    configuration = uniform_configuration(leaves, costs, section, ([2, 4], [3, 6]))
+    assert {pair[1] for pair in configuration if pair} == {3}
 
 
 def test_uniform_bits_are_spread_over_the_network(make_network: MakeNetwork):

@@ -12,7 +12,6 @@ the most promising step is measured anew (as in lazy greedy submodular maximisat
 """
 
 import heapq
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,18 +26,24 @@ from treeq_export.search.budget import Budget, Cost, CostModel
 from treeq_export.search.context import Outcome, Pair, SearchContext
 from treeq_export.search.tree import Configuration, Leaf
 
+ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 
-def spread_bits(leaves: Sequence[Leaf], average: float) -> list[int]:
+
+def spread_bits(
+    leaves: Sequence[Leaf], average: float, widths: Sequence[int] = ALL_WIDTHS
+) -> list[int]:
     """Return one width per leaf: two neighbouring ones, spread evenly, at most `average`.
 
     Args:
         leaves: All leaves.
-        average: Average bits, weighted by number of weights.
+        average: Average bits, weighted by number of weights; at least the least width.
+        widths: What to choose from.
     """
-    low = math.floor(average)
+    low = max(width for width in widths if width <= average + 1e-9)
+    high = min((width for width in widths if width > low), default=low)
     total = sum(leaf.num_weights for leaf in leaves)
-    left = (average - low) * total  # weights that may have one bit more
-    fraction = left / total
+    fraction = min((average - low) / (high - low), 1.0) if high > low else 0.0
+    left = fraction * total  # weights that may have the higher width
     owed = 0.0
     bits: list[int] = []
     for leaf in leaves:
@@ -47,43 +52,55 @@ def spread_bits(leaves: Sequence[Leaf], average: float) -> list[int]:
         if raised:
             owed -= leaf.num_weights
             left -= leaf.num_weights
-        bits.append(low + raised)
+        bits.append(high if raised else low)
     return bits
 
 
 def uniform_configuration(
-    leaves: Sequence[Leaf], costs: CostModel, section: SearchSection
+    leaves: Sequence[Leaf],
+    costs: CostModel,
+    section: SearchSection,
+    widths: tuple[Sequence[int], Sequence[int]] = (ALL_WIDTHS, ALL_WIDTHS),
 ) -> Configuration:
     """Return the uniform assignment at the recipe's budget.
 
     Args:
         leaves: All leaves.
         costs: Of the network.
-        section: Its budget; activation_bits where the budget does not limit activations.
+        section: Its budget. Where that does not limit weights or activations, they get the
+            recipe's weight_bits or activation_bits.
+        widths: Of weights and of activations, to choose from.
 
     Raises:
         RecipeError: Even the least width exceeds the size.
     """
     limits = section.budget
     assert limits is not None
+
+    def within(average: float, axis: int) -> float:
+        return max(average, min(widths[axis]))
+
     default = section.activation_bits or MAX_BITS
-    activation = spread_bits(leaves, limits.activation_bits or default)
+    bits = within(limits.activation_bits or default, 1)
+    activation = spread_bits(leaves, bits, widths[1])
 
     def at(average: float) -> Configuration:
-        return tuple(zip(spread_bits(leaves, average), activation, strict=True))
+        return tuple(zip(spread_bits(leaves, average, widths[0]), activation, strict=True))
 
     average = limits.weight_bits or float(
         MAX_BITS if limits.size_bytes is not None else section.weight_bits
     )
+    average = within(average, 0)
     if limits.size_bytes is None:
         return at(average)
-    steps = np.arange(MIN_BITS, average + 1e-9, 1 / 64)
+    steps = np.arange(min(widths[0]), average + 1e-9, 1 / 64)
     fitting = [x for x in steps if costs.cost(at(float(x))).size_bytes <= limits.size_bytes]
     if not fitting:
-        least = costs.cost(at(float(MIN_BITS))).size_bytes
+        least_bits = min(widths[0])
+        least = costs.cost(at(float(least_bits))).size_bytes
         raise RecipeError(
             f"search.budget.size_bytes: received {limits.size_bytes}, expected at least {least}, "
-            f"which {MIN_BITS} bits and the branches need. Raise it, or lower the branch."
+            f"which {least_bits} bits and the branches need. Raise it, or lower the branch."
         )
     return at(float(fitting[-1]))
 
@@ -211,8 +228,8 @@ class _Steps:
     def score(self, present: Sequence[Pair], lowered: Sequence[Pair], error: float) -> float:
         """Return the added error over the saved part of the budget."""
         costs, budget = self._context.costs, self._context.budget
-        saved = budget.price(costs.cost(tuple(present))) - budget.price(costs.cost(tuple(lowered)))
-        return error / max(saved, 1e-300)
+        before, after = (sum(budget.relative(costs.cost(tuple(c)))) for c in (present, lowered))
+        return error / max(before - after, 1e-300)
 
     def measure_first(self, present: Sequence[Pair], error: float) -> list[tuple[float, int, int]]:
         """Measure every step from the start; return them as a heap of (score, leaf, axis)."""

@@ -107,11 +107,13 @@ class Budget:
         weight_bits: Sum over weights; None is no limit.
         activation_bits: Likewise.
         size_bytes: Packed size; None is no limit.
+        num_weights: Weights of the network.
     """
 
     weight_bits: float | None
     activation_bits: float | None
     size_bytes: float | None
+    num_weights: int = 1
 
     def allows(self, cost: Cost) -> bool:
         """Whether a whole network's cost is within every limit."""
@@ -124,22 +126,29 @@ class Budget:
             )
         )
 
-    def price(self, cost: Cost) -> float:
-        """Return the one number that the Pareto drop weighs against the error.
+    def relative(self, cost: Cost) -> list[float]:
+        """Return what a node spends relative to its share: for weights, then for activations.
 
-        It is the mean over the limits of cost / limit, so that at equal numbers weight and
-        activation bits count alike.
+        Args:
+            cost: Of a node of the network.
+
+        Returns:
+            One number for each of the two that a limit stands for; 1 spends the node's share. With
+            limits on both weight bits and size, the one that is closer to its limit counts.
         """
-        parts = [
-            spent / limit
+        share = cost.num_weights / self.num_weights
+        weights = [
+            spent / (limit * share)
             for limit, spent in (
                 (self.weight_bits, cost.weight_bits),
-                (self.activation_bits, cost.activation_bits),
                 (self.size_bytes, cost.size_bytes),
             )
             if limit is not None
         ]
-        return sum(parts) / len(parts)
+        parts = [max(weights)] if weights else []
+        if self.activation_bits is not None:
+            parts.append(cost.activation_bits / (self.activation_bits * share))
+        return parts
 
 
 def make_budget(section: SearchSection, costs: CostModel) -> Budget:
@@ -175,4 +184,4 @@ def make_budget(section: SearchSection, costs: CostModel) -> Budget:
     def total(average: float | None) -> float | None:
         return None if average is None else average * num
 
-    return Budget(total(limits.weight_bits), total(limits.activation_bits), limits.size_bytes)
+    return Budget(total(limits.weight_bits), total(limits.activation_bits), limits.size_bytes, num)

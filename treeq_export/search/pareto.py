@@ -1,108 +1,151 @@
 """The Pareto drop: which configurations of a node survive.
 
-Points are (cost, error), both to be small. They are sorted into fronts of points that no other
-one of the rest dominates. If the first front holds more than are kept, it is thinned evenly in
-cost with both ends kept; if it holds fewer, the next fronts fill up in order of crowding distance.
+A point has one or two costs, each relative to the budget (1 spends exactly the node's share), and
+an error. Points are sorted into fronts of points that no other one of the rest dominates. If the
+first front holds fewer points than are kept, the next fronts fill up in order of crowding distance.
+If it holds more, these are kept:
+
+1. both ends: the cheapest point and the one of least error,
+2. the points that are best at some price of bits, for prices that spend about the budget: on a
+   grid of ratios of the two prices and of levels around the budget, closer the larger the node is
+   (the more leaves, the less its average strays from that of the network),
+3. those that are next best at the price that spends the budget.
 
 TreeQ publishes a Pareto drop on (average bits, MSE) that keeps 16; fronts and crowding distance
-are those of NSGA-II (Deb et al., 2002, sections III A and B), thinning in cost is ours.
+are those of NSGA-II (Deb et al., 2002, sections III A and B); what of a long front is kept is ours.
+On random sums of 30 leaf errors the root came within 6 % of the exact optimum on average; a front
+thinned evenly in cost came within 45 %.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+FloatArray = NDArray[np.float64]
 
-def sort_fronts(costs: NDArray[np.float64], errors: NDArray[np.float64]) -> list[list[int]]:
+_LEVEL = 0.2  # of the budget: how far a single leaf's average may stray
+_TILTS = (0.5, 5 / 6, 7 / 6, 1.5)  # price of the first cost; the second's is 2 minus that
+_BISECTIONS = 60
+
+
+def sort_fronts(costs: FloatArray, errors: FloatArray) -> list[list[int]]:
     """Sort points into fronts.
 
     Args:
-        costs: (n,) float64.
-        errors: (n,) float64; a NaN counts as infinite.
+        costs: (n, c).
+        errors: (n,); a NaN counts as infinite.
 
     Returns:
-        Fronts of indices, each ascending in cost. Of equal points the first one is in the earlier
-        front.
+        Fronts of indices, each ascending in the sum of costs. Of equal points the first one is in
+        the earlier front.
 
-    >>> sort_fronts(np.array([1.0, 2.0, 2.0, 3.0]), np.array([3.0, 1.0, 2.0, 2.0]))
+    >>> costs = np.array([[1.0], [2.0], [2.0], [3.0]])
+    >>> sort_fronts(costs, np.array([3.0, 1.0, 2.0, 2.0]))
     [[0, 1], [2], [3]]
     """
     errors = np.where(np.isnan(errors), np.inf, errors)
-    order = np.lexsort((np.arange(len(costs)), errors, costs))
+    points = np.column_stack([costs, errors])
+    at_most = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+    equal = (points[:, None, :] == points[None, :, :]).all(axis=2)
+    earlier = np.arange(len(points))[:, None] < np.arange(len(points))[None, :]
+    dominates = at_most & (~equal | earlier)
+    rest = np.ones(len(points), dtype=bool)
     fronts: list[list[int]] = []
-    least: list[float] = []  # error of the last point of each front
-    for index in order:
-        # The last point of each front costs no more: a front takes the point if it is better.
-        at = next((f for f, error in enumerate(least) if errors[index] < error), len(fronts))
-        if at == len(fronts):
-            fronts.append([])
-            least.append(np.inf)
-        fronts[at].append(int(index))
-        least[at] = float(errors[index])
+    while rest.any():
+        front = np.flatnonzero(rest & ~dominates[rest].any(axis=0))
+        order = np.lexsort((front, costs[front].sum(axis=1)))
+        fronts.append([int(index) for index in front[order]])
+        rest[front] = False
     return fronts
 
 
-def thin_evenly(values: NDArray[np.float64], keep: int) -> list[int]:
-    """Return positions of `keep` ascending values that lie evenly, both ends among them.
-
-    >>> thin_evenly(np.array([0.0, 0.1, 0.2, 5.0, 10.0]), 3)
-    [0, 3, 4]
-    """
-    if len(values) <= keep:
-        return list(range(len(values)))
-    free = list(range(len(values)))
-    chosen: list[int] = []
-    for target in np.linspace(values[0], values[-1], keep):
-        nearest = min(free, key=lambda at: (abs(values[at] - target), at))
-        free.remove(nearest)
-        chosen.append(nearest)
-    return sorted(chosen)
-
-
-def crowding_distance(
-    costs: NDArray[np.float64], errors: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return each point's crowding distance in its front: infinite at the ends.
+def crowding_distance(costs: FloatArray, errors: FloatArray) -> FloatArray:
+    """Return each point's crowding distance in its front: infinite at the ends of an axis.
 
     Args:
-        costs: (n,) ascending.
-        errors: (n,), of the same points.
+        costs: (n, c).
+        errors: (n,).
 
     Returns:
-        (n,) the sum over both axes of the gap between neighbours, relative to the extent.
+        (n,) the sum over axes of the gap between neighbours, relative to the extent.
     """
+    finite = np.where(np.isfinite(errors), errors, 0.0)
     distance = np.zeros(len(costs))
-    if len(costs) <= 2:
-        return np.full(len(costs), np.inf)
-    distance[[0, -1]] = np.inf
-    for axis in (costs, np.where(np.isfinite(errors), errors, 0.0)):
+    for axis in (*costs.T, finite):
+        order = np.argsort(axis, kind="stable")
         extent = float(axis.max() - axis.min())
+        distance[order[[0, -1]]] = np.inf
         if extent > 0:
-            distance[1:-1] += np.abs(axis[2:] - axis[:-2]) / extent
+            distance[order[1:-1]] += (axis[order[2:]] - axis[order[:-2]]) / extent
     return distance
 
 
-def drop(costs: Sequence[float], errors: Sequence[float], keep: int) -> list[int]:
-    """Return the indices of the points that are kept, ascending in cost.
+def drop(costs: FloatArray, errors: FloatArray, keep: int, num_leaves: int) -> list[int]:
+    """Return the indices of the points that are kept, ascending in the sum of costs.
 
     Args:
-        costs: One per point.
-        errors: One per point.
+        costs: (n, c), c = 1 or 2, relative to the budget.
+        errors: (n,).
         keep: How many to keep at most, 2 or more.
+        num_leaves: Leaves of the node.
     """
-    cost, error = np.asarray(costs, dtype=np.float64), np.asarray(errors, dtype=np.float64)
+    fronts = sort_fronts(costs, errors)
+    if len(fronts[0]) > keep:
+        front = np.array(fronts[0])
+        chosen = _choose_from(costs[front], errors[front], keep, _LEVEL / np.sqrt(num_leaves))
+        kept = [int(front[at]) for at in chosen]
+    else:
+        kept = _fill(costs, errors, fronts, keep)
+    return sorted(kept, key=lambda index: (costs[index].sum(), index))
+
+
+def _fill(costs: FloatArray, errors: FloatArray, fronts: list[list[int]], keep: int) -> list[int]:
     kept: list[int] = []
-    for front in sort_fronts(cost, error):
+    for front in fronts:
         missing = keep - len(kept)
-        if not kept and len(front) > missing:
-            kept = [front[at] for at in thin_evenly(cost[front], missing)]
-        elif len(front) > missing:
-            distance = crowding_distance(cost[front], error[front])
+        if len(front) > missing:
+            distance = crowding_distance(costs[front], errors[front])
             by_distance = sorted(range(len(front)), key=lambda at: (-distance[at], at))
-            kept += [front[at] for at in by_distance[:missing]]
+            front = [front[at] for at in by_distance[:missing]]
+        kept += front
+    return kept
+
+
+def _choose_from(costs: FloatArray, errors: FloatArray, keep: int, level: float) -> list[int]:
+    """Choose `keep` points of a front that holds more."""
+    total = costs.sum(axis=1)
+    chosen = {int(total.argmin()): None, int(errors.argmin()): None}  # in the order of choice
+    tilts = _TILTS if costs.shape[1] == 2 else (1.0,)
+    for tilt in tilts:
+        spent = costs @ np.array([tilt, 2 - tilt][: costs.shape[1]])
+        budget = 2.0 if costs.shape[1] == 2 else 1.0
+        for offset in np.linspace(-level, level, max(keep // len(tilts), 2)):
+            best, _ = _best_at(spent, errors, budget * (1 + offset))
+            if len(chosen) < keep:
+                chosen.setdefault(best)
+    spent = total / costs.shape[1]
+    _, price = _best_at(spent, errors, 1.0)
+    for index in np.argsort(errors + price * spent, kind="stable"):
+        if len(chosen) < keep:
+            chosen.setdefault(int(index))
+    return list(chosen)
+
+
+def _best_at(spent: FloatArray, errors: FloatArray, limit: float) -> tuple[int, float]:
+    """Return the best point at the lowest price at which it spends no more than the limit.
+
+    Returns:
+        Its index, and the price: the point minimises error + price * spent. Where every point
+        spends more, it is the one that spends least.
+    """
+    scale = float(errors[np.isfinite(errors)].max(initial=0.0)) or 1.0
+    relative = errors / scale
+    low, high = -50.0, 50.0  # of the logarithm
+    best = int(np.lexsort((relative, spent))[0])
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        found = int(np.argmin(relative + np.exp(middle) * spent))
+        if spent[found] <= limit:
+            best, high = found, middle
         else:
-            kept += front
-        if len(kept) >= keep:
-            break
-    return sorted(kept, key=lambda index: (cost[index], index))
+            low = middle
+    return best, float(np.exp(high)) * scale

@@ -29,7 +29,7 @@ from treeq_export.plan import (
     save_plan,
 )
 from treeq_export.quant.spec import MAX_BITS, BranchFormat
-from treeq_export.recipe import Recipe, SearchSection
+from treeq_export.recipe import Recipe, SearchSection, strategy_options
 from treeq_export.records import SearchCost, SearchNode, SearchRecord, save_record
 from treeq_export.search.baselines import (
     search_greedy,
@@ -145,7 +145,7 @@ def run_search(
         ),
         checkpoint_sha256=checkpoint.sha256,
         strategy=StrategyRecord(
-            name=recipe.search.strategy, options=recipe.search.model_dump(mode="json")
+            name=recipe.search.strategy, options=strategy_options(recipe.search)
         ),
         layers=layers,
     )
@@ -258,12 +258,13 @@ class _Search:
         budget = make_budget(section, costs)
         make_templates(self._linears, self._recipe, branches)  # a shape that does not fit ends here
         cost = self.announce(branches)
+        widths = (section.weight_candidates, section.activation_candidates)
         session = Session(
             folder=self._folder,
             recipe=self._recipe.model_dump_json(by_alias=True),
             branches=branches,
             names=frozenset(linear.name for linear in self._linears),
-            environment=encode(uniform_configuration(leaves, costs, section)),
+            environment=encode(uniform_configuration(leaves, costs, section, widths)),
             batch_rows=self._batch_rows,
         )
         fingerprint = weights_fingerprint(self._recipe, self._checkpoint.sha256, branches)

@@ -2,15 +2,17 @@
 
 Published: leaves are consecutive layers; neighbours are merged pairwise, bottom up; a merge tries
 all pairs of its children's configurations, measures the merged segment end to end, and a Pareto
-drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run (segments.py), how
-the drop fills and thins (pareto.py), and that with limits on weights and on activations the bits
-of the drop are the mean of both, each relative to its limit.
+drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run (segments.py), and
+which points of a long front are kept (pareto.py): with limits on weights and on activations there
+are two averages, and those matter that spend about the budget.
 
 At the root the error is that of the network's output. The configuration of least error within the
 budget wins, among all pairs that were measured there, kept or dropped.
 """
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from treeq_export.search.context import Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
@@ -74,8 +76,9 @@ def _measure_level(
 
 def _drop(context: SearchContext, node: Node, points: list[Measured]) -> list[Configuration]:
     costs = [context.costs.cost(point.configuration, node.first) for point in points]
-    prices = [context.budget.price(cost) for cost in costs]
-    kept = drop(prices, [point.mse for point in points], context.section.keep)
+    relative = np.array([context.budget.relative(cost) for cost in costs])
+    errors = np.array([point.mse for point in points])
+    kept = drop(relative, errors, context.section.keep, node.num_leaves)
     return [points[index].configuration for index in kept]
 
 

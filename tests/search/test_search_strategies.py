@@ -1,0 +1,240 @@
+"""Strategies on networks whose error is a formula, against exhaustive search and each other."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treeq_export.recipe import SearchSection
+from treeq_export.search.baselines import (
+    search_greedy,
+    search_integer_program,
+    solve_assignment,
+    uniform_configuration,
+)
+from treeq_export.search.budget import Budget, Cost
+from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.executor import Task
+from treeq_export.search.refine import refine
+from treeq_export.search.tree import Configuration, encode
+from treeq_export.search.tss import search_tree
+
+MakeContext = Callable[..., SearchContext]
+Error = Callable[[Configuration, int], float]
+SEARCHES = {"tss": search_tree, "integer": search_integer_program, "greedy": search_greedy}
+
+
+def make_section(**fields: Any) -> SearchSection:
+    default = {
+        "strategy": "tss",
+        "branch": None,
+        "rotation_group": 8,
+        "budget": {"weight_bits": 3.0, "activation_bits": 3.0},
+    }
+    return SearchSection.model_validate(default | fields)
+
+
+def additive(num_leaves: int, seed: int = 0) -> Error:
+    """An error that is a sum over leaves, falling by four with every bit."""
+    rng = np.random.default_rng(seed)
+    weight, activation = np.exp(rng.normal(size=(2, num_leaves)))
+
+    def error(configuration: Configuration, first: int) -> float:
+        return float(
+            sum(
+                weight[first + at] * 4.0 ** -pair[0] + activation[first + at] * 4.0 ** -pair[1]
+                for at, pair in enumerate(configuration)
+                if pair is not None
+            )
+        )
+
+    return error
+
+
+def coupled(configuration: Configuration, first: int) -> float:
+    """An error in which neighbours amplify each other; alone, leaves 0 and 1 look harmless."""
+    size = [0.5, 0.5, 1.0, 1.0, 1.0]
+    own = [
+        0.0 if pair is None else size[(first + at) % 5] * (4.0 ** -pair[0] + 4.0 ** -pair[1])
+        for at, pair in enumerate(configuration)
+    ]
+    together = sum(
+        400.0 * one * other
+        for at, (one, other) in enumerate(itertools.pairwise(own))
+        if (first + at) % 5 == 0
+    )
+    return sum(own) + together
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"weight_bits": 3.0, "activation_bits": 3.0},
+        {"weight_bits": 2.5},
+        {"activation_bits": 3.5},
+        {"size_bytes": 2600},
+        {"weight_bits": 2.0, "activation_bits": 2.0},
+        {"weight_bits": 6.0, "activation_bits": 6.0},
+    ],
+)
+def test_every_strategy_keeps_the_budget(name: str, budget: Any, make_context: MakeContext):
+    section = make_section(budget=budget)
+    context = make_context(section, 2, additive(10))
+    outcome = SEARCHES[name](context)
+    assert context.allows(outcome.configuration)
+    assert outcome.network_mse == pytest.approx(additive(10)(outcome.configuration, 0))
+    pairs = set(outcome.configuration)
+    if "weight_bits" not in budget and "size_bytes" not in budget:
+        assert {pair[0] for pair in pairs if pair} == {6}  # weights cost nothing here
+    if "activation_bits" not in budget:
+        assert {pair[1] for pair in pairs if pair} == {6}
+
+
+def exhaustive(context: SearchContext, error: Error) -> float:
+    """The least error within the budget, by trying everything."""
+    return min(
+        error(configuration, 0)
+        for configuration in itertools.product(context.candidates, repeat=len(context.leaves))
+        if context.allows(configuration)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_block_is_searched_as_well_as_exhaustively(seed: int, make_context: MakeContext):
+    section = make_section(
+        weight_candidates=[2, 3, 4], activation_candidates=[3], budget={"weight_bits": 3.0}
+    )
+    error = additive(5, seed)
+    context = make_context(section, 1, error)
+    best = exhaustive(context, error)
+    assert search_tree(context).network_mse == pytest.approx(best, rel=1e-12)
+    # A sum is what an integer program assumes: it finds the optimum.
+    assert search_integer_program(context).network_mse == pytest.approx(best, rel=1e-9)
+    assert search_greedy(context).network_mse <= 1.5 * best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_searches_beat_uniform_bits(seed: int, make_context: MakeContext):
+    section = make_section()
+    error = additive(20, seed)
+    context = make_context(section, 4, error)
+    uniform = error(uniform_configuration(context.leaves, context.costs, section), 0)
+    found = {name: search(context).network_mse for name, search in SEARCHES.items()}
+    assert all(value < uniform for value in found.values()), (uniform, found)
+    refined = refine(context, search_tree(context), 0.0)
+    assert refined.network_mse <= 1.02 * found["integer"]
+
+
+def test_segments_see_what_single_layers_hide(make_context: MakeContext):
+    section = make_section(
+        weight_candidates=[2, 3, 4], activation_candidates=[4], budget={"weight_bits": 2.9}
+    )
+    context = make_context(section, 1, coupled)
+    best = exhaustive(context, coupled)
+    assert search_tree(context).network_mse == pytest.approx(best, rel=1e-12)
+    assert search_integer_program(context).network_mse > 1.02 * best
+
+
+def test_the_number_of_evaluations_is_what_was_announced(make_context: MakeContext):
+    calls: list[Task] = []
+    context = make_context(make_section(), 3, additive(15), calls)
+    outcome = search_tree(context)
+    assert sum(len(task.suffixes) for task in calls) == 14 * 256
+    assert len(outcome.front) == 256
+    assert sum(point.chosen for point in outcome.front) == 1
+    assert sum(point.kept for point in outcome.front) == 16
+    assert set(outcome.kept.values()) == {16}
+    chosen = next(point for point in outcome.front if point.chosen)
+    assert chosen.mse == outcome.network_mse
+    assert chosen.weight_bits <= 3
+    assert chosen.activation_bits <= 3
+
+
+def test_the_search_is_deterministic(make_context: MakeContext):
+    context = make_context(make_section(), 3, coupled)
+    assert search_tree(context) == search_tree(context)
+
+
+def test_a_tree_that_ends_before_the_network_measures_its_best_on_the_network(
+    make_network: Any, make_context: MakeContext
+):
+    calls: list[Task] = []
+    context = make_context(make_section(), 2, additive(10), calls)
+    partial = SearchContext(**vars(context) | {"num_blocks": 5})
+    outcome = search_tree(partial)
+    whole = [task for task in calls if task.node == "network"]
+    assert sum(len(task.suffixes) for task in whole) == 16
+    assert encode(outcome.configuration) in {s for task in whole for s in task.suffixes}
+
+
+def test_a_network_of_one_leaf(make_network: Any, make_context: MakeContext):
+    context = make_context(make_section(), 1, additive(5))
+    leaves = context.leaves[:1]
+    from treeq_export.search.budget import CostModel, make_budget
+    from treeq_export.search.tree import build_tree
+
+    costs = CostModel(leaves, context.section, {})
+    single = SearchContext(
+        context.section,
+        leaves,
+        build_tree(leaves),
+        1,
+        costs,
+        make_budget(context.section, costs),
+        context.measure,
+    )
+    outcome = search_tree(single)
+    assert outcome.configuration == ((3, 3),)
+    assert outcome.network_mse == pytest.approx(additive(5)(((3, 3),), 0))
+
+
+def test_refinement_never_makes_it_worse(make_context: MakeContext):
+    context = make_context(make_section(), 2, coupled)
+    start: Configuration = ((3, 3),) * 10
+    outcome = Outcome(start, coupled(start, 0))
+    refined = refine(context, outcome, 0.0)
+    assert refined.network_mse < outcome.network_mse
+    assert refined.network_mse == pytest.approx(coupled(refined.configuration, 0))
+    assert context.allows(refined.configuration)
+    assert [point.chosen for point in refined.front] == [True]
+    assert refine(context, refined, 0.0).network_mse <= refined.network_mse
+
+
+def test_refinement_ends_where_no_exchange_helps(make_context: MakeContext):
+    def flat(_configuration: Configuration, _first: int) -> float:
+        return 1.0
+
+    context = make_context(make_section(), 1, flat)
+    outcome = Outcome(((3, 3),) * 5, 1.0)
+    assert refine(context, outcome, 0.0) is outcome
+
+
+def test_refinement_tries_fewer_changes_where_they_do_not_add_up(make_context: MakeContext):
+    start: Configuration = ((3, 3),) * 5
+    tried: list[int] = []
+
+    def error(configuration: Configuration, _first: int) -> float:
+        changes = sum(pair != (3, 3) for pair in configuration)
+        tried.append(changes)
+        # Every single change helps; more than two at once ruin it.
+        return 10.0 - changes if changes <= 2 else 100.0
+
+    section = make_section(budget={"weight_bits": 6.0, "activation_bits": 6.0})
+    context = make_context(section, 1, error)
+    refined = refine(context, Outcome(start, 10.0), 0.5)
+    assert refined.network_mse == 8.0
+    assert 5 in tried
+
+
+def test_an_assignment_with_a_limit_on_changes():
+    errors = [[0.0, -1.0], [0.0, -3.0], [0.0, -2.0]]
+    costs = [[Cost(0, 0, 0, 1), Cost(1, 1, 1, 1)]] * 3
+    free = Budget(10.0, None, None)
+    assert solve_assignment(errors, costs, free) == [1, 1, 1]
+    assert solve_assignment(errors, costs, free, ([0, 0, 0], 1)) == [0, 1, 0]
+    assert solve_assignment(errors, costs, Budget(2.0, None, None)) == [0, 1, 1]
+    assert solve_assignment(errors, costs, Budget(None, None, 1.0)) == [0, 1, 0]
+    assert solve_assignment(errors, costs, Budget(None, 1.0, None)) == [0, 1, 0]
