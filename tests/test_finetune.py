@@ -179,33 +179,30 @@ class TestPool:
             scheduler=scheduler, steps=3, batch_size=2, guidance_scale=guidance_scale
         )
         pool = TrajectoryPool(tiny.denoiser, section, 2, 0.0, seed=7)
+        generator = torch.Generator().manual_seed(7)  # as the sampler draws it
+        pool.states = torch.randn((2, *tiny.denoiser.sample_shape), generator=generator)
         seen: list[dict[str, Any]] = []
 
         def run_and_see(inputs: dict[str, Any]) -> Any:
             seen.append(inputs)
             return tiny.denoiser(*(inputs[name] for name in tiny.denoiser.input_names))
 
-        noise, slots = pool.states.clone(), torch.arange(2)
-        generator_noise = torch.randn
-        torch.randn = lambda *_args, **_kwargs: noise
-        try:
-            final = sample(run_and_see, tiny.denoiser, section, num=2, seed=7)
-        finally:
-            torch.randn = generator_noise
+        final = sample(run_and_see, tiny.denoiser, section, num=2, seed=7)
+        slots = torch.arange(2)
         for inputs in seen:
             own = pool.inputs(slots)
             for name in tiny.denoiser.input_names:
                 assert torch.allclose(own[name], inputs[name], rtol=1e-4, atol=1e-4), name
-            last = pool.states.clone(), pool.positions.clone()
-            target = Watched(tiny.denoiser, [])(own)[0]
-            pool.advance(slots, target, target * torch.nan)
+            before, guided = pool.states.clone(), Watched(tiny.denoiser, [])(own)[0]
+            pool.advance(slots, guided, guided * torch.nan)
+        if guidance_scale != 1.0:
+            conditional, unconditional = guided.chunk(2)
+            guided = unconditional + guidance_scale * (conditional - unconditional)
         keep, add = pool.coefficients[-1]
-        assert torch.equal(pool.positions, torch.zeros(2, dtype=torch.int64))
-        assert torch.equal(pool.numbers, torch.tensor([2, 3]))
-        assert last[1].tolist() == [2, 2]
-        if guidance_scale == 1.0:
-            ended = keep * last[0] + add * target
-            assert torch.allclose(ended, final, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(keep * before + add * guided, final, rtol=1e-4, atol=1e-4)
+        assert pool.positions.tolist() == [0, 0]  # both begin anew
+        assert pool.numbers.tolist() == [2, 3]
+        assert not torch.allclose(pool.states, final)
 
     def test_states_are_spread_over_the_schedule(self, tiny: Any) -> None:
         section = SamplerSection(steps=4)

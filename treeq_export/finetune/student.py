@@ -92,10 +92,14 @@ class TrainableLinear(nn.Module):
             self.trained[name.replace(".", "_")] = nn.Parameter(self._initial(name, weight))
         matrix = torch.from_numpy(hadamard(layer.rotation_group).astype(np.float32))
         self.register_buffer("_hadamard", matrix, persistent=False)
-        codes = self.start["codes"].to(torch.float32)
-        if "weight_scale" not in self.trained:
-            codes = torch.from_numpy(dequantize_weight(tensors["codes"], tensors["weight_scale"]))
-        self.register_buffer("_fixed", codes, persistent=False)
+        fixed = None  # the weight, or the codes where only their scale is trained
+        if "codes" not in self.trained:
+            fixed = self.start["codes"].to(torch.float32)
+            if "weight_scale" not in self.trained:
+                fixed = torch.from_numpy(
+                    dequantize_weight(tensors["codes"], tensors["weight_scale"])
+                )
+        self.register_buffer("_fixed", fixed, persistent=False)
 
     def _names(self, kinds: frozenset[Kind]) -> list[str]:
         """Return the tensors of these kinds that the layer has."""
