@@ -14,23 +14,31 @@ from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import ModelSection, Recipe
 from treeq_export.records import (
     AuditLayer,
+    BaselineQuality,
     BenchMemory,
     BenchRecord,
     BenchRow,
     CompiledTarget,
     CompileRecord,
+    FinetunePoint,
+    FinetuneRecord,
     GateResult,
     LayerParity,
     ParityRecord,
     QualityRecord,
     QualityScores,
+    SearchCost,
+    SearchNode,
+    SearchPoint,
+    SearchRecord,
     SeedQuality,
     Speedup,
     TargetParity,
     save_record,
 )
 from treeq_export.report import Report, figures, print_report, write_report
-from treeq_export.report.summary import read_evidence, summarize
+from treeq_export.report.evidence import read_evidence
+from treeq_export.report.summary import summarize
 
 # A 2x1 greyscale PNG.
 PNG = bytes.fromhex(
@@ -191,6 +199,109 @@ def quality() -> QualityRecord:
         grids={"quantized": "samples/quantized.png", "fp": "samples/fp.png"},
         gates=[GateResult.of("quality frechet ratio", 3.75 / 3.25, 1.5, at_least=False)],
     )
+
+
+@pytest.fixture
+def baseline() -> BaselineQuality:
+    """Uniform bits, worse than ours."""
+    return BaselineQuality(
+        strategy="uniform",
+        weight_bits=3.0,
+        activation_bits=3.5,
+        scores=QualityScores(frechet_distance=9.5, class_accuracy=0.8, psnr_db=18.5),
+        network_mse=0.0125,
+    )
+
+
+@pytest.fixture
+def search() -> SearchRecord:
+    """A tree of two leaves, three configurations at its root, two branch shapes for a layer."""
+    nodes = [
+        ("blocks 0..1", 0, 0, 1, 3.25, 4.0),
+        ("0: attn.to_q", 1, 0, 0, 3.0, 4.0),
+        ("1: ff.up", 1, 1, 1, 8.0, 4.0),
+    ]
+    points = [(2.0, 0.5, True, False), (3.0, 0.25, True, True), (3.5, 0.3, False, False)]
+    trials = [
+        {"b_in": 2, "b_out": 2, "rank": 1, "num_parameters": 48, "error": 0.02},
+        {"b_in": 1, "b_out": 1, "rank": 2, "num_parameters": 48, "error": 0.03},
+    ]
+    return SearchRecord(
+        strategy="tss",
+        noise=1.0,
+        budget={"weight_bits": 3.0, "activation_bits": 3.0},
+        cost=SearchCost(
+            num_leaves=2, num_merges=1, num_evaluations=288, num_block_runs=512, estimate_s=150.0
+        ),
+        num_measured=250,
+        num_from_journal=50,
+        seconds=121.5,
+        network_mse=0.25,
+        nodes=[
+            SearchNode(
+                name=name,
+                depth=depth,
+                first_leaf=first,
+                last_leaf=last,
+                num_configurations=16,
+                weight_bits=weight,
+                activation_bits=activation,
+            )
+            for name, depth, first, last, weight, activation in nodes
+        ],
+        front=[
+            SearchPoint(
+                weight_bits=bits,
+                activation_bits=bits,
+                size_bytes=int(1e6 * bits),
+                mse=mse,
+                kept=kept,
+                chosen=chosen,
+            )
+            for bits, mse, kept, chosen in points
+        ],
+        branches={"blocks.1.ff.up": trials},
+    )
+
+
+@pytest.fixture
+def finetune() -> FinetuneRecord:
+    curve = [(0, None, 0.9, 0.008), (100, 0.7, 0.6, 0.003), (200, 0.5, 0.55, 0.004)]
+    return FinetuneRecord(
+        mode="peft",
+        base_tensors_sha256="d4" * 32,
+        tensors_sha256="e5" * 32,
+        num_trained=1234,
+        steps=200,
+        best_step=100,
+        mse_before=0.008,
+        mse_after=0.003,
+        stopped_early=True,
+        seconds=75.0,
+        curve=[
+            FinetunePoint(step=step, train_loss=train, held_out_loss=loss, held_out_mse=mse)
+            for step, train, loss, mse in curve
+        ],
+    )
+
+
+@pytest.fixture
+def searched_run(
+    run: Path,
+    quality: QualityRecord,
+    baseline: BaselineQuality,
+    search: SearchRecord,
+    finetune: FinetuneRecord,
+) -> Path:
+    """The same run, searched by tss, finetuned, and with a baseline beside it."""
+    save_record(run / "search.json", search)
+    save_record(run / "finetune.json", finetune)
+    seeds = [quality.seeds[0].model_copy(update={"baseline": baseline.scores})]
+    grids = {**quality.grids, "baseline": "samples/baseline.png"}
+    changes = {"seeds": seeds, "grids": grids, "network_mse": 0.005, "baseline": baseline}
+    save_record(run / "quality.json", quality.model_copy(update=changes))
+    (run / "samples" / "baseline.png").write_bytes(PNG)
+    return run
 
 
 @pytest.fixture

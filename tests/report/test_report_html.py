@@ -12,9 +12,11 @@ from treeq_export.recipe import Recipe, load_recipe
 from treeq_export.records import (
     BenchRecord,
     CompileRecord,
+    FinetuneRecord,
     GateResult,
     ParityRecord,
     QualityRecord,
+    SearchRecord,
     save_record,
 )
 from treeq_export.report import Report, write_report
@@ -293,7 +295,7 @@ def test_page_lists_every_seed_and_their_mean(
     save_record(run / "quality.json", quality.model_copy(update={"seeds": seeds}))
     text = Outline(page()).text
     assert "100 images for each of 2 seeds." in text
-    assert "7 full precision 3.250 98.5 % - quantized 3.750 97.0 % 24.5 dB 8 full" in text
+    assert "7 full precision 3.250 98.5 % - - quantized 3.750 97.0 % 24.5 dB - 8 full" in text
     assert "mean full precision 3.250" in text
 
 
@@ -388,3 +390,48 @@ def test_a_report_read_back_cannot_make_a_page(build: Callable[[], Report]) -> N
     again = Report.model_validate_json(build().model_dump_json())
     with pytest.raises(ValueError, match="build the report anew"):
         render_html(again)
+
+
+def test_page_of_a_searched_run(searched_run: Path, full_page: Page) -> None:
+    html = full_page()
+    text = Outline(html).text
+    for link in ("#search", "#finetune"):
+        assert f'<a href="{link}">' in html
+    assert "Strategy “tss”, budget weight bits 3, activation bits 3, noise 1." in text
+    assert "Evaluations 288 300 (50 from the journal)" in text
+    assert "Time 2 min 30 s 2 min 1 s" in text
+    assert "On 1 of 1 layers another grid beats plain low rank (1x1)." in text
+    assert "blocks.1.ff.up 2x2 r1 0.02 0.03 0.02" in text
+    assert "1,234 numbers trained by distillation" in text
+    assert "0.008 → 0.003 (2.67x less), in 75.0 s. 200 steps, stopped early" in text
+    assert html.count("<svg") == 6
+    grids = re.findall(r"<figcaption>(.*?)</figcaption>", html)
+    assert grids == [
+        "Full precision",
+        "Uniform bits, W 3.00 A 3.50",
+        "Ours, W 5.00 A 13.67",
+    ]
+    assert "fake-quantized in PyTorch" in text
+    assert "uniform bits 9.500 80.0 % 18.5 dB 0.0125 quantized 3.750" in text
+
+
+def test_page_of_a_search_without_tree_and_cost(
+    run: Path, page: Page, search: SearchRecord
+) -> None:
+    changes = {"strategy": "uniform", "cost": None, "nodes": [], "front": [], "branches": {}}
+    bare = search.model_copy(update={**changes, "network_mse": None, "budget": {}})
+    save_record(run / "search.json", bare)
+    text = Outline(page()).text
+    assert "Strategy “uniform”. Cost Announced Measured Time - 2 min 1 s" in text
+    assert "Tree" not in text
+    assert "Branch shapes" not in text
+
+
+def test_page_of_a_qat_run_that_left_no_error(
+    run: Path, page: Page, finetune: FinetuneRecord
+) -> None:
+    changes = {"mode": "qat", "mse_after": 0.0, "stopped_early": False, "curve": []}
+    save_record(run / "finetune.json", finetune.model_copy(update=changes))
+    text = Outline(page()).text
+    assert "0.008 → 0, in 75.0 s. 200 steps; the tensors" in text
+    assert "frozen" not in text

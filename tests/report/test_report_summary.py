@@ -14,14 +14,14 @@ from treeq_export.records import (
     CompileRecord,
     ParityRecord,
     QualityRecord,
+    SearchRecord,
     save_record,
 )
 from treeq_export.report import Report
+from treeq_export.report.evidence import Verdict, judge
 from treeq_export.report.summary import (
     LayerSummary,
-    Verdict,
     baseline_speedups,
-    judge,
     report_to_json,
     sort_worst_first,
 )
@@ -65,6 +65,8 @@ def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Build)
             "quantized": {"frechet_distance": 3.75, "class_accuracy": 0.97, "psnr_db": 24.5},
             "num_samples": 100,
             "seed": 7,
+            "network_mse": None,
+            "baseline": None,
         },
         "parity": {"portable": {**parity, "sqnr_db": 51.25}, "ort": {**parity, "sqnr_db": 47.5}},
         "bench": {
@@ -79,6 +81,8 @@ def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Build)
         },
         "size": {"fp32_bytes": 4200, "portable": 2000, "ort": 800},
         "stages": {"search": 0.5, "calibrate": 130.0},
+        "search": None,
+        "finetune": None,
     }
     assert len(rows) == 8
     assert rows[2] == {
@@ -122,7 +126,8 @@ def test_a_section_that_was_not_measured_is_null(run: Path, write: Build, sectio
     (run / f"{section}.json").unlink()
     report = write()
     content = read_strictly(run)
-    assert [key for key, value in content.items() if value is None] == [section]
+    missing = [key for key, value in content.items() if value is None]
+    assert missing == [section, "search", "finetune"]
     assert verdict_of(report).state == "incomplete"
     assert verdict_of(report).missing == (section,)
     assert verdict_of(report).headline == f"Incomplete: {section} not measured"
@@ -242,3 +247,45 @@ def test_worst_layers_come_first_and_nan_is_worst() -> None:
         "50.0",
         "inf",
     ]
+
+
+def test_search_finetune_and_baseline_are_summarized(searched_run: Path, write: Build) -> None:
+    write()
+    content = read_strictly(searched_run)
+    assert content["quality"]["network_mse"] == 0.005
+    assert content["quality"]["baseline"] == {
+        "frechet_distance": 9.5,
+        "class_accuracy": 0.8,
+        "psnr_db": 18.5,
+        "strategy": "uniform",
+        "average_weight_bits": 3.0,
+        "average_activation_bits": 3.5,
+        "network_mse": 0.0125,
+    }
+    assert content["search"] == {
+        "strategy": "tss",
+        "noise": 1.0,
+        "budget": {"weight_bits": 3.0, "activation_bits": 3.0},
+        "num_leaves": 2,
+        "num_evaluations_announced": 288,
+        "num_evaluations": 300,
+        "estimate_s": 150.0,
+        "seconds": 121.5,
+        "network_mse": 0.25,
+    }
+    assert content["finetune"] == {
+        "mode": "peft",
+        "num_trained": 1234,
+        "steps": 200,
+        "mse_before": 0.008,
+        "mse_after": 0.003,
+        "seconds": 75.0,
+    }
+
+
+def test_a_search_that_announced_nothing(run: Path, write: Build, search: SearchRecord) -> None:
+    save_record(run / "search.json", search.model_copy(update={"cost": None}))
+    write()
+    summary = read_strictly(run)["search"]
+    names = ("num_leaves", "num_evaluations_announced", "estimate_s")
+    assert [summary[name] for name in names] == [None, None, None]

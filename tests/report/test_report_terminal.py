@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from treeq_export.records import LayerParity, ParityRecord, QualityRecord, save_record
+from treeq_export.records import (
+    LayerParity,
+    ParityRecord,
+    QualityRecord,
+    SearchRecord,
+    save_record,
+)
 from treeq_export.report import Report
 
 Build = Callable[[], Report]
@@ -134,3 +140,23 @@ def test_print_of_a_report_read_back_has_all_but_gates_and_memory(
     assert "Memory" not in text
     unmeasured = again.model_copy(update={"bench": None})
     assert "run `treeq-export bench --run DIR`" in print_text(unmeasured)
+
+
+def test_print_of_a_searched_run(searched_run: Path, build: Build, print_text: PrintText) -> None:
+    text = print_text(build())
+    [line] = lines_with(text, "Search: tss, 2 leaves, 300 evaluations (288 announced)")
+    assert line.endswith("in 2 min 1 s, network MSE 0.25")
+    [line] = lines_with(text, "Finetune: peft, 1,234 numbers, 200 steps in 75.0 s")
+    assert line.endswith("held-out network MSE 0.008 -> 0.003")
+    assert lines_with(text, "full precision", "uniform bits", "quantized")
+    [line] = lines_with(text, "Frechet distance")
+    assert line.split() == ["Frechet", "distance", "3.250", "9.500", "3.750"]
+    [line] = lines_with(text, "network MSE, held out")
+    assert line.split() == ["network", "MSE,", "held", "out", "0.0125", "0.005"]
+
+
+def test_print_has_no_line_on_a_search_that_measured_nothing(
+    run: Path, build: Build, print_text: PrintText, search: SearchRecord
+) -> None:
+    save_record(run / "search.json", search.model_copy(update={"cost": None}))
+    assert not lines_with(print_text(build()), "Search:")

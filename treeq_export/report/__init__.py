@@ -4,15 +4,9 @@ from pathlib import Path
 
 from treeq_export.artefacts import write_bytes, write_json
 from treeq_export.recipe import Recipe
+from treeq_export.report.evidence import read_evidence
 from treeq_export.report.html import render_html
-from treeq_export.report.summary import (
-    HTML_FILE,
-    REPORT_FILE,
-    Report,
-    read_evidence,
-    report_to_json,
-    summarize,
-)
+from treeq_export.report.summary import HTML_FILE, REPORT_FILE, Report, report_to_json, summarize
 from treeq_export.report.terminal import print_report
 
 __all__ = ["Report", "print_report", "write_report"]

@@ -21,19 +21,14 @@ from markupsafe import Markup
 
 from treeq_export import __version__
 from treeq_export.recipe import Recipe
-from treeq_export.records import AuditLayer, QualityRecord, TargetParity
-from treeq_export.report import figures, quantities
+from treeq_export.records import AuditLayer, TargetParity
+from treeq_export.report import figures, quantities, search_figures
+from treeq_export.report.branches import tabulate_branches
+from treeq_export.report.evidence import FP32, STAGE_OF_SECTION, Evidence, judge
 from treeq_export.report.heatmap import lay_out_bits
-from treeq_export.report.summary import (
-    FP32,
-    STAGE_OF_SECTION,
-    Evidence,
-    Report,
-    baseline_speedups,
-    judge,
-    sort_worst_first,
-)
+from treeq_export.report.summary import Report, baseline_speedups, sort_worst_first
 from treeq_export.report.tiles import describe_speedup, make_tiles
+from treeq_export.report.tree import draw_tree
 
 TEMPLATE = "template.html.j2"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -157,7 +152,8 @@ def _make_view(report: Report, evidence: Evidence) -> dict[str, Any]:
             for section, stage in STAGE_OF_SECTION.items()
         },
         "plots": _draw_plots(report, evidence),
-        "grids": _read_grids(evidence.run, evidence.quality),
+        "grids": _read_grids(evidence),
+        "branches": tabulate_branches(evidence.search.branches if evidence.search else {}),
         "speedups": baseline_speedups(evidence.bench) if evidence.bench else [],
         "layers": {layer.name: layer for layer in evidence.plan.layers},
         "parity_tables": [
@@ -173,13 +169,20 @@ def _make_view(report: Report, evidence: Evidence) -> dict[str, Any]:
 
 def _draw_plots(report: Report, evidence: Evidence) -> dict[str, Markup]:
     """Return the plots by section, empty where there is nothing to draw."""
-    plots = {"parity": Markup(""), "speed": Markup(""), "size": Markup("")}
+    names = ("parity", "speed", "size", "tree", "front", "training")
+    plots: dict[str, Markup] = {name: Markup("") for name in names}
     if evidence.parity and evidence.parity.targets:
         blocks = {layer.name: layer.tree.block for layer in evidence.plan.layers}
         limit = evidence.recipe.validate_.gates.min_layer_sqnr_db
         plots["parity"] = Markup(figures.draw_parity(evidence.parity.targets, blocks, limit))
     if evidence.bench and evidence.bench.rows:
         plots["speed"] = Markup(figures.draw_speed(evidence.bench.rows, evidence.targets))
+    if evidence.search and evidence.search.nodes:
+        plots["tree"] = Markup(draw_tree(evidence.search.nodes))
+    if evidence.search and evidence.search.front:
+        plots["front"] = Markup(search_figures.draw_front(evidence.search))
+    if evidence.finetune and evidence.finetune.curve:
+        plots["training"] = Markup(search_figures.draw_training(evidence.finetune))
     sizes = [(entry.target, entry.size_bytes) for entry in evidence.compiled.targets]
     if sizes:
         plots["size"] = Markup(figures.draw_sizes(sizes, report.size["fp32_bytes"]))
@@ -213,11 +216,27 @@ def _collect_audit(evidence: Evidence) -> list[AuditRow]:
     ]
 
 
-def _read_grids(run: Path, quality: QualityRecord | None) -> list[Grid]:
-    titles = {"fp": "Full precision", "quantized": "Quantized"}
-    found = quality.grids if quality else {}
+def _read_grids(evidence: Evidence) -> list[Grid]:
+    quality = evidence.quality
+    if quality is None:
+        return []
+    titles = {"fp": "Full precision", "baseline": "Baseline", "quantized": "Quantized"}
+    if quality.baseline is not None:
+        base, plan = quality.baseline, evidence.plan
+        titles["baseline"] = _bits_title(
+            f"{base.strategy.capitalize()} bits", base.weight_bits, base.activation_bits
+        )
+        titles["quantized"] = _bits_title(
+            "Ours", plan.average_weight_bits, plan.average_activation_bits
+        )
+    found = quality.grids
     ordered = sorted(found, key=lambda key: [*titles, key].index(key))
-    return [read_grid(run, titles.get(key, key), found[key]) for key in ordered]
+    return [read_grid(evidence.run, titles.get(key, key), found[key]) for key in ordered]
+
+
+def _bits_title(what: str, weight_bits: float, activation_bits: float) -> str:
+    bits = [quantities.format_fixed(value) for value in (weight_bits, activation_bits)]
+    return f"{what}, W {bits[0]} A {bits[1]}"
 
 
 def read_grid(run: Path, title: str, name: str) -> Grid:

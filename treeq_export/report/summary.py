@@ -9,87 +9,31 @@ strict JSON: a number that is not finite is one of the strings "Infinity", "-Inf
                     against the first baseline of bench.json; at the first batch size timed
     quality         means over the seeds of quality.json; `seed` is the first of them
     size.fp32_bytes the float32 graph of the same exporter; 4 bytes a parameter if none was written
+    search          null where there is no search.json; likewise finetune and quality.baseline
 """
 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from treeq_export.artefacts import sha256_of_file
-from treeq_export.plan import PLAN_FILE, Plan, load_plan
-from treeq_export.recipe import Recipe
 from treeq_export.records import (
+    BaselineQuality,
     BenchRecord,
-    CompileRecord,
-    GateResult,
+    FinetuneRecord,
     LayerParity,
     ParityRecord,
     QualityRecord,
-    Record,
+    SearchRecord,
     Speedup,
-    load_record,
 )
+from treeq_export.report.evidence import FP32, Evidence
 
 REPORT_FILE = "report.json"
 HTML_FILE = "report.html"
-FP32 = "fp32"
 PREFERRED_BASELINE = "ort_fp32"
-
-# The section of report.json that a stage fills.
-STAGE_OF_SECTION = {"parity": "validate", "quality": "evaluate", "bench": "bench"}
-
-Measured = TypeVar("Measured", bound=Record)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Everything a report is made of, as the stages left it.
-
-    Attributes:
-        run: The run folder.
-        plan: Its plan.
-        plan_sha256: Digest of plan.json.
-        recipe: The recipe, with absolute paths.
-        compiled: Result of compile.
-        parity: Result of validate; None if it has not run.
-        bench: Result of bench; None if it has not run.
-        quality: Result of evaluate; None if it has not run.
-        commands: Command lines that repeat the run.
-    """
-
-    run: Path
-    plan: Plan
-    plan_sha256: str
-    recipe: Recipe
-    compiled: CompileRecord
-    parity: ParityRecord | None
-    bench: BenchRecord | None
-    quality: QualityRecord | None
-    commands: tuple[str, ...]
-
-    @property
-    def gates(self) -> list[GateResult]:
-        """All gates that were measured: parity, target by target, then quality."""
-        targets = self.parity.targets if self.parity else []
-        gates = [gate for target in targets for gate in target.gates]
-        return gates + (self.quality.gates if self.quality else [])
-
-    @property
-    def targets(self) -> list[str]:
-        """The compiled targets but the float32 graph; the one that made the images first."""
-        names = [entry.target for entry in self.compiled.targets if entry.target != FP32]
-        runner = self.quality.runner if self.quality else None
-        return sorted(names, key=lambda name: name != runner)
-
-    @property
-    def missing(self) -> list[str]:
-        """Sections that have not been measured."""
-        return [name for name in STAGE_OF_SECTION if getattr(self, name) is None]
 
 
 class Summary(BaseModel):
@@ -127,13 +71,52 @@ class QuantizedScores(FullPrecisionScores):
     psnr_db: float | None
 
 
+class BaselineSummary(QuantizedScores):
+    """Scores of uniform bits at the same budget, without search and finetune."""
+
+    strategy: str
+    average_weight_bits: float
+    average_activation_bits: float
+    network_mse: float
+
+
 class QualitySummary(Summary):
-    """Image quality: means over the seeds; `num_samples` images for each."""
+    """Image quality: means over the seeds; `num_samples` images for each.
+
+    `network_mse` is the error of one call's prediction on held-out inputs.
+    """
 
     fp: FullPrecisionScores
     quantized: QuantizedScores
     num_samples: int
     seed: int
+    network_mse: float | None = None
+    baseline: BaselineSummary | None = None
+
+
+class SearchSummary(Summary):
+    """How the search went; announced figures are None where nothing was announced."""
+
+    strategy: str
+    noise: float
+    budget: dict[str, float]
+    num_leaves: int | None
+    num_evaluations_announced: int | None
+    num_evaluations: int
+    estimate_s: float | None
+    seconds: float
+    network_mse: float | None
+
+
+class FinetuneSummary(Summary):
+    """What training gained on held-out inputs."""
+
+    mode: str
+    num_trained: int
+    steps: int
+    mse_before: float
+    mse_after: float
+    seconds: float
 
 
 class LayerSummary(Summary):
@@ -192,6 +175,8 @@ class Report(Summary):
         bench: Speed; None if not measured.
         size: Bytes: "fp32_bytes", and one entry per target.
         stages: Seconds per stage.
+        search: How the search went; None where there is no record of it.
+        finetune: What training gained; None where nothing was trained.
         evidence: What it was made of; not part of the file, None when read back from it.
     """
 
@@ -202,53 +187,9 @@ class Report(Summary):
     bench: BenchSummary | None
     size: dict[str, int]
     stages: dict[str, float]
+    search: SearchSummary | None = None
+    finetune: FinetuneSummary | None = None
     evidence: InstanceOf[Evidence] | None = Field(default=None, exclude=True, repr=False)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the gates are met.
-
-    Attributes:
-        state: "failed" if one is not; "incomplete" if nothing failed but not all was measured.
-        headline: One line that says so.
-        failed: Names of what failed.
-        missing: Sections that have not been measured.
-    """
-
-    state: Literal["passed", "failed", "incomplete"]
-    headline: str
-    failed: tuple[str, ...]
-    missing: tuple[str, ...]
-
-
-def read_evidence(run: Path, recipe: Recipe, commands: list[str]) -> Evidence:
-    """Read the records of a run.
-
-    Args:
-        run: The run folder; plan.json and compile.json have to be there.
-        recipe: The recipe of the run.
-        commands: Command lines that repeat the run.
-
-    Raises:
-        PlanError: The plan or compile.json is missing, or a record is malformed; the message
-            names the stage to run.
-    """
-    return Evidence(
-        run=run,
-        plan=load_plan(run),
-        plan_sha256=sha256_of_file(run / PLAN_FILE),
-        recipe=recipe,
-        compiled=load_record(run / "compile.json", CompileRecord, "compile"),
-        parity=_read_optional(run / "parity.json", ParityRecord, "validate"),
-        bench=_read_optional(run / "bench.json", BenchRecord, "bench"),
-        quality=_read_optional(run / "quality.json", QualityRecord, "evaluate"),
-        commands=tuple(commands),
-    )
-
-
-def _read_optional(path: Path, kind: type[Measured], stage: str) -> Measured | None:
-    return load_record(path, kind, stage) if path.is_file() else None
 
 
 def summarize(evidence: Evidence, stages: dict[str, float]) -> Report:
@@ -275,6 +216,8 @@ def summarize(evidence: Evidence, stages: dict[str, float]) -> Report:
         bench=_summarize_bench(evidence.bench),
         size=_summarize_size(evidence),
         stages=stages,
+        search=_summarize_search(evidence.search),
+        finetune=_summarize_finetune(evidence.finetune),
         evidence=evidence,
     )
 
@@ -294,7 +237,45 @@ def _summarize_quality(record: QualityRecord | None) -> QualitySummary | None:
         ),
         num_samples=record.num_samples,
         seed=record.seeds[0].seed,
+        network_mse=record.network_mse,
+        baseline=_summarize_baseline(record.baseline),
     )
+
+
+def _summarize_baseline(record: BaselineQuality | None) -> BaselineSummary | None:
+    if record is None:
+        return None
+    return BaselineSummary(
+        **record.scores.model_dump(),
+        strategy=record.strategy,
+        average_weight_bits=record.weight_bits,
+        average_activation_bits=record.activation_bits,
+        network_mse=record.network_mse,
+    )
+
+
+def _summarize_search(record: SearchRecord | None) -> SearchSummary | None:
+    if record is None:
+        return None
+    cost = record.cost
+    return SearchSummary(
+        strategy=record.strategy,
+        noise=record.noise,
+        budget=record.budget,
+        num_leaves=cost and cost.num_leaves,
+        num_evaluations_announced=cost and cost.num_evaluations,
+        num_evaluations=record.num_measured + record.num_from_journal,
+        estimate_s=cost and cost.estimate_s,
+        seconds=record.seconds,
+        network_mse=record.network_mse,
+    )
+
+
+def _summarize_finetune(record: FinetuneRecord | None) -> FinetuneSummary | None:
+    if record is None:
+        return None
+    names = FinetuneSummary.model_fields
+    return FinetuneSummary(**record.model_dump(include=set(names)))
 
 
 def _summarize_parity(record: ParityRecord | None) -> dict[str, ParitySummary] | None:
@@ -350,28 +331,6 @@ def _summarize_size(evidence: Evidence) -> dict[str, int]:
     sizes = {entry.target: entry.size_bytes for entry in evidence.compiled.targets}
     full = sizes.pop(FP32, 4 * evidence.plan.model.num_parameters)
     return {"fp32_bytes": full, **sizes}
-
-
-def judge(evidence: Evidence) -> Verdict:
-    """Say whether the gates of a run are met."""
-    gates, missing = evidence.gates, evidence.missing
-    failed = [gate.name for gate in gates if not gate.passed]
-    failed += [
-        f"{target.target} parity"
-        for target in (evidence.parity.targets if evidence.parity else [])
-        if not target.passed and all(gate.passed for gate in target.gates)
-    ]
-    state: Literal["passed", "failed", "incomplete"] = "passed"
-    headline = f"All {len(gates)} gates passed"
-    if failed:
-        state = "failed"
-        headline = f"{len(failed)} of {max(len(gates), len(failed))} gates failed"
-    elif missing:
-        state = "incomplete"
-        headline = f"Incomplete: {', '.join(missing)} not measured"
-    elif not gates:
-        state, headline = "incomplete", "No gate was set: nothing to pass or fail"
-    return Verdict(state, headline, tuple(failed), tuple(missing))
 
 
 def sort_worst_first(layers: Iterable[Layer]) -> list[Layer]:

@@ -9,16 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from treeq_export.report import quantities
+from treeq_export.report.evidence import STAGE_OF_SECTION, Evidence, judge
 from treeq_export.report.summary import (
     HTML_FILE,
-    STAGE_OF_SECTION,
     BenchSummary,
-    Evidence,
+    FullPrecisionScores,
     ParitySummary,
     QualitySummary,
     Report,
     baseline_speedups,
-    judge,
     sort_worst_first,
 )
 
@@ -35,6 +34,7 @@ def print_report(report: Report, console: Console) -> None:
         console: Where to print.
     """
     _print_model(report, console)
+    _print_search(report, console)
     _print_quality(report.quality, report.evidence, console)
     _print_parity(report.parity, report.evidence, console)
     _print_bench(report.bench, report.evidence, console)
@@ -76,6 +76,29 @@ def _print_model(report: Report, console: Console) -> None:
     console.print(table)
 
 
+def _print_search(report: Report, console: Console) -> None:
+    """Print a line on the search and one on training, where there is something to say."""
+    search, finetune = report.search, report.finetune
+    if search is not None and search.num_leaves is not None:
+        announced = quantities.format_count(search.num_evaluations_announced)
+        text = (
+            f"Search: {search.strategy}, {search.num_leaves} leaves, "
+            f"{quantities.format_count(search.num_evaluations)} evaluations ({announced} "
+            f"announced) in {quantities.format_seconds(search.seconds)}, "
+            f"network MSE {quantities.format_number(search.network_mse, 3)}"
+        )
+        console.print(Text(text), soft_wrap=True)
+    if finetune is not None:
+        text = (
+            f"Finetune: {finetune.mode}, {quantities.format_count(finetune.num_trained)} numbers, "
+            f"{quantities.format_count(finetune.steps)} steps in "
+            f"{quantities.format_seconds(finetune.seconds)}, held-out network MSE "
+            f"{quantities.format_number(finetune.mse_before, 3)} -> "
+            f"{quantities.format_number(finetune.mse_after, 3)}"
+        )
+        console.print(Text(text), soft_wrap=True)
+
+
 def _print_quality(
     quality: QualitySummary | None, evidence: Evidence | None, console: Console
 ) -> None:
@@ -83,22 +106,26 @@ def _print_quality(
         _print_unmeasured("quality", evidence, console)
         return
     title = f"Quality: {quality.num_samples} images, equal seeds"
-    table = _make_table(title, "", "full precision", "quantized")
-    full, quantized = quality.fp, quality.quantized
-    _add(
-        table,
-        "Frechet distance",
-        _score(full.frechet_distance, quantities.format_fixed(full.frechet_distance, 3)),
-        _score(quantized.frechet_distance, quantities.format_fixed(quantized.frechet_distance, 3)),
-    )
-    _add(
-        table,
-        "class accuracy",
-        _score(full.class_accuracy, quantities.format_percent(full.class_accuracy)),
-        _score(quantized.class_accuracy, quantities.format_percent(quantized.class_accuracy)),
-    )
-    psnr = _score(quantized.psnr_db, f"{quantities.format_db(quantized.psnr_db)} dB")
-    _add(table, "PSNR to full precision", "", psnr)
+    sides: dict[str, FullPrecisionScores] = {"full precision": quality.fp}
+    errors: list[float | None] = [0.0]
+    if quality.baseline is not None:
+        sides[f"{quality.baseline.strategy} bits"] = quality.baseline
+        errors.append(quality.baseline.network_mse)
+    sides["quantized"] = quality.quantized
+    errors.append(quality.network_mse)
+    table = _make_table(title, "", *sides)
+    distances = [side.frechet_distance for side in sides.values()]
+    shown = [_score(value, quantities.format_fixed(value, 3)) for value in distances]
+    _add(table, "Frechet distance", *shown)
+    accuracies = [side.class_accuracy for side in sides.values()]
+    shown = [_score(value, quantities.format_percent(value)) for value in accuracies]
+    _add(table, "class accuracy", *shown)
+    psnrs = [getattr(side, "psnr_db", None) for side in list(sides.values())[1:]]
+    shown = [_score(value, f"{quantities.format_db(value)} dB") for value in psnrs]
+    _add(table, "PSNR to full precision", "", *shown)
+    if quality.network_mse is not None:
+        shown = [quantities.format_number(value, 3) for value in errors[1:]]
+        _add(table, "network MSE, held out", "", *shown)
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from treeq_export.records import Speedup
+from treeq_export.report.evidence import Evidence
 from treeq_export.report.quantities import (
     format_bytes,
     format_db,
@@ -10,7 +11,7 @@ from treeq_export.report.quantities import (
     format_percent,
     format_ratio,
 )
-from treeq_export.report.summary import Evidence, Report, baseline_speedups
+from treeq_export.report.summary import Report, baseline_speedups
 
 UNMEASURED = "not measured"
 
