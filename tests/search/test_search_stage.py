@@ -1,8 +1,18 @@
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from treeq_export.errors import FormatError, RecipeError
 from treeq_export.model.checkpoint import open_checkpoint
@@ -10,9 +20,28 @@ from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import PLAN_FILE, Plan, load_plan
 from treeq_export.recipe import Recipe
-from treeq_export.search.stage import run_search, select_linears
+from treeq_export.records import SearchRecord, load_record
+from treeq_export.search.stage import (
+    RECORD_FILE,
+    estimate_search,
+    nominal_bits,
+    run_search,
+    select_linears,
+)
 
 Make = Callable[..., Any]
+
+SEARCHED: dict[str, Any] = {
+    "strategy": "tss",
+    "budget": {"weight_bits": 3.0, "activation_bits": 3.0},
+    "weight_candidates": [2, 4],
+    "activation_candidates": [2, 4],
+    "keep": 4,
+    "num_rows": 4,
+    "num_samples": 2,
+}
+# What a search with these settings measures in the tree: see tests/search/test_search_tree.py.
+NUM_TREE = 9 * 16
 
 
 @pytest.fixture
@@ -107,3 +136,206 @@ def test_format_that_does_not_fit_writes_nothing(search: Make, tmp_path: Path):
     with pytest.raises(FormatError, match=r"^transformer_blocks\.0\.norm1\.linear: group_size 48"):
         search(group_size=48)
     assert not (tmp_path / PLAN_FILE).exists()
+
+
+def record_of(run: Path) -> SearchRecord:
+    return load_record(run / RECORD_FILE, SearchRecord, "search")
+
+
+def test_uniform_measures_nothing(search: Make, tmp_path: Path):
+    search()
+    record = record_of(tmp_path)
+    assert record.strategy == "uniform"
+    assert record.cost is None
+    assert record.num_measured == 0
+    assert record.network_mse is None
+    assert record.nodes == record.front == []
+    assert not (tmp_path / "search").exists()
+
+
+def test_the_tree_search_writes_what_it_did(search: Make, tmp_path: Path):
+    steps: list[float] = []
+    threads = torch.get_num_threads()
+    plan = search(steps.append, **SEARCHED, noise=0.5)
+    assert torch.get_num_threads() == threads
+    assert plan.average_weight_bits <= 3
+    assert plan.average_activation_bits <= 3
+    assert len({layer.weight.bits for layer in plan.layers}) == 2
+    by_leaf = {layer.tree.leaf: (layer.weight, layer.activation) for layer in plan.layers}
+    assert all(by_leaf[x.tree.leaf] == (x.weight, x.activation) for x in plan.layers)
+    record = record_of(tmp_path)
+    assert (record.strategy, record.noise) == ("tss", 0.5)
+    assert record.budget == {"weight_bits": 3.0, "activation_bits": 3.0}
+    assert record.cost is not None
+    assert record.cost.num_evaluations == NUM_TREE
+    assert record.num_measured > NUM_TREE  # refinement comes on top
+    assert record.num_from_journal == 0
+    assert record.nodes[0].name == "blocks 0..1"
+    assert record.nodes[0].weight_bits == pytest.approx(plan.average_weight_bits)
+    assert sum(node.depth == 0 for node in record.nodes) == 1
+    chosen = [point for point in record.front if point.chosen]
+    assert [point.mse for point in chosen] == [record.network_mse]
+    assert chosen[0].weight_bits == pytest.approx(plan.average_weight_bits)
+    assert steps == sorted(steps)
+    assert steps[-1] == 1.0
+
+
+def test_what_is_known_is_not_measured_again(search: Make, tmp_path: Path):
+    plan = search(**SEARCHED)
+    first = record_of(tmp_path)
+    assert search(**SEARCHED) == plan
+    again = record_of(tmp_path)
+    assert (again.num_measured, again.num_from_journal) == (0, first.num_measured)
+    assert again.network_mse == first.network_mse
+    assert again.front == first.front
+    # Another environment is another question; without noise the budget is no part of it.
+    search(**SEARCHED | {"noise": 0.0})
+    assert record_of(tmp_path).num_from_journal == 0
+    search(**SEARCHED | {"noise": 0.0, "budget": {"weight_bits": 2.5}})
+    assert record_of(tmp_path).num_from_journal > 0
+
+
+@pytest.mark.parametrize("strategy", ["integer_programming", "greedy"])
+def test_baselines_share_budget_and_journal(strategy: str, search: Make, tmp_path: Path):
+    plan = search(**SEARCHED | {"strategy": strategy})
+    assert plan.average_weight_bits <= 3
+    assert plan.average_activation_bits <= 3
+    record = record_of(tmp_path)
+    assert record.network_mse is not None
+    assert record.nodes == record.front == []
+    search(**SEARCHED | {"strategy": strategy})
+    assert record_of(tmp_path).num_measured == 0
+
+
+def test_a_search_of_some_blocks_measures_on_the_whole_network(search: Make, tmp_path: Path):
+    plan = search(**SEARCHED, exclude=["transformer_blocks.1.*"])
+    assert {layer.tree.block for layer in plan.layers} == {0}
+    assert record_of(tmp_path).network_mse is not None
+
+
+def test_refinement_can_be_left_out(search: Make, tmp_path: Path):
+    search(**SEARCHED, refine=None)
+    assert record_of(tmp_path).num_measured == NUM_TREE
+
+
+def test_branches_are_chosen_by_output_error(search: Make, tmp_path: Path):
+    budget = {"parameter_fraction": 0.15, "grids": 2}
+    plan = search(branch_budget=budget, weight_bits=3, activation_bits=4)
+    record = record_of(tmp_path)
+    assert set(record.branches) == {layer.name for layer in plan.layers}
+    for layer in plan.layers:
+        trials = record.branches[layer.name]
+        assert [trial["error"] for trial in trials] == sorted(trial["error"] for trial in trials)
+        assert layer.branch is not None
+        best = {key: trials[0][key] for key in ("b_in", "b_out", "rank")}
+        assert layer.branch.model_dump() == best
+        shapes = {(trial["b_in"], trial["b_out"]) for trial in trials}
+        assert shapes == {(1, 1), (1, 2), (2, 1), (2, 2)}
+        limit = 0.15 * layer.num_weights
+        assert all(0 < trial["num_parameters"] <= limit for trial in trials)
+        assert all(0 < trial["error"] < 1 for trial in trials)
+    assert plan.branch_parameter_fraction <= 0.15
+
+
+def test_a_budget_too_small_for_any_branch_leaves_it_out(search: Make):
+    plan = search(branch_budget={"parameter_fraction": 0.001})
+    assert {layer.branch for layer in plan.layers} == {None}
+
+
+def test_nominal_bits_are_those_of_the_budget(make_tiny_recipe: Callable[..., Recipe]):
+    def bits(**fields: Any) -> tuple[int, int]:
+        return nominal_bits(make_tiny_recipe("dit", **fields).search)
+
+    assert bits(weight_bits=5, activation_bits=6) == (5, 6)
+    assert bits(activation_bits=None) == (4, 8)
+    assert bits(budget={"weight_bits": 2.6, "activation_bits": 3.2}) == (3, 3)
+    assert bits(budget={"size_bytes": 1000}) == (4, 4)
+
+
+def test_an_estimate_searches_nothing(
+    make_tiny_denoiser: Callable[..., Denoiser],
+    make_tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+):
+    said: list[str] = []
+    recipe = make_tiny_recipe("dit", **SEARCHED)
+    checkpoint = open_checkpoint(Path(recipe.model.checkpoint))
+    cost = estimate_search(tmp_path, make_tiny_denoiser("dit"), checkpoint, recipe, said.append)
+    assert cost.num_evaluations == NUM_TREE
+    assert cost.estimate_s is not None
+    assert cost.estimate_s > 0
+    assert said[0].startswith("search: 10 leaves, 9 merges, 144 evaluations of 4 inputs = ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_static_activation_scales_are_fitted_for_every_width(search: Make, tmp_path: Path):
+    plan = search(**SEARCHED, activation_scale="tensor_static")
+    assert {layer.activation.scale for layer in plan.layers} == {"tensor_static"}
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.zoo import make_denoiser
+from treeq_export.recipe import Recipe
+from treeq_export.search.stage import run_search
+recipe = Recipe.model_validate_json(Path(sys.argv[2]).read_bytes())
+checkpoint = open_checkpoint(Path(recipe.model.checkpoint))
+denoiser = make_denoiser(load_model(checkpoint), checkpoint, recipe.model)
+run_search(Path(sys.argv[1]), denoiser, checkpoint, recipe, lambda _: None)
+"""
+
+
+def start_search(run: Path, recipe: Recipe) -> "subprocess.Popen[bytes]":
+    run.mkdir(exist_ok=True)
+    (run / "recipe.json").write_text(recipe.model_dump_json(by_alias=True))
+    return subprocess.Popen([sys.executable, "-c", _CHILD, str(run), str(run / "recipe.json")])
+
+
+def count_values(run: Path) -> int:
+    """Values in the journal of a search that has ended."""
+    with closing(sqlite3.connect(run / "search" / "journal.sqlite")) as database:
+        return database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
+
+
+def test_a_killed_search_goes_on_and_finds_the_same_plan(
+    search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
+):
+    fields = SEARCHED | {"num_rows": 16, "num_samples": 4}
+    search(**fields)
+    expected, first = (tmp_path / PLAN_FILE).read_bytes(), record_of(tmp_path)
+    run = tmp_path / "killed"
+    recipe = make_tiny_recipe("dit", **fields)
+    child = start_search(run, recipe)
+    journal = run / "search" / "journal.sqlite-wal"
+    while not journal.exists() and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(os.getpid()).uniform(0.05, 0.4))
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the search ended before it was killed"
+    assert not (run / PLAN_FILE).exists()
+    known = count_values(run)
+    assert start_search(run, recipe).wait() == 0
+    assert (run / PLAN_FILE).read_bytes() == expected
+    record = record_of(run)
+    assert record.num_from_journal >= known > 0
+    assert record.num_measured + record.num_from_journal == first.num_measured
+    assert count_values(run) == first.num_measured
+    assert record.network_mse == first.network_mse
+
+
+def test_ray_workers_find_the_same_plan(
+    search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
+):
+    search(**SEARCHED)
+    expected, first = (tmp_path / PLAN_FILE).read_bytes(), record_of(tmp_path)
+    run = tmp_path / "ray"
+    assert start_search(run, make_tiny_recipe("dit", **SEARCHED, executor="ray")).wait() == 0
+    assert (run / PLAN_FILE).read_bytes() == expected
+    record = record_of(run)
+    assert record.num_measured == first.num_measured
+    assert record.network_mse == first.network_mse
+    assert json.dumps([p.model_dump() for p in record.front]) == json.dumps(
+        [p.model_dump() for p in first.front]
+    )

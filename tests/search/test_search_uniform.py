@@ -6,12 +6,18 @@ from treeq_export.errors import FormatError
 from treeq_export.model.layers import LinearInfo
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
-from treeq_export.search.uniform import assign_uniform, make_activation_format, make_layer_plan
+from treeq_export.search.formats import make_activation_format, make_layer_plan
+from treeq_export.search.uniform import assign_uniform
 
 
 def make_linear(name: str = "blocks.0.fc", k: int = 64, n: int = 96, **place: Any) -> LinearInfo:
     fields = {"has_bias": True, "block": 0, "position": "fc", "leaf": 0} | place
     return LinearInfo(name=name, in_features=k, out_features=n, **fields)
+
+
+def assign(linears: list[LinearInfo], section: SearchSection) -> Any:
+    branches = {} if section.branch is None else {x.name: section.branch for x in linears}
+    return assign_uniform(linears, section, branches)
 
 
 def make_section(**fields: Any) -> SearchSection:
@@ -47,7 +53,7 @@ def test_every_layer_gets_the_same_formats():
         make_linear("blocks.0.a", 64, 96, block=0, position="a", leaf=0),
         make_linear("blocks.1.b", 128, 32, block=1, position="b", leaf=3),
     ]
-    layers = assign_uniform(linears, section)
+    layers = assign(linears, section)
     assert [layer.name for layer in layers] == ["blocks.0.a", "blocks.1.b"]
     assert [(layer.in_features, layer.out_features) for layer in layers] == [(64, 96), (128, 32)]
     assert layers[1].tree.model_dump() == {"block": 1, "position": "b", "leaf": 3}
@@ -56,6 +62,24 @@ def test_every_layer_gets_the_same_formats():
         assert layer.activation == ActivationFormat(bits=5, scale="token_rms")
         assert layer.rotation_group == 8
         assert layer.branch == BranchFormat(b_in=2, b_out=4, rank=2)
+
+
+def test_a_fractional_budget_takes_two_widths():
+    section = make_section(budget={"weight_bits": 2.5, "activation_bits": 4})
+    linears = [make_linear(f"blocks.{b}.fc", block=b, leaf=b) for b in range(4)]
+    layers = assign(linears, section)
+    assert [layer.weight.bits for layer in layers] == [3, 2, 3, 2]
+    assert {layer.activation.bits for layer in layers} == {4}
+
+
+def test_a_layer_that_stays_out_of_branches_has_none():
+    section = make_section()
+    linears = [make_linear("blocks.0.a"), make_linear("blocks.0.b")]
+    branch = BranchFormat(b_in=1, b_out=1, rank=2)
+    layers = assign_uniform(linears, section, {"blocks.0.b": branch})
+    assert [layer.branch for layer in layers] == [None, branch]
+    layer = make_layer_plan(linears[0], section, 4, None, None)
+    assert layer.activation == ActivationFormat(bits=None, scale="none")
 
 
 @pytest.mark.parametrize(
@@ -71,10 +95,10 @@ def test_every_layer_gets_the_same_formats():
 )
 def test_formats_that_do_not_fit_name_the_layer(fields: dict[str, Any], message: str):
     with pytest.raises(FormatError, match=rf"^blocks\.7\.fc: {message}"):
-        make_layer_plan(make_linear("blocks.7.fc"), make_section(**fields))
+        assign([make_linear("blocks.7.fc")], make_section(**fields))
 
 
 def test_the_layer_that_does_not_fit_is_named():
     linears = [make_linear("blocks.0.a", 64), make_linear("blocks.0.b", 80)]
     with pytest.raises(FormatError, match=r"^blocks\.0\.b: rotation_group 32 .* 16\."):
-        assign_uniform(linears, make_section())
+        assign(linears, make_section())

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from time import perf_counter
 
+import numpy as np
+
 from treeq_export.model.fit import quantize_layer
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of
@@ -48,7 +50,8 @@ def time_block(
         if layer.tree.block == block:
             linear = linear_of(denoiser, layer)
             weight = linear.weight.detach().numpy()
-            tensors = quantize_layer(layer, weight, InputStatistics(), _NEAREST)
+            any_input = InputStatistics(kept=[np.ones((1, layer.in_features), np.float32)])
+            tensors = quantize_layer(layer, weight, any_input, _NEAREST)
             handlers[layer.name] = QLinear(layer, tensors, linear.bias)
     times: list[float] = []
     with BlockReplay(denoiser, blocks) as replay:

@@ -399,7 +399,7 @@ class _Progress:
         self._expected = max(cost.num_block_runs, 1)
         self._tally = tally
         self._on_step = on_step
-        self._done = 0.0
+        self._done = self._fraction = 0.0
 
     def count(self, tasks: Sequence[Task], block_runs: int) -> Callable[[float | None], None]:
         """Return what `measure_all` calls for every value of these tasks."""
@@ -408,9 +408,8 @@ class _Progress:
         def on_measured(seconds: float | None) -> None:
             self._tally(seconds)
             self._done += block_runs / number
-            fraction = self._done / (
-                self._done + max(self._expected - self._done, 0.05 * self._done)
-            )
-            self._on_step(_PREPARED + (1 - _PREPARED) * fraction)
+            left = max(self._expected - self._done, 0.05 * self._done)
+            self._fraction = max(self._fraction, self._done / (self._done + left))
+            self._on_step(_PREPARED + (1 - _PREPARED) * self._fraction)
 
         return on_measured
