@@ -379,6 +379,12 @@ def _parsed(kind: str) -> Callable[..., Any]:
     help="Train every cell in these modes as well: peft, qat.",
 )
 @click.option(
+    "--peers",
+    metavar="NAME,...",
+    callback=_parsed("peers"),
+    help="Other toolkits' methods, such as modelopt_int8_max.",
+)
+@click.option(
     "--seeds", metavar="N,...", callback=_parsed("seeds"), help="Of the images; else the recipe's."
 )
 @click.option(
@@ -391,6 +397,7 @@ def compare(
     budgets: tuple[float, ...],
     strategies: tuple[str, ...],
     variants: tuple[str, ...],
+    peers: tuple[str, ...] | None,
     seeds: tuple[int, ...] | None,
     out: Path,
     overrides: tuple[str, ...],
@@ -400,7 +407,7 @@ def compare(
     from treeq_export.compare.options import CompareOptions
     from treeq_export.recipe import load_recipe
 
-    options = CompareOptions(budgets, strategies, variants, (), seeds)
+    options = CompareOptions(budgets, strategies, variants, peers or (), seeds)
     recipe = load_recipe(recipe_path, overrides)
     from treeq_export.compare.progress import CompareProgress
     from treeq_export.compare.stage import COMPARE_FILE, open_comparison, run_compare

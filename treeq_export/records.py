@@ -401,7 +401,7 @@ class CompareRow(Record):
         budget: Average bits that the strategy could spend; None for a peer.
         weight_bits: Average of the plan, weighted by number of weights.
         activation_bits: Likewise.
-        branch_parameter_fraction: Branch parameters over quantized weights.
+        branch_parameter_fraction: Branch parameters over quantized weights; None for a peer.
         network_mse: As in `QualityRecord`.
         frechet_distance: Over the seeds; None where there is no classifier.
         frechet_ratio: Each seed's distance over full precision's; its mean is that of the means.
@@ -420,7 +420,7 @@ class CompareRow(Record):
     budget: float | None
     weight_bits: float
     activation_bits: float
-    branch_parameter_fraction: float
+    branch_parameter_fraction: float | None
     network_mse: float | None
     frechet_distance: Spread | None
     frechet_ratio: Spread | None

@@ -121,9 +121,21 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Return names of peers.
+
+    Raises:
+        ValueError: One is not known.
+    """
+    from treeq_export.peers import PEERS  # with PyTorch, which the other options do not need
+
+    return parse_names(text, tuple(PEERS))
+
+
 PARSERS: dict[str, Callable[[str], Any]] = {
     "budgets": parse_budgets,
     "strategies": lambda text: parse_names(text, STRATEGIES),
     "variants": lambda text: parse_names(text, VARIANTS),
     "seeds": parse_seeds,
+    "peers": parse_peers,
 }

@@ -21,6 +21,7 @@ from treeq_export.compare.cells import Cell, comparable_part, make_cells, shared
 from treeq_export.compare.figures import draw_png
 from treeq_export.compare.html import render_comparison
 from treeq_export.compare.options import CompareOptions, command_line
+from treeq_export.compare.peer_cells import is_peer_finished, make_peer_row, peer_folder, run_peer
 from treeq_export.compare.rows import make_row, read_quality, spread_accuracy, spread_distance
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.pipeline import (
@@ -93,13 +94,16 @@ def run_compare(
         OutputError: The folder belongs to something else, or cannot be written to.
         TreeqError: A stage failed; finished cells are kept.
     """
-    cells = make_cells(workspace.recipe, options)
+    cells: list[_Ours | _Theirs] = [
+        _Ours(workspace, cell) for cell in make_cells(workspace.recipe, options)
+    ]
+    cells += [_Theirs(workspace, name) for name in options.peers]
     table = _Table(workspace, [cell.name for cell in cells])
-    clock = _Clock(sum(not _is_finished(workspace, cell) for cell in cells), len(cells))
+    clock = _Clock(sum(not cell.is_finished() for cell in cells), len(cells))
     for cell in cells:
-        with _open_cell(workspace, cell) as run:
-            worked = _run_cell(workspace, run, cell, on_progress)
-            row = make_row(cell, run)
+        with cell.open() as run:
+            worked = cell.work(run, on_progress)
+            row = cell.make_row(run)
             table.add(row, read_quality(run))
         if worked:
             write_views(workspace, options, table.record)
@@ -250,29 +254,74 @@ class _Clock:
         return Progress(self.num_done, self.num_cells, worked, left)
 
 
-def _open_cell(workspace: Workspace, cell: Cell) -> Workspace:
-    return workspace.sibling(workspace.run / CELLS_FOLDER / cell.name, cell.recipe)
+class _Ours:
+    """A cell whose plan comes from one of our strategies.
+
+    Args:
+        workspace: The comparison.
+        cell: The cell.
+    """
+
+    def __init__(self, workspace: Workspace, cell: Cell) -> None:
+        self.workspace, self.cell, self.name = workspace, cell, cell.name
+        self.folder = workspace.run / CELLS_FOLDER
+
+    def open(self) -> Workspace:
+        """Return the cell's run."""
+        return self.workspace.sibling(self.folder / self.name, self.cell.recipe)
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        if not (self.folder / self.name / RUN_FILE).is_file():
+            return False
+        with self.open() as run:
+            return all(is_up_to_date(run, stage_named(name)) for name in CELL_STAGES)
+
+    def work(self, run: Workspace, on_progress: OnProgress) -> bool:
+        """Run the stages that are not up to date; return whether there were any."""
+        run.save()
+        if self.cell.base is not None:
+            _take_over(self.folder / self.cell.base, run)
+        worked = False
+        for name in CELL_STAGES:
+            if not is_up_to_date(run, stage_named(name)):
+                worked = True
+                run_stage(run, stage_named(name), on_progress.start_stage(self.name, name))
+        return worked
+
+    def make_row(self, run: Workspace) -> CompareRow:
+        """Return the row of the finished cell."""
+        return make_row(self.cell, run)
 
 
-def _is_finished(workspace: Workspace, cell: Cell) -> bool:
-    """Whether nothing is left to do in a cell."""
-    if not (workspace.run / CELLS_FOLDER / cell.name / RUN_FILE).is_file():
-        return False
-    with _open_cell(workspace, cell) as run:
-        return all(is_up_to_date(run, stage_named(name)) for name in CELL_STAGES)
+class _Theirs:
+    """A cell of another toolkit.
 
+    Args:
+        workspace: The comparison.
+        peer: One of `peers.PEERS`.
+    """
 
-def _run_cell(workspace: Workspace, run: Workspace, cell: Cell, on_progress: OnProgress) -> bool:
-    """Run the stages of a cell that are not up to date; return whether there were any."""
-    run.save()
-    if cell.base is not None:
-        _take_over(workspace.run / CELLS_FOLDER / cell.base, run)
-    worked = False
-    for name in CELL_STAGES:
-        if not is_up_to_date(run, stage_named(name)):
-            worked = True
-            run_stage(run, stage_named(name), on_progress.start_stage(cell.name, name))
-    return worked
+    def __init__(self, workspace: Workspace, peer: str) -> None:
+        self.workspace, self.peer, self.name = workspace, peer, peer_folder(peer)
+
+    def open(self) -> Workspace:
+        """Return the cell's run."""
+        folder = self.workspace.run / CELLS_FOLDER / self.name
+        return self.workspace.sibling(folder, self.workspace.recipe)
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        with self.open() as run:
+            return is_peer_finished(run, self.peer)
+
+    def work(self, run: Workspace, on_progress: OnProgress) -> bool:
+        """Quantize and measure unless that is done; return whether it was not."""
+        return run_peer(run, self.peer, lambda stage: on_progress.start_stage(self.name, stage))
+
+    def make_row(self, run: Workspace) -> CompareRow:
+        """Return the row of the finished cell."""
+        return make_peer_row(run, self.peer)
 
 
 def _take_over(base: Path, run: Workspace) -> None:
