@@ -58,7 +58,7 @@ class TestUsage:
         assert result.stderr == ""
 
     def test_every_stage_is_a_command(self) -> None:
-        assert set(main.commands) == {"run", "inspect", "doctor", *STAGE_NAMES}
+        assert set(main.commands) == {"run", "compare", "inspect", "doctor", *STAGE_NAMES}
         assert cli.STAGE_NAMES == STAGE_NAMES
 
     def test_every_option_is_explained(self) -> None:

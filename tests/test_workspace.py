@@ -176,3 +176,16 @@ class TestWhatIsLoaded:
         with Workspace(tmp_path, recipe) as workspace:
             expected = open_checkpoint(run_recipe.parent / "checkpoint").sha256
             assert workspace.checkpoint.sha256 == expected
+
+    def test_sibling_shares_what_is_loaded(self, recipe: Recipe, tmp_path: Path) -> None:
+        other = recipe.model_copy(update={"seed": 7})
+        with (
+            Workspace(tmp_path / "one", recipe, "r.yaml", ("seed=7",)) as workspace,
+            workspace.sibling(tmp_path / "two", other) as sibling,
+        ):
+            assert sibling.denoiser is workspace.denoiser
+            assert sibling.checkpoint is workspace.checkpoint
+            assert (sibling.recipe.seed, sibling.recipe_path) == (7, "r.yaml")
+            assert sibling.fp_samples == tmp_path / "one" / "samples"
+            with pytest.raises(OutputError, match="another treeq-export is at work"):
+                Workspace(tmp_path / "two", other)
