@@ -160,6 +160,15 @@ class TestPicture:
             make_compare_row("other", None, peer=True, name="peer-other", **blank),
         ]
         assert "awq, " in texts_of(draw_svg(comparison.model_copy(update={"rows": rows})))
+        texts = texts_of(draw_svg(comparison.model_copy(update={"rows": rows[1:]})))
+        assert "not measured: the recipe names no classifier" in texts
+
+    def test_ratios_far_apart_are_on_a_logarithmic_axis(
+        self, comparison: CompareRecord, make_compare_row: MakeRow
+    ) -> None:
+        rows = [make_compare_row("uniform", 2.0), make_compare_row("uniform", 4.0)]
+        texts = texts_of(draw_svg(comparison.model_copy(update={"rows": rows})))
+        assert {"2", "5", "10"} <= texts
 
     def test_ticks_of_many_decades(
         self, comparison: CompareRecord, make_compare_row: MakeRow

@@ -72,13 +72,17 @@ def draw_comparison(figure: Figure, paint: Mapping[str, str], record: CompareRec
     _draw_root(left, paint, record.rows, limits)
     _draw_lines(figure, left, paint, record.rows, lambda row: row.network_mse)
     _draw_peers(left, paint, record.rows, limits, lambda row: row.network_mse)
-    _scale(left, record.rows, lambda row: row.network_mse)
+    _make_logarithmic(left)
     left.set_title("Network error: Pareto fronts")
     left.set_ylabel("network MSE on held-out inputs")
     _draw_lines(figure, right, paint, record.rows, _ratio)
     _draw_peers(right, paint, record.rows, limits, _ratio)
     right.axhline(1.0, color=paint[MUTED], linewidth=0.9, linestyle=(0, (4, 3)))
-    _scale(right, record.rows, _ratio)
+    ratios = [ratio for row in record.rows if (ratio := _ratio(row)) is not None]
+    if not ratios:
+        _say_nothing_measured(right, paint)
+    elif max(ratios) > _LINEAR_BELOW * min(ratios):
+        _make_logarithmic(right)
     right.set_title(f"Images: mean and standard deviation over {len(record.seeds)} seeds")
     right.set_ylabel("Frechet distance / full precision's")
     for axes in (left, right):
@@ -201,14 +205,22 @@ def _draw_peers(
         )
 
 
-def _scale(axes: Axes, rows: Sequence[CompareRow], value: Value) -> None:
-    """Make an axis logarithmic where the values differ much, with ticks in plain numbers."""
-    known = [y for row in rows if (y := value(row)) is not None and y > 0]
-    extent = max(known) / min(known) if known else 1.0
-    if extent < _LINEAR_BELOW:
-        return
+def _make_logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic, with ticks in plain numbers: 1, 2, 5 or powers of ten only."""
     axes.set_yscale("log")
-    subs = (1.0, 2.0, 5.0) if extent < _DECADES_FROM else (1.0,)
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high < _DECADES_FROM * low else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _say_nothing_measured(axes: Axes, paint: Mapping[str, str]) -> None:
+    axes.set_yticks([])
+    axes.annotate(
+        "not measured: the recipe names no classifier",
+        (0.5, 0.5),
+        xycoords="axes fraction",
+        ha="center",
+        color=paint[MUTED],
+    )
