@@ -187,5 +187,6 @@ class TestWhatIsLoaded:
             assert sibling.checkpoint is workspace.checkpoint
             assert (sibling.recipe.seed, sibling.recipe_path) == (7, "r.yaml")
             assert sibling.fp_samples == tmp_path / "one" / "samples"
+            assert sibling.say is workspace.say
             with pytest.raises(OutputError, match="another treeq-export is at work"):
                 Workspace(tmp_path / "two", other)

@@ -417,6 +417,7 @@ def compare(
         open_comparison(out, recipe, str(recipe_path), overrides, options) as workspace,
         CompareProgress(_stderr) as progress,
     ):
+        workspace.say = _say
         record = run_compare(workspace, options, progress)
     if as_json:
         click.echo((out / COMPARE_FILE).read_text(), nl=False)

@@ -113,7 +113,7 @@ class Workspace:
             PlanError: Its `run.json` is malformed.
         """
         other = Workspace(run, recipe, self.recipe_path, self.overrides)
-        other.fp_samples = self.fp_samples
+        other.fp_samples, other.say = self.fp_samples, self.say
         other.__dict__.update(checkpoint=self.checkpoint, denoiser=self.denoiser)
         return other
 
