@@ -140,7 +140,8 @@ def _draw_lines(
             label=label_of(known[0][0]),
         )
         for (row, y), spread in zip(known, spreads, strict=True):
-            axes.update_datalim([(row.average_bits, y + spread), (row.average_bits, y)])
+            low = y - spread if spread < y else y
+            axes.update_datalim([(row.average_bits, y + spread), (row.average_bits, low)])
 
 
 def _std(row: CompareRow) -> float:

@@ -96,7 +96,11 @@ def make_row(cell: Cell, workspace: Workspace) -> CompareRow:
         weight_bits=plan.average_weight_bits,
         activation_bits=plan.average_activation_bits,
         branch_parameter_fraction=plan.branch_parameter_fraction,
-        seconds={name: record.seconds for name, record in workspace.stages.items()},
+        seconds={
+            name: record.seconds
+            for name, record in workspace.stages.items()
+            if name != "finetune" or cell.base is not None
+        },
         num_evaluations=count_evaluations(search),
         front=search.front if search is not None and cell.base is None else [],
         **score_fields(read_quality(workspace)),
