@@ -6,10 +6,10 @@ Paths are relative to the recipe. Defaults live here and nowhere else.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
@@ -153,8 +153,10 @@ class CalibrateSection(Section):
         num_rows: Network inputs that "quantized" carries from block to block.
         step: "gaussian" is the best step of a Gaussian; "fitted" scales it for least output error.
         bias_correction: Let the bias take the mean output error of every channel.
-        rounding: "gptq" rounds the residual weight for least output error on the kept tokens,
-            "nearest" for least weight error.
+        rounding: "nearest" rounds the residual weight for least weight error, "gptq" for least
+            output error on the kept tokens; "adaround" goes on from there and trains the codes of
+            each block, and its other tensors, for least error of the block's output.
+        reconstruct_steps: Training steps of each block for "adaround", of sampler.batch_size rows.
     """
 
     num_samples: Positive = 64
@@ -164,7 +166,14 @@ class CalibrateSection(Section):
     num_rows: Positive = 1600
     step: Literal["gaussian", "fitted"] = "gaussian"
     bias_correction: bool = True
-    rounding: Literal["nearest", "gptq"] = "gptq"
+    rounding: Literal["nearest", "gptq", "adaround"] = "gptq"
+    reconstruct_steps: Positive = 400
+
+    @model_validator(mode="after")
+    def _training_needs_quantized_inputs(self) -> Self:
+        if self.rounding == "adaround" and self.inputs != "quantized":
+            raise ValueError("rounding 'adaround' needs inputs 'quantized'")
+        return self
 
 
 class FinetuneSection(Section):
@@ -198,18 +207,18 @@ class FinetuneSection(Section):
         "activation_step",
         "bias",
     ]
-    steps: Positive = 1500
-    batch_size: Positive = 32
+    steps: Positive = 300
+    batch_size: Positive = 64
     num_trajectories: Positive = 256
     on_policy: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.5
     block_weight: Annotated[float, Field(ge=0, strict=False)] = 1.0
     branch_lr: Rate = 0.02
     scale_lr: Rate = 0.005
     bias_lr: Rate = 0.005
-    weight_lr: Rate = 0.01
+    weight_lr: Rate = 0.005
     warmup: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.05
     clip_norm: Annotated[float, Field(gt=0, strict=False)] = 1.0
-    check_every: Positive = 100
+    check_every: Positive = 50
     held_out_rows: Positive = 256
     patience: Positive = 5
 

@@ -8,6 +8,11 @@ What is trained is dimensionless, so that one learning rate serves layers of any
     branch.R, branch.L, bias        unit * p       unit: the tensor's own rms, the weight's row norm
     weight_scale, activation_step   start * exp(p)               stays positive, p starts at zero
     codes (QAT)                     clip(rint(p))                p in units of the weight's step
+
+QAT's weights start in the middle of the calibrated codes' cells. Starting where W' itself lies, as
+near as the cell allows, undoes GPTQ: where it rounded away from the nearest code, W' lies at the
+border, and the first noisy steps round it back (digits, W3A3, 200 steps: Frechet distance 1.47
+times full precision's, against 1.45 without any training).
 """
 
 from collections.abc import Mapping
@@ -23,9 +28,8 @@ from treeq_export.model.monarch import apply_factors
 from treeq_export.model.quantized import layer_tensors, linear_of, quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors
-from treeq_export.quant.branch import dense_branch
 from treeq_export.quant.numerics import SCALE_FLOOR, code_range, dequantize_weight
-from treeq_export.quant.rotation import hadamard, rotate
+from treeq_export.quant.rotation import hadamard
 
 Kind = Literal["branch", "weight_scale", "activation_step", "bias", "codes"]
 
@@ -89,7 +93,7 @@ class TrainableLinear(nn.Module):
         self.unit["bias"] = float(np.linalg.norm(weight) / np.sqrt(len(weight))) or 1.0
         self.trained = nn.ParameterDict()
         for name in self._names(kinds):
-            self.trained[name.replace(".", "_")] = nn.Parameter(self._initial(name, weight))
+            self.trained[name.replace(".", "_")] = nn.Parameter(self._initial(name))
         matrix = torch.from_numpy(hadamard(layer.rotation_group).astype(np.float32))
         self.register_buffer("_hadamard", matrix, persistent=False)
         fixed = None  # the weight, or the codes where only their scale is trained
@@ -110,28 +114,11 @@ class TrainableLinear(nn.Module):
             names += ["branch.R", "branch.L"]
         return names
 
-    def _initial(self, name: str, weight: NDArray[np.floating]) -> Tensor:
+    def _initial(self, name: str) -> Tensor:
         start = self.start[name]
         if name in self.unit:
             return start / self.unit[name]
-        return self._initial_latent(weight) if name == "codes" else torch.zeros_like(start)
-
-    def _initial_latent(self, weight: NDArray[np.floating]) -> Tensor:
-        """Return W' / s_w, (N, K), moved into the cell of the calibrated code.
-
-        So training starts at the calibrated codes, also where GPTQ rounded to another than the
-        nearest, and a weight that lies near the border of its cell is the first to change.
-        """
-        residual = weight
-        if "branch.R" in self.start:
-            residual = weight - dense_branch(
-                self.start["branch.R"].numpy(), self.start["branch.L"].numpy()
-            )
-        rotated = torch.from_numpy(rotate(residual, self.layer.rotation_group).copy())
-        scale, codes = self.start["weight_scale"], self.start["codes"].to(torch.float32)
-        latent = (rotated.reshape(*scale.shape, -1) / scale[:, :, None]).reshape(codes.shape)
-        latent = latent.clamp(*code_range(self.layer.weight.bits))
-        return torch.clamp(latent, codes - _IN_CELL, codes + _IN_CELL)
+        return start.to(torch.float32) if name == "codes" else torch.zeros_like(start)
 
     def tensor(self, name: str) -> Tensor:
         """Return the current value of a tensor, differentiable where it is trained."""
@@ -194,9 +181,6 @@ class TrainableLinear(nn.Module):
             name: tensor.to(torch.int8 if name == "codes" else torch.float32).numpy()
             for name, tensor in exported.items()
         }
-
-
-_IN_CELL = 0.499  # half a step would round to the even neighbour
 
 
 def _has_trainable_step(layer: LayerPlan) -> bool:
