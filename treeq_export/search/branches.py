@@ -1,11 +1,13 @@
 """Choosing each layer's branch among Monarch shapes of equal parameters.
 
 A shape is a grid of b_out x b_in blocks of rank r with r (N b_in + K b_out) parameters; plain low
-rank (1, 1, r) is one of them. For every grid the largest rank within the parameter budget is
-taken, the layer is quantized with it, and the shape of least output error on calibration inputs
-wins:
+rank (1, 1, r) and plain Monarch (b, b, r) are among them. For every grid the largest rank within
+the parameter budget is taken, the layer is quantized with it, and the shape of least output error
+on calibration inputs wins:
 
     error = |X W^T - (Q(X H) Q_w^T + X M^T)|^2 / |X W^T|^2
+
+Every second kept token is fitted to and decides; the others say whether the choice holds.
 
 TreeQ publishes the branch; this way of choosing its shape is ours.
 """
@@ -27,7 +29,7 @@ from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import BranchBudget, CalibrateSection
 
-_MOST_TOKENS = 1024  # whose output error is measured
+_MOST_TOKENS = 1024  # that are fitted to, and as many that are held out
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class BranchTrial:
     Attributes:
         branch: The shape.
         num_parameters: Of both factors.
-        error: Relative squared error of the layer's output.
+        error: Relative squared error of the layer's output, on the tokens it was fitted to.
+        held_out_error: The same on other tokens.
     """
 
     branch: BranchFormat
     num_parameters: int
     error: float
+    held_out_error: float
 
 
 def branch_candidates(
@@ -120,14 +124,22 @@ def try_branches(
         One trial per shape, low rank first.
     """
     kept = np.concatenate(statistics.kept)
-    tokens = kept[:: max(1, len(kept) // _MOST_TOKENS)]
-    x = rotate(tokens, layer.rotation_group)  # the rotation is its own inverse
+    kept = kept[:: max(1, len(kept) // (2 * _MOST_TOKENS))]
+    fitted, held_out = kept[::2], kept[1::2]
+    own = InputStatistics(kept=[fitted])
+    # Shapes are compared by what they do to the weight, before anything makes up for it.
+    plain = section.model_copy(update={"inputs": "full_precision", "bias_correction": False})
     trials: list[BranchTrial] = []
     for branch in branch_candidates(layer.in_features, layer.out_features, budget):
         tried = layer.model_copy(update={"branch": branch})
-        tensors = quantize_layer(tried, weight, statistics, section)
+        tensors = quantize_layer(tried, weight, own, plain)
+        errors = [
+            # The rotation is its own inverse.
+            output_error(tried, weight, tensors, rotate(tokens, layer.rotation_group))
+            for tokens in (fitted, held_out)
+        ]
         number = branch.num_parameters(layer.in_features, layer.out_features)
-        trials.append(BranchTrial(branch, number, output_error(tried, weight, tensors, x)))
+        trials.append(BranchTrial(branch, number, *errors))
     return trials
 
 

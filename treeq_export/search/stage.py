@@ -362,8 +362,11 @@ def nominal_bits(section: SearchSection) -> tuple[int, int]:
 
 def asdict_trial(trial: BranchTrial) -> dict[str, Any]:
     """Return a trial as the record holds it."""
-    shape = trial.branch.model_dump()
-    return {**shape, "num_parameters": trial.num_parameters, "error": trial.error}
+    return trial.branch.model_dump() | {
+        "num_parameters": trial.num_parameters,
+        "error": trial.error,
+        "held_out_error": trial.held_out_error,
+    }
 
 
 def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]:
