@@ -42,6 +42,7 @@ wheel: venv
 	$(WHEEL_ENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH) dist/*.whl
 	cd $(WHEEL_ENV) && bin/treeq-export doctor
 	cd $(WHEEL_ENV) && bin/treeq-export run $(CURDIR)/samples/digits/recipe.yaml --out run \
+	  --set search.strategy=uniform --set search.branch_budget=null --set finetune.mode=none \
 	  --set evaluate.num_samples=50 --set evaluate.gates.max_frechet_ratio=null --set bench.rounds=3
 
 clean:
