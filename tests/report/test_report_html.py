@@ -435,3 +435,12 @@ def test_page_of_a_qat_run_that_left_no_error(
     text = Outline(page()).text
     assert "0.008 → 0, in 75.0 s. 200 steps; the tensors" in text
     assert "frozen" not in text
+
+
+def test_page_announces_nothing_for_a_search_without_a_tree(
+    run: Path, page: Page, search: SearchRecord
+) -> None:
+    save_record(run / "search.json", search.model_copy(update={"nodes": [], "front": []}))
+    text = Outline(page()).text
+    assert "Leaves 2 - Evaluations - 300 (50 from the journal) Time - 2 min 1 s" in text
+    assert "Merges" not in text

@@ -160,3 +160,12 @@ def test_print_has_no_line_on_a_search_that_measured_nothing(
 ) -> None:
     save_record(run / "search.json", search.model_copy(update={"cost": None}))
     assert not lines_with(print_text(build()), "Search:")
+
+
+def test_print_announces_nothing_for_a_search_without_a_tree(
+    run: Path, build: Build, print_text: PrintText, search: SearchRecord
+) -> None:
+    greedy = search.model_copy(update={"strategy": "greedy", "nodes": []})
+    save_record(run / "search.json", greedy)
+    [line] = lines_with(print_text(build()), "Search: greedy, 2 leaves")
+    assert "300 evaluations in 2 min 1 s" in line

@@ -95,7 +95,7 @@ class QualitySummary(Summary):
 
 
 class SearchSummary(Summary):
-    """How the search went; announced figures are None where nothing was announced."""
+    """How the search went; what was announced is the tree's cost, None for other strategies."""
 
     strategy: str
     noise: float
@@ -258,14 +258,15 @@ def _summarize_search(record: SearchRecord | None) -> SearchSummary | None:
     if record is None:
         return None
     cost = record.cost
+    announced = cost if record.nodes else None
     return SearchSummary(
         strategy=record.strategy,
         noise=record.noise,
         budget=record.budget,
         num_leaves=cost and cost.num_leaves,
-        num_evaluations_announced=cost and cost.num_evaluations,
+        num_evaluations_announced=announced and announced.num_evaluations,
         num_evaluations=record.num_measured + record.num_from_journal,
-        estimate_s=cost and cost.estimate_s,
+        estimate_s=announced and announced.estimate_s,
         seconds=record.seconds,
         network_mse=record.network_mse,
     )

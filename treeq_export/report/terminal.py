@@ -80,11 +80,13 @@ def _print_search(report: Report, console: Console) -> None:
     """Print a line on the search and one on training, where there is something to say."""
     search, finetune = report.search, report.finetune
     if search is not None and search.num_leaves is not None:
-        announced = quantities.format_count(search.num_evaluations_announced)
+        announced = ""
+        if search.num_evaluations_announced is not None:
+            announced = f" ({quantities.format_count(search.num_evaluations_announced)} announced)"
         text = (
             f"Search: {search.strategy}, {search.num_leaves} leaves, "
-            f"{quantities.format_count(search.num_evaluations)} evaluations ({announced} "
-            f"announced) in {quantities.format_seconds(search.seconds)}, "
+            f"{quantities.format_count(search.num_evaluations)} evaluations{announced} "
+            f"in {quantities.format_seconds(search.seconds)}, "
             f"network MSE {quantities.format_number(search.network_mse, 3)}"
         )
         console.print(Text(text), soft_wrap=True)
