@@ -338,7 +338,7 @@ def fit_noisy(section: CalibrateSection, clean: np.ndarray, quantized: np.ndarra
     weight = rng.standard_normal((96, 64)).astype(np.float32)
     bias = rng.standard_normal(96).astype(np.float32)
     layer = make_layer_plan(BranchFormat(b_in=1, b_out=1, rank=4))
-    tensors = fit_layer(layer, weight, bias, LayerTokens(clean, quantized), section)
+    tensors = fit_layer(layer, weight, bias, LayerTokens(clean, quantized), section).tensors
     module = QLinear(layer, tensors, torch.from_numpy(bias))
     reached = module(torch.from_numpy(quantized)).detach().numpy()
     expected = clean @ weight.T + bias
@@ -383,7 +383,7 @@ def test_bias_correction_closes_the_mean_error():
     weight = np.random.default_rng(3).standard_normal((96, 64)).astype(np.float32)
     layer = make_layer_plan(None)
     section = CalibrateSection(bias_correction=True)
-    tensors = fit_layer(layer, weight, None, LayerTokens(clean, quantized), section)
+    tensors = fit_layer(layer, weight, None, LayerTokens(clean, quantized), section).tensors
     module = QLinear(layer, tensors, None)
     reached = module(torch.from_numpy(quantized)).detach().numpy()
     missed = (clean @ weight.T - reached).mean(axis=0)
@@ -395,8 +395,11 @@ def test_the_clean_error_is_made_up_for_without_quantized_activations():
     clean, quantized = make_tokens()
     weight = np.random.default_rng(3).standard_normal((96, 64)).astype(np.float32)
     layer = make_layer_plan(None, "none")
-    tensors = fit_layer(layer, weight, None, LayerTokens(clean, quantized), CalibrateSection())
-    assert set(tensors) == {"codes", "weight_scale", "bias"}
+    fitted = fit_layer(layer, weight, None, LayerTokens(clean, quantized), CalibrateSection())
+    assert set(fitted.tensors) == {"codes", "weight_scale", "bias"}
+    rounded = rebuild(layer, fitted.tensors)
+    # Scales of least error shrink a weight; this one has grown, as its tokens have shrunk.
+    assert np.vdot(rounded, weight) > np.vdot(weight, weight)
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "flux"])
@@ -438,3 +441,8 @@ def test_calibration_in_order_is_deterministic(compiled_dit: Any, tmp_path: Path
     first = calibrate(compiled_dit, tmp_path / "a", calibrate=section)
     assert calibrate(compiled_dit, tmp_path / "b", calibrate=section) == first
     assert calibrate(compiled_dit, tmp_path / "c", calibrate=section, seed=1) != first
+
+
+def test_trained_rounding_needs_quantized_inputs():
+    with pytest.raises(ValueError, match="rounding 'adaround' needs inputs 'quantized'"):
+        CalibrateSection(rounding="adaround", inputs="full_precision")

@@ -3,7 +3,8 @@
 Trajectories are sampled from the full-precision model; each planned layer's rotated input is
 summarised along them (model/statistics.py). Then each layer is fitted (model/fit.py): to these
 clean inputs, or in execution order to what the quantized layers before it leave of them
-(model/sequential.py).
+(model/sequential.py), where the rounding of a block may be trained as well
+(model/reconstruct.py).
 
 The statistics go to `calibration.json`: a kurtosis near 3 says that the rotated tokens are close
 to the Gaussian for which the token_rms step is optimal.
@@ -16,6 +17,7 @@ from pathlib import Path
 from treeq_export.artefacts import write_json
 from treeq_export.model.fit import fit_layer, quantize_layer
 from treeq_export.model.quantized import linear_of
+from treeq_export.model.reconstruct import reconstruct_block
 from treeq_export.model.sequential import SequentialWalk, arrays_of
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.trajectories import Rows, join_calls
@@ -101,8 +103,14 @@ def _fit_in_order(
         max_tokens=section.max_tokens,
         seed=recipe.seed,
     )
+    reconstruct = None
+    if section.rounding == "adaround":
+        reconstruct = partial(
+            reconstruct_block, num_steps=section.reconstruct_steps, seed=recipe.seed
+        )
     tensors = walk.run(
         partial(fit_layer, section=section),
         lambda part: on_step(_QUANTIZED_SHARE + (1 - _QUANTIZED_SHARE) * part),
+        reconstruct,
     )
     return tensors, statistics

@@ -33,8 +33,9 @@ from treeq_export.recipe import CalibrateSection
 
 FloatArray = NDArray[np.floating]
 
-# Multiples of the Gaussian step that "fitted" tries.
-_STEP_FACTORS = np.linspace(0.7, 1.3, 13)
+# Multiples of the step that "fitted" tries, and the tokens that it tries them on, at most.
+_STEP_FACTORS = np.linspace(0.7, 1.2, 11)
+_STEP_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class LayerTokens:
 
     clean: FloatArray
     quantized: FloatArray
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """A fitted layer.
+
+    Attributes:
+        tensors: By short name: codes, weight_scale, and activation_step, branch.R, branch.L where
+            the plan has them; bias where the section asks for its correction.
+        real_codes: (N, K) float32, the residual weight in units of its scale, before rounding.
+    """
+
+    tensors: Tensors
+    real_codes: FloatArray
 
 
 def quantize_layer(
@@ -69,12 +84,12 @@ def quantize_layer(
         bias: (N,) or None.
 
     Returns:
-        As `fit_layer`.
+        The tensors of `fit_layer`.
     """
     kept = np.concatenate(statistics.kept) if statistics.kept else np.empty((0, layer.in_features))
     # The rotation is its own inverse.
     tokens = rotate(kept.astype(np.float32), layer.rotation_group)
-    return fit_layer(layer, weight, bias, LayerTokens(tokens, tokens), section)
+    return fit_layer(layer, weight, bias, LayerTokens(tokens, tokens), section).tensors
 
 
 def fit_layer(
@@ -83,8 +98,8 @@ def fit_layer(
     bias: FloatArray | None,
     tokens: LayerTokens,
     section: CalibrateSection,
-) -> Tensors:
-    """Return one layer's tensors by short name.
+) -> LayerFit:
+    """Fit a layer to tokens of its input.
 
     Args:
         layer: Its entry in the plan.
@@ -94,8 +109,7 @@ def fit_layer(
         section: The recipe's calibrate section.
 
     Returns:
-        codes, weight_scale, and activation_step, branch.R, branch.L where the plan has them; bias
-        where the section asks for its correction.
+        Its tensors; rounding "adaround" gets the codes of "gptq", where its training starts.
     """
     tensors: Tensors = {}
     residual = weight
@@ -105,20 +119,20 @@ def fit_layer(
         tensors |= {"branch.R": r_factor, "branch.L": l_factor}
     residual = rotate(residual, layer.rotation_group)
     rotated = rotate(tokens.quantized, layer.rotation_group)
+    target = _missing_beside_branch(weight, tokens, tensors)
     met = rotated
     if layer.activation.bits is not None:
-        step = _find_step(layer.activation, rotated, residual, section)
+        step = _find_step(layer.activation, rotated, residual, target, section)
         met = _fake_quantize(rotated, layer.activation, step)
         tensors["activation_step"] = np.array([step], dtype=np.float32)
-    target = _missing_beside_branch(weight, tokens, tensors)
-    tensors |= _fit_codes(
-        layer, residual, met if section.inputs == "quantized" else rotated, target, section
-    )
+    seen = met if section.inputs == "quantized" else rotated
+    fitted = _fit_codes(layer, residual, seen, target, section)
+    tensors |= fitted.tensors
     if section.bias_correction:
         reached = met @ dequantize_weight(tensors["codes"], tensors["weight_scale"]).T
         missed = _mean(target - reached)
         tensors["bias"] = (missed if bias is None else bias + missed).astype(np.float32)
-    return tensors
+    return LayerFit(tensors, fitted.real_codes)
 
 
 def _missing_beside_branch(weight: FloatArray, tokens: LayerTokens, tensors: Tensors) -> FloatArray:
@@ -135,40 +149,52 @@ def _fit_codes(
     met: FloatArray,
     target: FloatArray,
     section: CalibrateSection,
-) -> Tensors:
+) -> LayerFit:
     """Return codes and weight_scale of the rotated residual weight (N, K)."""
     if section.bias_correction:
         met, target = met - _mean(met), target - _mean(target)
-    compensate = section.inputs == "quantized"
-    moment = second_moment(met) if compensate or section.rounding == "gptq" else None
-    if compensate and moment is not None:
+    by_output = section.rounding != "nearest"
+    moment = second_moment(met) if section.inputs == "quantized" or by_output else np.empty((0, 0))
+    if section.inputs == "quantized":
         residual = refit_weight(residual, met, target, moment)
     bits = layer.weight.bits
     scale = fit_weight_scale(residual, bits, layer.weight.group_size, section.num_clip_steps)
-    if section.rounding == "gptq" and moment is not None:
+    if by_output:
         codes = quantize_weight_gptq(residual, scale, bits, moment)
     else:
         codes = quantize_weight(residual, scale, bits)
-    return {"weight_scale": scale, "codes": codes}
+    real_codes = residual / np.repeat(scale, layer.in_features // scale.shape[1], axis=1)
+    return LayerFit({"weight_scale": scale, "codes": codes}, real_codes)
 
 
 def _find_step(
     activation: ActivationFormat,
     rotated: FloatArray,
     residual: FloatArray,
+    target: FloatArray,
     section: CalibrateSection,
 ) -> float:
-    """Return the activation step of a layer whose activations are quantized."""
+    """Return the activation step of a layer whose activations are quantized.
+
+    "fitted" takes the output error before the weight is rounded; with inputs "quantized", behind
+    the refit of the weight, which makes up for much of what a smaller step clips.
+    """
     assert activation.bits is not None
     step = activation_step(activation)
     if step is None:
         step = fit_tensor_scale(rotated, activation.bits, section.num_clip_steps)
     if section.step == "gaussian" or len(rotated) == 0:
         return step
+    stride = -(-len(rotated) // _STEP_TOKENS)
+    rotated, target = rotated[::stride], target[::stride]
 
     def output_error(candidate: float) -> float:
-        noise = _fake_quantize(rotated, activation, candidate) - rotated
-        return float(np.square(noise @ residual.T).sum(dtype=np.float64))
+        met = _fake_quantize(rotated, activation, candidate)
+        if section.inputs == "full_precision":
+            return float(np.square((met - rotated) @ residual.T).sum(dtype=np.float64))
+        met, wanted = met - _mean(met), target - _mean(target)
+        refitted = refit_weight(residual, met, wanted, second_moment(met))
+        return float(np.square(wanted - met @ refitted.T).sum(dtype=np.float64))
 
     return min((float(step * factor) for factor in _STEP_FACTORS), key=output_error)
 

@@ -74,13 +74,18 @@ def replace_linear(
         PlanError: The model has no such linear.
     """
     replacement = QLinear(layer, tensors, linear_of(denoiser, layer).bias)
-    parent_name, _, child = layer.name.rpartition(".")
+    put_module(denoiser, layer.name, replacement)
+    return replacement
+
+
+def put_module(denoiser: Denoiser, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name."""
+    parent_name, _, child = name.rpartition(".")
     parent = denoiser.model.get_submodule(parent_name)
     if isinstance(parent, nn.ModuleList | nn.Sequential):
-        parent[int(child)] = replacement
+        parent[int(child)] = module
     else:
-        setattr(parent, child, replacement)
-    return replacement
+        setattr(parent, child, module)
 
 
 def quantized_layers(denoiser: Denoiser) -> dict[str, QLinear]:

@@ -8,22 +8,28 @@ kept, so time is linear in the number of blocks, and memory does not depend on i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeq_export.model.fit import FloatArray, LayerTokens
+from treeq_export.model.fit import FloatArray, LayerFit, LayerTokens
 from treeq_export.model.quantized import linear_of, quantize_model, replace_linear
+from treeq_export.model.reconstruct import BlockCall
 from treeq_export.model.replay import BlockReplay, Output
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors
 
-# Entry in the plan, weight (N, K), bias (N,) or None, tokens -> the layer's tensors by short name.
-FitLayer = Callable[[LayerPlan, FloatArray, FloatArray | None, LayerTokens], Tensors]
+# Entry in the plan, weight (N, K), bias (N,) or None, tokens -> the fitted layer.
+FitLayer = Callable[[LayerPlan, FloatArray, FloatArray | None, LayerTokens], LayerFit]
+# Working copy, name of a block, real codes of its layers, its calls -> new tensors by layer.
+Reconstruct = Callable[
+    [Denoiser, str, Mapping[str, FloatArray], Sequence[BlockCall]], dict[str, Tensors]
+]
 Leaf = list[LayerPlan]
 
 
@@ -125,6 +131,9 @@ class SequentialWalk:
         positions = [leaves[0][0].tree.position for leaves in self.leaves]
         blocks = [name[: -len(end) - 1] for name, end in zip(names, positions, strict=True)]
         num_rows = len(next(iter(rows.values())))
+        # Rows come in the order of sampling; a batch is to hold all kinds of timesteps.
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(num_rows))
+        rows = {name: tensor[order] for name, tensor in rows.items()}
         batches = [
             {name: tensor[start : start + batch_size] for name, tensor in rows.items()}
             for start in range(0, num_rows, batch_size)
@@ -134,30 +143,69 @@ class SequentialWalk:
         self.working = _Activations(quantize_model(denoiser, nothing, {}), blocks, batches)
         self.choose = TokenChoice(max_tokens, len(batches), seed)
 
-    def run(self, fit: FitLayer, on_step: Callable[[float], None]) -> Tensors:
+    def run(
+        self,
+        fit: FitLayer,
+        on_step: Callable[[float], None],
+        reconstruct: Reconstruct | None = None,
+    ) -> Tensors:
         """Fit every layer and return `<layer>.<tensor>` to array.
 
         Args:
             fit: Fits one layer.
             on_step: Called with the fraction done, 0..1.
+            reconstruct: Improves the layers of a block together, once all have been fitted.
         """
         tensors: Tensors = {}
-        done = 0
-        total = sum(len(leaves) for leaves in self.leaves)
         with self.clean.replay, self.working.replay:
-            for block, leaves in enumerate(self.leaves):
-                clean = self._run_clean(block, leaves)
-                for leaf in leaves:
-                    tokens = LayerTokens(clean.pop(leaf[0].tree.leaf), self._run_to(block, leaf))
-                    for layer in leaf:
-                        linear = linear_of(self.clean.denoiser, layer)
-                        short = fit(layer, *arrays_of(linear), tokens)
-                        replace_linear(self.working.denoiser, layer, short)
-                        tensors |= {f"{layer.name}.{name}": value for name, value in short.items()}
-                    done += 1
-                    on_step(done / total)
+            for block in range(len(self.leaves)):
+                fits = self._fit_block(block, fit, lambda part: on_step(part / len(self.leaves)))
+                short = {name: fitted.tensors for name, fitted in fits.items()}
+                if reconstruct is not None:
+                    real_codes = {name: fitted.real_codes for name, fitted in fits.items()}
+                    name = self.working.replay.blocks[block]
+                    calls = self._record_calls(block, name)
+                    short |= reconstruct(self.working.denoiser, name, real_codes, calls)
                 self.working.finish(block)
+                tensors |= {
+                    f"{layer}.{name}": value
+                    for layer, values in short.items()
+                    for name, value in values.items()
+                }
+                on_step((block + 1) / len(self.leaves))
         return tensors
+
+    def _fit_block(
+        self, block: int, fit: FitLayer, on_step: Callable[[float], None]
+    ) -> dict[str, LayerFit]:
+        """Fit the layers of one block; `on_step` gets the number of blocks done."""
+        leaves = self.leaves[block]
+        fits: dict[str, LayerFit] = {}
+        clean = self._run_clean(block, leaves)
+        for done, leaf in enumerate(leaves, start=1):
+            tokens = LayerTokens(clean.pop(leaf[0].tree.leaf), self._run_to(block, leaf))
+            for layer in leaf:
+                linear = linear_of(self.clean.denoiser, layer)
+                fits[layer.name] = fit(layer, *arrays_of(linear), tokens)
+                replace_linear(self.working.denoiser, layer, fits[layer.name].tensors)
+            on_step(block + 0.5 * done / len(leaves))
+        return fits
+
+    def _record_calls(self, block: int, name: str) -> list[BlockCall]:
+        """Return the calls of one block of the working copy, with full precision's outputs."""
+        calls: list[BlockCall] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(BlockCall(args, dict(kwargs), self.clean.outputs[len(calls)]))
+
+        module = self.working.denoiser.model.get_submodule(name)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for batch in range(len(self.working.batches)):
+                self.working.run(block, batch)
+        finally:
+            handle.remove()
+        return calls
 
     def _run_clean(self, block: int, leaves: Sequence[Leaf]) -> dict[int, NDArray[np.float32]]:
         """Run one block in full precision; return the kept tokens of its leaves by number."""
