@@ -18,9 +18,9 @@ from treeq_export import __version__, cli, pipeline
 from treeq_export.bench import stage as bench_stage
 from treeq_export.cli import main
 from treeq_export.errors import CompileError, GateError, TreeqError
-from treeq_export.pipeline import STAGE_NAMES
 from treeq_export.plan import json_schema, load_plan, plan_to_json
 from treeq_export.records import BenchMemory
+from treeq_export.stages import STAGE_NAMES
 
 UNREACHABLE = "validate.gates.min_end_to_end_sqnr_db=1000"
 

@@ -12,17 +12,7 @@ import pytest
 
 from treeq_export import pipeline
 from treeq_export.errors import GateError, PlanError, RecipeError, TreeqError
-from treeq_export.pipeline import (
-    STAGE_NAMES,
-    check_gates,
-    check_recipe,
-    gate_results,
-    reproduce_commands,
-    require_stages,
-    run_all,
-    run_stage,
-    stage_named,
-)
+from treeq_export.pipeline import check_recipe, require_stages, run_all, run_stage, stage_named
 from treeq_export.plan import (
     LayerPlan,
     ModelRecord,
@@ -34,8 +24,9 @@ from treeq_export.plan import (
 )
 from treeq_export.quant.spec import ActivationFormat, WeightFormat
 from treeq_export.recipe import load_recipe
-from treeq_export.records import GateResult
+from treeq_export.records import GateResult, check_gates, gate_results
 from treeq_export.report import Report
+from treeq_export.stages import STAGE_NAMES, reproduce_commands
 from treeq_export.workspace import Workspace
 
 ALL = set(STAGE_NAMES)

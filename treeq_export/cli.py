@@ -159,7 +159,8 @@ def run_command(
     from treeq_export.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
-    from treeq_export.pipeline import check_gates, gate_results, run_all
+    from treeq_export.pipeline import run_all
+    from treeq_export.records import check_gates, gate_results
     from treeq_export.workspace import Workspace
 
     with Workspace(out, recipe, str(recipe_path), overrides) as workspace:
@@ -334,7 +335,7 @@ def report(run: Path, as_json: bool) -> None:
 
 
 def _check_gates_of(run: Path, file: str) -> None:
-    from treeq_export.pipeline import check_gates, gate_results
+    from treeq_export.records import check_gates, gate_results
 
     check_gates(gate_results(run, (file,)))
 

@@ -13,217 +13,18 @@ calibrated and compiled again, but not searched again.
 
 import hashlib
 import json
-import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.baseline import open_baseline
-from treeq_export.bench.stage import run_bench
-from treeq_export.calibrate import run_calibrate
-from treeq_export.compile.stage import run_compile
-from treeq_export.errors import GateError, PlanError, RecipeError
-from treeq_export.evaluate.stage import run_evaluate
-from treeq_export.finetune.stage import run_finetune
-from treeq_export.model.quantized import quantize_model
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
+from treeq_export.errors import PlanError, RecipeError
+from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import Recipe, strategy_options
-from treeq_export.records import GateResult, ParityRecord, QualityRecord, load_record
-from treeq_export.report import Report, write_report
-from treeq_export.runners.compiled import model_path
-from treeq_export.runners.ort_runner import OrtRunner
-from treeq_export.runners.torch_runner import TorchRunner
-from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
-from treeq_export.search.stage import run_search
-from treeq_export.validate import run_validate
+from treeq_export.report import Report
+from treeq_export.stages import STAGE_NAMES, STAGES, OnStage, OnStep, Stage
 from treeq_export.workspace import StageRecord, Workspace
-
-OnStep = Callable[[float], None]
-_BASELINE_SHARE = 0.1  # of evaluate's work, where the recipe asks for a baseline
-# Opens a progress bar for a stage (name, whether it is skipped) and returns its callback.
-OnStage = Callable[[str, bool], OnStep]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the pipeline.
-
-    Attributes:
-        name: Also the command's name.
-        sections: Recipe sections that its result depends on.
-        after: Stages whose results it reads.
-        outputs: Files that it has written, relative to the run folder.
-        execute: Does the work.
-    """
-
-    name: str
-    sections: tuple[str, ...]
-    after: tuple[str, ...]
-    outputs: Callable[[Workspace], list[str]]
-    execute: Callable[[Workspace, OnStep], object]
-
-
-def _search(workspace: Workspace, on_step: OnStep) -> None:
-    workspace.forget_plan()
-    run_search(
-        workspace.run,
-        workspace.denoiser,
-        workspace.checkpoint,
-        workspace.recipe,
-        on_step,
-        workspace.say,
-    )
-
-
-def _calibrate(workspace: Workspace, on_step: OnStep) -> None:
-    plan = workspace.plan
-    workspace.forget_plan()
-    run_calibrate(workspace.run, workspace.denoiser, plan, workspace.recipe, on_step)
-
-
-def _finetune(workspace: Workspace, on_step: OnStep) -> object:
-    plan = workspace.plan
-    calibrated = load_tensors(workspace.run, plan, finetuned=False)
-    record = run_finetune(
-        workspace.run, workspace.denoiser, plan, calibrated, workspace.recipe, on_step
-    )
-    workspace.forget_plan()
-    return record
-
-
-def _finetuned_files(workspace: Workspace) -> list[str]:
-    return [name for name in (FINETUNE_FILE, FINETUNED_FILE) if (workspace.run / name).is_file()]
-
-
-def _compile(workspace: Workspace, on_step: OnStep) -> None:
-    run_compile(
-        workspace.run,
-        workspace.denoiser,
-        workspace.plan,
-        workspace.tensors,
-        workspace.recipe.compile,
-        on_step,
-    )
-
-
-def _validate(workspace: Workspace, on_step: OnStep) -> None:
-    run_validate(
-        workspace.run,
-        workspace.denoiser,
-        workspace.plan,
-        workspace.tensors,
-        list(workspace.recipe.compile.targets),
-        workspace.recipe.validate_,
-        workspace.recipe.seed,
-        on_step,
-    )
-
-
-def _bench(workspace: Workspace, on_step: OnStep) -> None:
-    recipe = workspace.recipe
-    run_bench(
-        workspace.run,
-        workspace.denoiser,
-        recipe.bench,
-        targets=["torch_fp32", "ort_fp32", "ort_int8", *recipe.compile.targets],
-        seed=recipe.seed,
-        on_step=on_step,
-        model=recipe.model,
-    )
-
-
-def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
-    recipe = workspace.recipe
-    name = recipe.evaluate.runner
-    with ExitStack() as stack:
-        baseline, before = None, 0.0
-        if recipe.evaluate.baseline is not None:
-            before = _BASELINE_SHARE
-            made = open_baseline(workspace, lambda done: on_step(_BASELINE_SHARE * done))
-            baseline = stack.enter_context(made)
-        if name == "torch":
-            quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
-            runner = stack.enter_context(TorchRunner(quantized))
-        else:
-            runner = stack.enter_context(OrtRunner(model_path(workspace.run, name)))
-        run_evaluate(
-            workspace.run,
-            workspace.denoiser,
-            runner,
-            recipe,
-            on_step=lambda done: on_step(before + (1 - before) * done),
-            baseline=baseline,
-            fp_samples=workspace.fp_samples,
-        )
-
-
-def _report(workspace: Workspace, on_step: OnStep) -> Report:
-    seconds = {name: record.seconds for name, record in workspace.stages.items()}
-    report = write_report(
-        workspace.run,
-        stages={stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
-        recipe=workspace.recipe,
-        commands=reproduce_commands(workspace),
-    )
-    on_step(1.0)
-    return report
-
-
-def _compiled_files(workspace: Workspace) -> list[str]:
-    run = workspace.run
-    targets = ("fp32", *workspace.recipe.compile.targets)
-    files = [
-        file for target in targets for file in sorted(model_path(run, target).parent.glob("*"))
-    ]
-    return ["compile.json", *(str(file.relative_to(run)) for file in files)]
-
-
-STAGES = (
-    Stage(
-        "search",
-        ("name", "model", "search", "sampler", "calibrate", "seed"),
-        (),
-        lambda _: [PLAN_FILE, SEARCH_FILE],
-        _search,
-    ),
-    Stage(
-        "calibrate",
-        ("model", "sampler", "calibrate", "seed"),
-        ("search",),
-        lambda _: [PLAN_FILE, "plan.safetensors", "calibration.json"],
-        _calibrate,
-    ),
-    Stage(
-        "finetune",
-        ("model", "sampler", "finetune", "seed"),
-        ("calibrate",),
-        _finetuned_files,
-        _finetune,
-    ),
-    Stage("compile", ("model", "compile"), ("finetune",), _compiled_files, _compile),
-    Stage("validate", ("validate", "seed"), ("compile",), lambda _: ["parity.json"], _validate),
-    Stage("bench", ("bench", "seed"), ("compile",), lambda _: ["bench.json"], _bench),
-    Stage(
-        "evaluate",
-        ("sampler", "evaluate", "seed"),
-        ("compile",),
-        lambda _: ["quality.json"],
-        _evaluate,
-    ),
-    Stage(
-        "report",
-        (),
-        ("validate", "bench", "evaluate"),
-        lambda _: ["report.json", "report.html"],
-        _report,
-    ),
-)
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
 def stage_named(name: str) -> Stage:
@@ -241,13 +42,15 @@ def stages_before(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     return stage.after
 
 
-def reproduce_commands(workspace: Workspace) -> list[str]:
-    """Return the command lines that repeat a run."""
-    recipe = workspace.recipe_path or "RECIPE"
-    words = ["treeq-export", "run", recipe, "--out", workspace.run.absolute().name]
-    for override in workspace.overrides:
-        words += ["--set", override]
-    return [f"pip install treeq-export=={__version__}", shlex.join(words)]
+def sections_of(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """Return the recipe sections that a stage's result depends on.
+
+    A search that measures does so on trajectories, with weights quantized as calibrate does.
+    """
+    uniform = recipe.search.strategy == "uniform" and recipe.search.branch_budget is None
+    if stage.name == "search" and not uniform:
+        return (*stage.sections, "sampler", "calibrate", "seed")
+    return stage.sections
 
 
 def fingerprint(workspace: Workspace, stage: Stage) -> str:
@@ -260,7 +63,7 @@ def fingerprint(workspace: Workspace, stage: Stage) -> str:
     depends = {
         "version": __version__,
         "stage": stage.name,
-        "sections": {name: recipe[name] for name in stage.sections},
+        "sections": {name: recipe[name] for name in sections_of(workspace.recipe, stage)},
         "after": [fingerprint(workspace, stage_named(name)) for name in before],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -395,35 +198,6 @@ def run_all(workspace: Workspace, start: str | None, on_stage: OnStage) -> Repor
             report = run_stage(workspace, stage, on_step)
     assert isinstance(report, Report)
     return report
-
-
-def gate_results(
-    run: Path, files: Sequence[str] = ("parity.json", "quality.json")
-) -> list[GateResult]:
-    """Return the gates of the records that are there."""
-    gates: list[GateResult] = []
-    if "parity.json" in files and (run / "parity.json").is_file():
-        parity = load_record(run / "parity.json", ParityRecord, "validate")
-        gates += [gate for target in parity.targets for gate in target.gates]
-    if "quality.json" in files and (run / "quality.json").is_file():
-        gates += load_record(run / "quality.json", QualityRecord, "evaluate").gates
-    return gates
-
-
-def check_gates(gates: list[GateResult]) -> None:
-    """Check that all gates are met.
-
-    Raises:
-        GateError: Names the gates that are not, with what was measured.
-    """
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        listed = "; ".join(
-            f"{gate.name}: measured {gate.measured:.4g}, "
-            f"required {'at least' if gate.at_least else 'at most'} {gate.limit:.4g}"
-            for gate in failed
-        )
-        raise GateError(f"{len(failed)} of {len(gates)} gates are not met: {listed}.")
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -1,0 +1,45 @@
+"""The recipe: what a user writes to describe a run. One YAML file, one pydantic model.
+
+Paths are relative to the recipe.
+"""
+
+from treeq_export.recipe.load import load_recipe, override_recipe
+from treeq_export.recipe.sections import (
+    BenchSection,
+    BranchBudget,
+    BudgetSection,
+    CalibrateSection,
+    CompileSection,
+    EvaluateSection,
+    FinetuneSection,
+    ModelSection,
+    ParityGates,
+    QualityGates,
+    Recipe,
+    SamplerSection,
+    SearchSection,
+    Section,
+    ValidateSection,
+    strategy_options,
+)
+
+__all__ = [
+    "BenchSection",
+    "BranchBudget",
+    "BudgetSection",
+    "CalibrateSection",
+    "CompileSection",
+    "EvaluateSection",
+    "FinetuneSection",
+    "ModelSection",
+    "ParityGates",
+    "QualityGates",
+    "Recipe",
+    "SamplerSection",
+    "SearchSection",
+    "Section",
+    "ValidateSection",
+    "load_recipe",
+    "override_recipe",
+    "strategy_options",
+]

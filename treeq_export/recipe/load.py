@@ -1,0 +1,136 @@
+"""Reading a recipe: YAML, overrides, and one line for what is wrong."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from treeq_export.errors import RecipeError
+from treeq_export.recipe.sections import Recipe
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and make its paths absolute.
+
+    Args:
+        path: The YAML file.
+        overrides: "section.key=value" assignments, the values YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: Unreadable, not YAML, an unknown key, or a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {_yaml_problem(error)}. Correct that.") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path}: received {type(raw).__name__}, expected sections. "
+            "Write at least name: and model:, with its checkpoint:."
+        )
+    return _with_absolute_paths(_validate(raw, overrides, str(path)), path.absolute().parent)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with some values replaced.
+
+    Args:
+        recipe: A checked recipe with absolute paths.
+        overrides: "section.key=value" assignments, the values YAML; paths relative to the current
+            folder.
+
+    Raises:
+        RecipeError: An unknown key, or a value out of range.
+    """
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    return _with_absolute_paths(_validate(raw, overrides, "--set"), Path.cwd())
+
+
+def _validate(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_problem(error)}") from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override}: expected section.key=value.")
+    *parents, last = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent} is no section.")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {override}: not YAML: {_yaml_problem(error)}. Correct or quote the value."
+        ) from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Say in one line where a text stops to be YAML."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Say the first problem in one line, with the nearest known key for a misspelt one."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{where}: unknown key. {hint}"
+    if first["type"] == "missing":
+        return f"{where}: missing. Add it."
+    return f"{where}: received {first['input']!r:.60}. {first['msg']}."
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at `location`."""
+    section: Any = Recipe
+    for part in location:
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                kinds = getattr(field.annotation, "__args__", (field.annotation,))
+                section = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((folder / path).resolve())
+
+    model = recipe.model.model_copy(
+        update={
+            "checkpoint": absolute(recipe.model.checkpoint),
+            "conditioning": absolute(recipe.model.conditioning),
+        }
+    )
+    evaluate = recipe.evaluate.model_copy(
+        update={
+            "classifier": absolute(recipe.evaluate.classifier),
+            "reference": absolute(recipe.evaluate.reference),
+        }
+    )
+    return recipe.model_copy(update={"model": model, "evaluate": evaluate})

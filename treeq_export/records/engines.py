@@ -1,0 +1,132 @@
+"""Records of compiled graphs: compile.json, parity.json and bench.json."""
+
+from typing import Any
+
+from treeq_export.records.base import GateResult, Record
+
+
+class AuditLayer(Record):
+    """What a quantized layer became in the runtime's optimized graph.
+
+    Attributes:
+        name: The layer.
+        op_type: Node that does its matrix product, such as "MatMulIntegerToFloat".
+        integer: Whether that is integer arithmetic.
+        weight_only: True where the plan keeps the activation in floating point.
+    """
+
+    name: str
+    op_type: str
+    integer: bool
+    weight_only: bool = False
+
+
+class CompiledTarget(Record):
+    """One compiled graph.
+
+    Attributes:
+        target: "portable", "ort", ... or "fp32" for the unquantized graph of the same exporter.
+        path: Model file, relative to the run folder.
+        size_bytes: Model and external data together.
+        sha256: Digest of the model file.
+        audit: One entry per quantized layer, in execution order.
+    """
+
+    target: str
+    path: str
+    size_bytes: int
+    sha256: str
+    audit: list[AuditLayer]
+
+
+class CompileRecord(Record):
+    """Result of compile; the last entry of `targets` may be "fp32"."""
+
+    targets: list[CompiledTarget]
+
+
+class LayerParity(Record):
+    """Parity of one layer between the torch reference and a target.
+
+    Attributes:
+        name: The layer.
+        sqnr_db: Own error: the target's layer on the reference's input.
+        max_abs_error: Of the same.
+        equal_code_fraction: Equal activation codes on the reference's input; None if not quantized.
+        accumulators_equal: int32 sums equal, given equal codes; None if not quantized.
+        propagated_sqnr_db: The layer's output inside the whole network.
+        quantization_sqnr_db: Output of the quantized layer against the full-precision layer.
+    """
+
+    name: str
+    sqnr_db: float
+    max_abs_error: float
+    equal_code_fraction: float | None
+    accumulators_equal: bool | None
+    propagated_sqnr_db: float
+    quantization_sqnr_db: float
+
+
+class TargetParity(Record):
+    """Parity of one target; `sqnr_db` and `max_abs_error` are end to end."""
+
+    target: str
+    passed: bool
+    sqnr_db: float
+    max_abs_error: float
+    layers: list[LayerParity]
+    gates: list[GateResult]
+
+
+class ParityRecord(Record):
+    """Result of validate."""
+
+    batch_size: int
+    seed: int
+    targets: list[TargetParity]
+
+
+class BenchRow(Record):
+    """All raw times of one target at one batch size.
+
+    Attributes:
+        target: "torch_fp32", "ort_fp32", "ort_int8" (onnxruntime.quantization) or our target.
+        batch: Images per call.
+        median_ms: Median of all_times_ms.
+        all_times_ms: Wall time of each round, in order.
+    """
+
+    target: str
+    batch: int
+    median_ms: float
+    all_times_ms: list[float]
+
+
+class BenchMemory(Record):
+    """Memory of one target in a process of its own: resident after load, and peak, in bytes."""
+
+    target: str
+    after_load_bytes: int
+    peak_bytes: int
+    load_s: float
+    file_bytes: int
+
+
+class Speedup(Record):
+    """Median of baseline / target over the rounds, with a 95 % bootstrap interval."""
+
+    target: str
+    baseline: str
+    batch: int
+    ratio: float
+    low: float
+    high: float
+
+
+class BenchRecord(Record):
+    """Result of bench."""
+
+    rows: list[BenchRow]
+    memory: list[BenchMemory]
+    speedups: list[Speedup]
+    environment: dict[str, Any]
