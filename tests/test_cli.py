@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from treeq_export import __version__, cli, pipeline
+from treeq_export import __version__, pipeline
 from treeq_export.bench import stage as bench_stage
-from treeq_export.cli import main
+from treeq_export.cli import console, main, stages
 from treeq_export.errors import CompileError, GateError, TreeqError
 from treeq_export.plan import json_schema, load_plan, plan_to_json
 from treeq_export.records import BenchMemory
@@ -59,7 +59,7 @@ class TestUsage:
 
     def test_every_stage_is_a_command(self) -> None:
         assert set(main.commands) == {"run", "compare", "inspect", "doctor", *STAGE_NAMES}
-        assert cli.STAGE_NAMES == STAGE_NAMES
+        assert stages.STAGE_NAMES == STAGE_NAMES
 
     def test_every_option_is_explained(self) -> None:
         silent = [
@@ -83,7 +83,8 @@ class TestUsage:
             ["run", "r.yaml", "--out", "o", "--from", "serve"],
             ["run", "r.yaml", "--out", "o", "--fast"],
             ["search"],
-            ["search", "--run", "o", "--set", "seed=1"],
+            ["search", "--run", "o", "--noise", "1.5"],
+            ["search", "--run", "o", "--executor", "slurm"],
             ["bench", "o"],
             ["inspect"],
             ["inspect", "--schema", "--run", "o"],
@@ -387,7 +388,7 @@ class TestProgress:
     def terminal(self, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         """What a terminal would receive on stderr."""
         text = io.StringIO()
-        monkeypatch.setattr(cli, "_stderr", Console(file=text, force_terminal=True, width=120))
+        monkeypatch.setattr(console, "stderr", Console(file=text, force_terminal=True, width=120))
         return text
 
     def test_a_bar_per_stage_with_an_estimate(
@@ -406,9 +407,9 @@ class TestProgress:
         self, run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         settings: dict[str, Any] = {}
-        monkeypatch.setattr(cli.logging, "basicConfig", lambda **given: settings.update(given))
+        monkeypatch.setattr(console.logging, "basicConfig", lambda **given: settings.update(given))
         result = call("--verbose", "inspect", "--run", run, "--json")
         assert result.exit_code == 0
-        assert settings["level"] == cli.logging.INFO
-        assert settings["handlers"][0].console is cli._stderr
+        assert settings["level"] == console.logging.INFO
+        assert settings["handlers"][0].console is console.stderr
         json.loads(result.stdout)

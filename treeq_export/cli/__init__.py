@@ -1,0 +1,9 @@
+"""The command line. Results go to stdout, progress and logs to stderr.
+
+Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not met.
+"""
+
+from treeq_export.cli import compare, inspect, search, stages  # each adds its commands
+from treeq_export.cli.console import main
+
+__all__ = ["compare", "inspect", "main", "search", "stages"]

@@ -1,0 +1,130 @@
+"""What all commands share: consoles, progress bars, errors as one line, the group itself."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from treeq_export import __version__
+from treeq_export.errors import TreeqError
+
+stderr = Console(stderr=True)
+_PIPE_WIDTH = 140  # columns of a table where stdout is no terminal
+
+
+def make_stdout() -> Console:
+    """Return a console for results, made late because stdout may have been redirected."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=_PIPE_WIDTH)
+
+
+class Commands(click.Group):
+    """Turns every error a user can meet into one line on stderr and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except TreeqError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("interrupted. Run the same command again to go on from the last stage.", 1)
+        except BrokenPipeError:
+            raise  # the reader of stdout has enough: click ends quietly
+        except OSError as error:
+            _fail(f"{error}. Repair that, then run the same command again.", 1)
+        except MemoryError:
+            _fail("out of memory. Lower the recipe's batch_size, or use a larger machine.", 1)
+        except ModuleNotFoundError as error:
+            _fail(f"{error}. `treeq-export doctor` says how to install it.", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    line = " ".join(message.split())
+    click.echo(f"treeq-export: {line}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="treeq-export")
+@click.option("--verbose", is_flag=True, help="Log what is done, to stderr.")
+def main(verbose: bool) -> None:
+    """From a Diffusion Transformer checkpoint to a validated, timed low-bit engine."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(console=stderr, show_path=False)],
+    )
+
+
+@dataclass
+class StageProgress:
+    """One progress bar per stage, with an estimate of the time left.
+
+    Attributes:
+        progress: The bars.
+        plain: Whether stderr is no terminal: then each stage is one line at its end.
+        current: The stage at work.
+    """
+
+    progress: Progress
+    plain: bool
+    current: str = ""
+    tasks: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def start(self, name: str, skipped: bool) -> Callable[[float], None]:
+        """Open a stage's bar and return its callback."""
+        if skipped:
+            stderr.print(f"{name:<10} up to date", highlight=False)
+            return lambda _fraction: None
+        if self.plain:
+            stderr.print(f"{name:<10} ...", highlight=False)
+        task = self.progress.add_task(name, total=1.0)
+        self.tasks[name] = task
+        return lambda fraction: self.progress.update(task, completed=fraction)
+
+
+@contextmanager
+def stage_progress() -> Generator[StageProgress]:
+    """Show one bar per stage while the block runs."""
+    plain = not stderr.is_terminal
+    progress = Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=plain,
+    )
+    with progress:
+        yield StageProgress(progress, plain)
+
+
+run_option = click.option(
+    "--run", "run", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def say(line: str) -> None:
+    """Print a line for people, to stderr."""
+    stderr.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""The search command."""
+
+from pathlib import Path
+
+import click
+
+from treeq_export.cli.console import json_option, main, run_option, say
+from treeq_export.cli.stages import print_record, run_one
+
+
+@main.command()
+@run_option
+@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="For a new run.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
+@click.option(
+    "--noise",
+    type=click.FloatRange(0, 1),
+    metavar="LAMBDA",
+    help="Environmental Noise Guidance: 1 for PTQ, 0 before finetune.",
+)
+@click.option("--executor", type=click.Choice(("local", "ray")), help="Where to measure.")
+@click.option("--estimate", is_flag=True, help="Only say what the search would cost.")
+@json_option
+def search(
+    run: Path,
+    recipe_path: Path | None,
+    overrides: tuple[str, ...],
+    noise: float | None,
+    executor: str | None,
+    estimate: bool,
+    as_json: bool,
+) -> None:
+    """Choose every layer's formats: writes plan.json and search.json."""
+    for key, value in (("noise", noise), ("executor", executor)):
+        overrides += () if value is None else (f"search.{key}={value}",)
+    _prepare_run(run, recipe_path, overrides)
+    if estimate:
+        _estimate_search(run, as_json)
+        return
+    run_one(run, "search")
+    print_record(run, "plan.json", as_json)
+
+
+def _prepare_run(run: Path, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Start a new run, or change the recipe of an existing one."""
+    from treeq_export.recipe import load_recipe, override_recipe
+    from treeq_export.workspace import Workspace
+
+    if recipe_path is not None:
+        recipe = load_recipe(recipe_path, overrides)
+        with Workspace(run, recipe, str(recipe_path), overrides) as workspace:
+            workspace.save()
+    elif overrides:
+        with Workspace.reopen(run) as workspace:
+            workspace.recipe = override_recipe(workspace.recipe, overrides)
+            workspace.overrides += overrides
+            workspace.save()
+
+
+def _estimate_search(run: Path, as_json: bool) -> None:
+    from treeq_export.search.stage import estimate_search
+    from treeq_export.workspace import Workspace
+
+    with Workspace.reopen(run) as workspace:
+        denoiser, checkpoint = workspace.denoiser, workspace.checkpoint
+        cost = estimate_search(run, denoiser, checkpoint, workspace.recipe, say)
+    if as_json:
+        click.echo(cost.model_dump_json(indent=2))

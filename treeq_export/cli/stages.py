@@ -1,0 +1,163 @@
+"""The whole run, and one command per stage."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from treeq_export.cli.console import (
+    json_option,
+    main,
+    make_stdout,
+    run_option,
+    say,
+    stage_progress,
+    stderr,
+)
+
+STAGE_NAMES = (
+    "search",
+    "calibrate",
+    "finetune",
+    "compile",
+    "validate",
+    "bench",
+    "evaluate",
+    "report",
+)
+
+
+@main.command("run")
+@click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option(
+    "--out", "out", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+@click.option(
+    "--from", "start", type=click.Choice(STAGE_NAMES), help="Run again from this stage on."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
+@json_option
+def run_command(
+    recipe_path: Path, out: Path, start: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Run all stages of RECIPE; resume after an interruption, skip what is up to date."""
+    from treeq_export.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides)
+    from treeq_export.pipeline import run_all
+    from treeq_export.records import check_gates, gate_results
+    from treeq_export.workspace import Workspace
+
+    with Workspace(out, recipe, str(recipe_path), overrides) as workspace:
+        workspace.save()
+        workspace.say = say
+        with stage_progress() as progress:
+            report = run_all(workspace, start, progress.start)
+    show_report(report, out, as_json=as_json)
+    check_gates(gate_results(out))
+
+
+def show_report(report: Any, run: Path, *, as_json: bool) -> None:
+    """Print a run's report: a table, or report.json as it is."""
+    from treeq_export.report import print_report
+
+    if as_json:
+        click.echo((run / "report.json").read_text(), nl=False)
+    else:
+        print_report(report, make_stdout())
+
+
+def run_one(run: Path, name: str) -> object:
+    """Run one stage of an existing run and return its result."""
+    from treeq_export.pipeline import check_recipe, require_stages, run_stage, stage_named
+    from treeq_export.workspace import Workspace
+
+    stage = stage_named(name)
+    with Workspace.reopen(run) as workspace, stage_progress() as progress:
+        workspace.say = say
+        check_recipe(workspace.recipe)
+        require_stages(workspace, stage)
+        return run_stage(workspace, stage, progress.start(name, False))
+
+
+def print_record(run: Path, file: str, as_json: bool) -> None:
+    """Print a stage's record, or say where it is."""
+    text = (run / file).read_text()
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        stderr.print(f"wrote {run / file}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@run_option
+@json_option
+def calibrate(run: Path, as_json: bool) -> None:
+    """Find scales, codes and branches: writes plan.safetensors."""
+    run_one(run, "calibrate")
+    print_record(run, "calibration.json", as_json)
+
+
+@main.command()
+@run_option
+@json_option
+def finetune(run: Path, as_json: bool) -> None:
+    """Train branches and scales by distillation from full precision (recipe: finetune.mode)."""
+    if run_one(run, "finetune") is None:
+        click.echo(
+            "null" if as_json else "finetune.mode is none: nothing was trained.", err=not as_json
+        )
+        return
+    print_record(run, "finetune.json", as_json)
+
+
+@main.command("compile")
+@run_option
+@json_option
+def compile_command(run: Path, as_json: bool) -> None:
+    """Write and audit the ONNX graphs of all targets."""
+    run_one(run, "compile")
+    print_record(run, "compile.json", as_json)
+
+
+@main.command()
+@run_option
+@json_option
+def validate(run: Path, as_json: bool) -> None:
+    """Compare every layer of every target with the reference; status 3 if a gate is not met."""
+    run_one(run, "validate")
+    print_record(run, "parity.json", as_json)
+    _check_gates_of(run, "parity.json")
+
+
+@main.command()
+@run_option
+@json_option
+def bench(run: Path, as_json: bool) -> None:
+    """Time all targets in one interleaved run, and measure their memory."""
+    run_one(run, "bench")
+    print_record(run, "bench.json", as_json)
+
+
+@main.command()
+@run_option
+@json_option
+def evaluate(run: Path, as_json: bool) -> None:
+    """Sample with equal seeds and score the images; status 3 if a gate is not met."""
+    run_one(run, "evaluate")
+    print_record(run, "quality.json", as_json)
+    _check_gates_of(run, "quality.json")
+
+
+@main.command()
+@run_option
+@json_option
+def report(run: Path, as_json: bool) -> None:
+    """Write report.json and report.html from what has been measured so far."""
+    show_report(run_one(run, "report"), run, as_json=as_json)
+
+
+def _check_gates_of(run: Path, file: str) -> None:
+    from treeq_export.records import check_gates, gate_results
+
+    check_gates(gate_results(run, (file,)))
