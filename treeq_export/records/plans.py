@@ -72,7 +72,7 @@ class SearchRecord(Record):
         strategy: Such as "tss".
         noise: Lambda of Environmental Noise Guidance.
         budget: The limits that were set, by name.
-        cost: What was announced; None for strategy "uniform".
+        cost: What was announced; None for other strategies than "tss".
         num_measured: Configurations measured in this process.
         num_from_journal: Configurations that the journal knew.
         seconds: Wall time of this process.

@@ -128,7 +128,9 @@ def try_branches(
     fitted, held_out = kept[::2], kept[1::2]
     own = InputStatistics(kept=[fitted])
     # Shapes are compared by what they do to the weight, before anything makes up for it.
-    plain = section.model_copy(update={"inputs": "full_precision", "bias_correction": False})
+    plain = section.model_copy(
+        update={"inputs": "full_precision", "bias_correction": False, "step": "gaussian"}
+    )
     trials: list[BranchTrial] = []
     for branch in branch_candidates(layer.in_features, layer.out_features, budget):
         tried = layer.model_copy(update={"branch": branch})

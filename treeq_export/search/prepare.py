@@ -187,7 +187,12 @@ def _fit_layer(
     section = recipe.search
     # One set of codes serves all activation widths, so it is not fitted to any of them.
     calibrate = recipe.calibrate.model_copy(
-        update={"inputs": "full_precision", "bias_correction": False}
+        update={
+            "inputs": "full_precision",
+            "bias_correction": False,
+            "step": "gaussian",
+            "rounding": "nearest" if recipe.calibrate.rounding == "nearest" else "gptq",
+        }
     )
     tensors: dict[str, Tensor] = {}
     for bits in sorted(set(section.weight_candidates)):

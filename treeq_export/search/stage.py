@@ -38,7 +38,7 @@ from treeq_export.search.baselines import (
 )
 from treeq_export.search.branches import BranchTrial, choose_branches
 from treeq_export.search.budget import CostModel, make_budget
-from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.context import Outcome, SearchContext, candidate_pairs
 from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
 from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
 from treeq_export.search.formats import assign, make_layer_plan
@@ -257,7 +257,7 @@ class _Search:
         costs = CostModel(leaves, section, branches)
         budget = make_budget(section, costs)
         make_templates(self._linears, self._recipe, branches)  # a shape that does not fit ends here
-        cost = self.announce(branches)
+        cost = self.announce(branches) if section.strategy == "tss" else None
         widths = (section.weight_candidates, section.activation_candidates)
         session = Session(
             folder=self._folder,
@@ -280,7 +280,8 @@ class _Search:
         with ExitStack() as stack:
             journal = stack.enter_context(Journal(self._folder / JOURNAL_FILE, known))
             executor = stack.enter_context(self._make_executor(session, stack))
-            progress = _Progress(cost, tally, self._on_step)
+            expected = cost.num_block_runs if cost else self._count_alone()
+            progress = _Progress(expected, tally, self._on_step)
 
             def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
                 return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
@@ -291,6 +292,10 @@ class _Search:
             outcome = STRATEGIES[section.strategy](context)
         layers = assign(leaves, outcome.configuration, section, branches)
         return self._in_order(layers), self._record(trials, cost, tally, context, outcome)
+
+    def _count_alone(self) -> int:
+        """Return the block runs of every candidate of every leaf alone, on the whole network."""
+        return len(self._leaves) * len(candidate_pairs(self._section)) * len(self._blocks)
 
     @cached_property
     def _batch_rows(self) -> int:
@@ -394,12 +399,12 @@ def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]
 class _Progress:
     """Turns measured values into the fraction of the search that is done.
 
-    What a strategy will measure is known for the tree only; what it measures beyond that moves the
-    bar towards its end without reaching it.
+    What a strategy measures beyond what is expected moves the bar towards its end without reaching
+    it.
     """
 
-    def __init__(self, cost: SearchCost, tally: Tally, on_step: OnStep) -> None:
-        self._expected = max(cost.num_block_runs, 1)
+    def __init__(self, expected: int, tally: Tally, on_step: OnStep) -> None:
+        self._expected = max(expected, 1)
         self._tally = tally
         self._on_step = on_step
         self._done = self._fraction = 0.0
