@@ -23,7 +23,7 @@ from treeq_export.plan import (
     save_plan,
 )
 from treeq_export.quant.spec import ActivationFormat, WeightFormat
-from treeq_export.recipe import load_recipe
+from treeq_export.recipe import load_recipe, strategy_options
 from treeq_export.records import GateResult, check_gates, gate_results
 from treeq_export.report import Report
 from treeq_export.stages import STAGE_NAMES, reproduce_commands
@@ -76,11 +76,12 @@ class FakeStages:
             model=ModelRecord(name=workspace.recipe.name, class_name="DiT", num_parameters=1),
             checkpoint_sha256=workspace.checkpoint.sha256,
             strategy=StrategyRecord(
-                name="uniform", options=workspace.recipe.search.model_dump(mode="json")
+                name="uniform", options=strategy_options(workspace.recipe.search)
             ),
             layers=(layer,),
         )
         workspace.forget_plan()
+        (workspace.run / "search.json").write_text("{}")
         save_plan(workspace.run, plan)
 
     def write_calibrate(self, workspace: Workspace, _: str) -> None:
@@ -294,7 +295,14 @@ class TestFailure:
         with pytest.raises(TreeqError, match="broken"):
             runs("search.weight_bits=5")
         left = {path.name for path in runs.run.rglob("*") if path.is_file()}
-        assert left == {".lock", "run.json", "plan.json", "plan.safetensors", "calibration.json"}
+        assert left == {
+            ".lock",
+            "run.json",
+            "plan.json",
+            "search.json",
+            "plan.safetensors",
+            "calibration.json",
+        }
 
     def test_results_that_do_not_depend_on_it_stay(self, runs: Runs, stages: FakeStages) -> None:
         stages.fail_in = "validate"
@@ -470,7 +478,8 @@ class TestFinishedRun:
         }
 
     def test_keys_of_the_report(self, report: dict[str, Any]) -> None:
-        assert set(report) == {"model", "plan", "quality", "parity", "bench", "size", "stages"}
+        promised = {"model", "plan", "quality", "parity", "bench", "size", "stages"}
+        assert set(report) == promised | {"search", "finetune"}
         assert set(report["model"]) == {"name", "num_parameters", "num_quantized_layers"}
         assert set(report["plan"]) == {
             "average_weight_bits",
@@ -478,7 +487,8 @@ class TestFinishedRun:
             "branch_parameter_fraction",
         }
         quality = report["quality"]
-        assert set(quality) == {"fp", "quantized", "num_samples", "seed"}
+        added = {"network_mse", "baseline"}
+        assert set(quality) - added == {"fp", "quantized", "num_samples", "seed"}
         assert set(quality["fp"]) == {"frechet_distance", "class_accuracy"}
         assert set(quality["quantized"]) == {"frechet_distance", "class_accuracy", "psnr_db"}
         assert set(report["parity"]) == {"ort"}
