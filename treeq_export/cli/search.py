@@ -63,6 +63,7 @@ def _estimate_search(run: Path, as_json: bool) -> None:
 
     with Workspace.reopen(run) as workspace:
         denoiser, checkpoint = workspace.denoiser, workspace.checkpoint
-        cost = estimate_search(run, denoiser, checkpoint, workspace.recipe, say)
+        tell = say if as_json else click.echo
+        cost = estimate_search(run, denoiser, checkpoint, workspace.recipe, tell)
     if as_json:
         click.echo(cost.model_dump_json(indent=2))
