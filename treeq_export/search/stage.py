@@ -44,6 +44,7 @@ from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Ta
 from treeq_export.search.formats import assign, make_layer_plan
 from treeq_export.search.journal import Journal
 from treeq_export.search.prepare import FOLDER
+from treeq_export.search.progress import SearchProgress
 from treeq_export.search.ray_executor import RayExecutor
 from treeq_export.search.refine import refine
 from treeq_export.search.segments import SegmentWorker
@@ -281,7 +282,7 @@ class _Search:
             journal = stack.enter_context(Journal(self._folder / JOURNAL_FILE, known))
             executor = stack.enter_context(self._make_executor(session, stack))
             expected = cost.num_block_runs if cost else self._count_alone()
-            progress = _Progress(expected, tally, self._on_step)
+            progress = SearchProgress(expected, tally, self._on_step, _PREPARED)
 
             def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
                 return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
@@ -394,30 +395,3 @@ def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]
             )
         )
     return nodes
-
-
-class _Progress:
-    """Turns measured values into the fraction of the search that is done.
-
-    What a strategy measures beyond what is expected moves the bar towards its end without reaching
-    it.
-    """
-
-    def __init__(self, expected: int, tally: Tally, on_step: OnStep) -> None:
-        self._expected = max(expected, 1)
-        self._tally = tally
-        self._on_step = on_step
-        self._done = self._fraction = 0.0
-
-    def count(self, tasks: Sequence[Task], block_runs: int) -> Callable[[float | None], None]:
-        """Return what `measure_all` calls for every value of these tasks."""
-        number = max(sum(len(task.suffixes) for task in tasks), 1)
-
-        def on_measured(seconds: float | None) -> None:
-            self._tally(seconds)
-            self._done += block_runs / number
-            left = max(self._expected - self._done, 0.05 * self._done)
-            self._fraction = max(self._fraction, self._done / (self._done + left))
-            self._on_step(_PREPARED + (1 - _PREPARED) * self._fraction)
-
-        return on_measured
