@@ -206,7 +206,7 @@ class TestPeers:
         row = table_of(tmp_path).rows[1]
         assert (row.name, row.peer, row.description) == (f"peer-{PEER}", True, "W8 A8")
         assert (row.budget, row.weight_bits, row.branch_parameter_fraction) == (None, 8.0, None)
-        assert row.network_mse == 0.0
+        assert row.network_mse == pytest.approx(0.0, abs=1e-10)  # other batches, other rounding
         assert set(row.seconds) == {"calibrate", "evaluate"}
         [layers] = fake_peer
         assert layers

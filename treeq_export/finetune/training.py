@@ -226,10 +226,10 @@ class Training:
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the learning rate of a step over the largest: a linear rise, then half a cosine.
+    """Return the learning rate of a step over the largest: a linear rise times half a cosine.
 
     >>> [round(rate_factor(step, 4, 0.5), 2) for step in range(4)]
-    [0.5, 1.0, 0.5, 0.15]
+    [0.5, 0.85, 0.5, 0.15]
     """
     rise = max(round(warmup * steps), 1)
     fall = 0.5 * (1.0 + math.cos(math.pi * step / steps))
