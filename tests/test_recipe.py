@@ -213,8 +213,10 @@ def test_all_depths_are_covered_by_every_key():
     [
         (
             "zzz",
-            "name, seed, model, sampler, search, calibrate, finetune, compile, validate, bench, "
-            "evaluate",
+            (
+                "name, seed, model, sampler, search, calibrate, finetune, compile, validate, "
+                "bench, evaluate"
+            ),
         ),
         ("model.zzz", "checkpoint, latent_size, num_text_tokens, conditioning"),
         ("search.branch.zzz", "b_in, b_out, rank"),
