@@ -95,5 +95,7 @@ def test_evaluations_are_those_of_all_processes() -> None:
         branches={},
     )
     assert count_evaluations(record) == 10
-    assert count_evaluations(record.model_copy(update={"cost": None})) is None
+    assert count_evaluations(record.model_copy(update={"cost": None})) == 10  # a baseline
+    nothing = {"num_measured": 0, "num_from_journal": 0}
+    assert count_evaluations(record.model_copy(update=nothing)) is None
     assert count_evaluations(None) is None

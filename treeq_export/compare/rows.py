@@ -109,9 +109,8 @@ def make_row(cell: Cell, workspace: Workspace) -> CompareRow:
 
 def count_evaluations(search: SearchRecord | None) -> int | None:
     """Return how many configurations a search measured; None where it measured nothing."""
-    if search is None or search.cost is None:
-        return None
-    return search.num_measured + search.num_from_journal
+    number = 0 if search is None else search.num_measured + search.num_from_journal
+    return number or None
 
 
 def score_fields(quality: QualityRecord) -> dict[str, Any]:
