@@ -302,16 +302,16 @@ def count_values(run: Path) -> int:
 def test_a_killed_search_goes_on_and_finds_the_same_plan(
     search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ):
-    fields = SEARCHED | {"num_rows": 16, "num_samples": 4}
+    fields = SEARCHED | {"num_rows": 64, "num_samples": 32}
     search(**fields)
     expected, first = (tmp_path / PLAN_FILE).read_bytes(), record_of(tmp_path)
     run = tmp_path / "killed"
     recipe = make_tiny_recipe("dit", **fields)
     child = start_search(run, recipe)
     journal = run / "search" / "journal.sqlite-wal"
-    while not journal.exists() and child.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.Random(os.getpid()).uniform(0.05, 0.4))
+    while child.poll() is None and not (journal.exists() and journal.stat().st_size > 1 << 16):
+        time.sleep(0.005)  # until some values are in it
+    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "the search ended before it was killed"
     assert not (run / PLAN_FILE).exists()
