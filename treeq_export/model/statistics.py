@@ -5,7 +5,7 @@ Trajectories are sampled from the full-precision model itself; no data set is ne
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,11 @@ class InputStatistics:
     kept: list[NDArray[Any]] = field(default_factory=list)
     num_kept: int = 0
 
-    def add(self, tokens: NDArray[np.floating], max_kept: int, stride: int) -> None:
-        """Add rotated tokens (n, K); every `stride`-th is kept while fewer than `max_kept` are."""
+    def add(self, tokens: NDArray[np.floating], count: int, rng: np.random.Generator) -> None:
+        """Add rotated tokens (n, K); `count` of them at most are kept, drawn at random.
+
+        Every n-th would not do: a stride that divides the tokens of an image keeps one place of it.
+        """
         self.num_tokens += len(tokens)
         self.absmax = max(self.absmax, float(np.abs(tokens).max()))
         square = np.square(tokens, dtype=np.float64)
@@ -51,10 +54,17 @@ class InputStatistics:
         self.second += float(mean_square.sum())
         fourth = np.square(square).mean(axis=1)
         self.ratio_fourth += float((fourth / np.maximum(mean_square**2, 1e-300)).sum())
-        kept = tokens[::stride][: max_kept - self.num_kept]
-        if len(kept):
-            self.kept.append(kept.copy())
+        if count > 0:
+            kept = tokens[_draw(len(tokens), count, rng)]
+            self.kept.append(kept)
             self.num_kept += len(kept)
+
+    def thin(self, count: int, seed: int) -> "InputStatistics":
+        """Return the same with `count` of the kept tokens at most, drawn at random."""
+        if self.num_kept <= count:
+            return self
+        drawn = _draw(self.num_kept, count, np.random.default_rng(seed))
+        return replace(self, kept=[np.concatenate(self.kept)[drawn]], num_kept=count)
 
     def summary(self) -> dict[str, float | int]:
         """Return the statistics for `calibration.json`."""
@@ -64,6 +74,11 @@ class InputStatistics:
             "absmax": self.absmax,
             "kurtosis": self.ratio_fourth / max(self.num_tokens, 1),
         }
+
+
+def _draw(total: int, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Return the ascending indices of `count` of `total` things, of all where they are fewer."""
+    return np.sort(rng.permutation(total)[:count])
 
 
 def collect_statistics(
@@ -95,13 +110,14 @@ def collect_statistics(
     batches = -(-section.num_samples // recipe.sampler.batch_size)
     per_call = max(1, -(-max_kept // (recipe.sampler.steps * batches)))
 
+    rng = np.random.default_rng(recipe.seed)
+
     def observe(layer: LayerPlan) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].detach().reshape(-1, layer.in_features).numpy()
             entry = statistics[layer.name]
-            kept = min(entry.num_kept + per_call, max_kept)
-            stride = max(1, len(tokens) // per_call)
-            entry.add(rotate(tokens, layer.rotation_group), kept, stride)
+            count = min(per_call, max_kept - entry.num_kept)
+            entry.add(rotate(tokens, layer.rotation_group), count, rng)
 
         return hook
 

@@ -3,19 +3,19 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from treeq_export.model.qlinear import QLinear
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import WeightFormat
 from treeq_export.search.formats import make_activation_format
-from treeq_export.search.prepare import STEP, Store, weight_file
+from treeq_export.search.prepare import BRANCH, Store, pair_prefix, weight_file
 
 _LIMIT_BYTES = 1 << 30  # of quantized layers in memory
 
 
 class LayerBank:
-    """Makes the `QLinear` of a layer in any candidate format; the codes are those of its width.
+    """Makes the `QLinear` of a layer in any candidate format.
 
     Args:
         store: The files that `fit_weights` wrote.
@@ -38,49 +38,42 @@ class LayerBank:
         self._biases = dict(biases)
         self._scale = scale
         self._limit_bytes = limit_bytes
-        self._layers: OrderedDict[tuple[str, int], QLinear] = OrderedDict()
+        self._layers: OrderedDict[tuple[str, int, int], QLinear] = OrderedDict()
         self._num_bytes = 0
-        self._steps: dict[tuple[str, int], Tensor] = {}
 
     def layer(self, name: str, weight_bits: int, activation_bits: int) -> QLinear:
-        """Return a layer in one format; it is valid until the next call for the same width.
+        """Return a layer in one format.
 
         Args:
             name: The layer.
-            weight_bits: One of the widths that were fitted.
+            weight_bits: With activation_bits, one of the pairs that were fitted.
             activation_bits: 2..8.
         """
-        key = (name, weight_bits)
+        key = (name, weight_bits, activation_bits)
         if key in self._layers:
             self._layers.move_to_end(key)
         else:
-            self._layers[key] = self._load(name, weight_bits)
+            self._layers[key] = self._load(*key)
             self._num_bytes += _size(self._layers[key])
             while self._num_bytes > self._limit_bytes and len(self._layers) > 1:
                 _, oldest = self._layers.popitem(last=False)
                 self._num_bytes -= _size(oldest)
-        layer = self._layers[key]
-        if layer.activation_step is None or layer.layer.activation.bits != activation_bits:
-            activation = make_activation_format(activation_bits, self._scale)
-            layer.layer = layer.layer.model_copy(update={"activation": activation})
-            step = self._steps[name, activation_bits]
-            layer.activation_step = nn.Parameter(step, requires_grad=False)
-        return layer
+        return self._layers[key]
 
-    def _load(self, name: str, weight_bits: int) -> QLinear:
-        tensors = self._store.load(weight_file(name))
-        prefix = f"w{weight_bits}."
+    def _load(self, name: str, weight_bits: int, activation_bits: int) -> QLinear:
+        prefix = pair_prefix(weight_bits, activation_bits)
         own = {
             key.removeprefix(prefix): value.numpy()
-            for key, value in tensors.items()
-            if key.startswith((prefix, "branch."))
+            for key, value in self._store.load(weight_file(name)).items()
+            if key.startswith((prefix, BRANCH))
         }
-        for key, value in tensors.items():
-            if key.endswith(f".{STEP}"):
-                self._steps[name, int(key[1 : -len(STEP) - 1])] = value
         template = self._templates[name]
-        weight = WeightFormat(bits=weight_bits, group_size=template.weight.group_size)
-        layer = template.model_copy(update={"weight": weight})
+        layer = template.model_copy(
+            update={
+                "weight": WeightFormat(bits=weight_bits, group_size=template.weight.group_size),
+                "activation": make_activation_format(activation_bits, self._scale),
+            }
+        )
         return QLinear(layer, own, self._biases[name])
 
 

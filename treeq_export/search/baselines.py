@@ -23,7 +23,8 @@ from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS
 from treeq_export.recipe import SearchSection
 from treeq_export.search.budget import Budget, Cost, CostModel
-from treeq_export.search.context import Outcome, Pair, SearchContext
+from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration, Leaf
 
 ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))

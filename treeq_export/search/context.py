@@ -7,10 +7,10 @@ from treeq_export.recipe import SearchSection
 from treeq_export.records import SearchPoint
 from treeq_export.search.budget import Budget, Cost, CostModel
 from treeq_export.search.executor import Key, Task
+from treeq_export.search.formats import Pair, candidate_pairs
 from treeq_export.search.segments import NETWORK
 from treeq_export.search.tree import Configuration, Leaf, Node, encode
 
-Pair = tuple[int, int]
 _CHUNK = 16  # whole configurations of one task
 
 
@@ -79,15 +79,6 @@ class Outcome:
     network_mse: float
     front: list[SearchPoint] = field(default_factory=list[SearchPoint])
     kept: dict[str, int] = field(default_factory=dict[str, int])
-
-
-def candidate_pairs(section: SearchSection) -> list[Pair]:
-    """Return a leaf's candidates, ascending in weight bits, then activation bits."""
-    return [
-        (weight, activation)
-        for weight in sorted(set(section.weight_candidates))
-        for activation in sorted(set(section.activation_candidates))
-    ]
 
 
 def make_point(cost: Cost, mse: float, *, kept: bool, chosen: bool) -> SearchPoint:

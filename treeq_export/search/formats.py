@@ -11,6 +11,17 @@ from treeq_export.search.tree import Configuration, Leaf
 # From this width on, a token's largest value costs less than the tails of the sigma step.
 ABSMAX_FROM_BITS = 7
 
+Pair = tuple[int, int]  # weight bits, activation bits
+
+
+def candidate_pairs(section: SearchSection) -> list[Pair]:
+    """Return a leaf's candidates, ascending in weight bits, then activation bits."""
+    return [
+        (weight, activation)
+        for weight in sorted(set(section.weight_candidates))
+        for activation in sorted(set(section.activation_candidates))
+    ]
+
 
 def make_activation_format(bits: int | None, scale: str) -> ActivationFormat:
     """Return the activation format for the recipe's words.

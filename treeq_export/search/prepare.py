@@ -5,8 +5,7 @@ page cache, so that memory does not grow with the network:
 
     rows.safetensors             the network's inputs, and `prediction`, its clean answer
     blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
-    weights/<layer>.safetensors  branch.R, branch.L, w<bits>.<tensor> for every weight width,
-                                 a<bits>.activation_step for every activation width
+    weights/<layer>.safetensors  branch.R, branch.L, and w<bits>a<bits>.<tensor> for every pair
 
 Environmental Noise Guidance (the scalar is TreeQ's, this formula is ours): a segment's input is
 x + lambda (x_q - x), with x_q what it is when all that lies before is quantized at the budget. The
@@ -19,30 +18,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from treeq_export.artefacts import atomic_path
-from treeq_export.model.fit import quantize_layer
+from treeq_export.model.fit import FloatArray, quantize_layer
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.replay import BlockReplay, Output
+from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
-from treeq_export.quant.numerics import activation_step
-from treeq_export.quant.scales import fit_tensor_scale
 from treeq_export.quant.spec import WeightFormat
 from treeq_export.recipe import Recipe
-from treeq_export.search.formats import make_activation_format
+from treeq_export.search.formats import candidate_pairs, make_activation_format
 
 FOLDER = "search"
 _ROWS = "rows.safetensors"
 _PREDICTION = "prediction"
 _KEY = "fingerprint"
-STEP = "activation_step"
+BRANCH = "branch."
+_TOKENS_PER_CHANNEL = 8  # of the calibration tokens, for every pair of widths
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,11 @@ class Store:
 
 def _block_file(block: int) -> str:
     return f"blocks/{block}.safetensors"
+
+
+def pair_prefix(weight_bits: int, activation_bits: int) -> str:
+    """Return what the tensors of a pair of widths begin with in a layer's file."""
+    return f"w{weight_bits}a{activation_bits}."
 
 
 def weight_file(layer: str) -> str:
@@ -160,9 +163,11 @@ def fit_weights(
     recipe: Recipe,
     on_step: Callable[[float], None],
 ) -> None:
-    """Quantize every layer to every candidate width and write the weights.
+    """Quantize every layer to every candidate pair of widths and write the tensors.
 
-    All candidates that share a width share its codes, whatever their activation.
+    With calibrate.inputs "quantized", a calibrated weight makes up for what its own activation
+    quantizer does, so it is another one for every activation width. A search that measured one
+    weight with all activations would find low activation bits dearer than they end up.
 
     Args:
         store: Where to.
@@ -174,40 +179,34 @@ def fit_weights(
     """
     for done, layer in enumerate(templates, start=1):
         if not store.has(weight_file(layer.name)):
-            weight = linear_of(denoiser, layer).weight.detach().numpy()
-            store.save(
-                weight_file(layer.name), _fit_layer(layer, weight, statistics[layer.name], recipe)
-            )
+            linear = linear_of(denoiser, layer)
+            fitted = _fit_layer(layer, *arrays_of(linear), statistics[layer.name], recipe)
+            store.save(weight_file(layer.name), fitted)
         on_step(done / len(templates))
 
 
 def _fit_layer(
-    layer: LayerPlan, weight: NDArray[np.floating], statistics: InputStatistics, recipe: Recipe
+    layer: LayerPlan,
+    weight: FloatArray,
+    bias: FloatArray | None,
+    statistics: InputStatistics,
+    recipe: Recipe,
 ) -> dict[str, Tensor]:
     section = recipe.search
-    # One set of codes serves all activation widths, so it is not fitted to any of them.
-    calibrate = recipe.calibrate.model_copy(
-        update={
-            "inputs": "full_precision",
-            "bias_correction": False,
-            "step": "gaussian",
-            "rounding": "nearest" if recipe.calibrate.rounding == "nearest" else "gptq",
-        }
-    )
+    # Codes that are trained block by block start from these.
+    rounding = "nearest" if recipe.calibrate.rounding == "nearest" else "gptq"
+    calibrate = recipe.calibrate.model_copy(update={"rounding": rounding})
+    few = statistics.thin(_TOKENS_PER_CHANNEL * layer.in_features, recipe.seed)
     tensors: dict[str, Tensor] = {}
-    for bits in sorted(set(section.weight_candidates)):
-        widened = WeightFormat(bits=bits, group_size=layer.weight.group_size)
-        planned = layer.model_copy(update={"weight": widened})
-        fitted = quantize_layer(planned, weight, statistics, calibrate)
+    for weight_bits, activation_bits in candidate_pairs(section):
+        planned = layer.model_copy(
+            update={
+                "weight": WeightFormat(bits=weight_bits, group_size=layer.weight.group_size),
+                "activation": make_activation_format(activation_bits, section.activation_scale),
+            }
+        )
+        fitted = quantize_layer(planned, weight, few, calibrate, bias)
         for name, value in fitted.items():
-            if name != STEP:
-                key = name if name.startswith("branch.") else f"w{bits}.{name}"
-                tensors[key] = torch.from_numpy(np.ascontiguousarray(value))
-    for bits in sorted(set(section.activation_candidates)):
-        activation = make_activation_format(bits, section.activation_scale)
-        step = activation_step(activation)
-        if step is None:
-            kept = np.concatenate(statistics.kept)
-            step = fit_tensor_scale(kept, bits, recipe.calibrate.num_clip_steps)
-        tensors[f"a{bits}.{STEP}"] = torch.tensor([step], dtype=torch.float32)
+            own = "" if name.startswith(BRANCH) else pair_prefix(weight_bits, activation_bits)
+            tensors[own + name] = torch.from_numpy(np.ascontiguousarray(value))
     return tensors

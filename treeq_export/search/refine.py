@@ -8,7 +8,8 @@ changes are allowed at once. This step is ours; `search.refine: null` leaves it 
 """
 
 from treeq_export.search.baselines import solve_assignment
-from treeq_export.search.context import Outcome, Pair, SearchContext, make_point
+from treeq_export.search.context import Outcome, SearchContext, make_point
+from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration
 
 _MOST_ROUNDS = 4

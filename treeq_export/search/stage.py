@@ -38,10 +38,10 @@ from treeq_export.search.baselines import (
 )
 from treeq_export.search.branches import BranchTrial, choose_branches
 from treeq_export.search.budget import CostModel, make_budget
-from treeq_export.search.context import Outcome, SearchContext, candidate_pairs
+from treeq_export.search.context import Outcome, SearchContext
 from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
 from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
-from treeq_export.search.formats import assign, make_layer_plan
+from treeq_export.search.formats import assign, candidate_pairs, make_layer_plan
 from treeq_export.search.journal import Journal
 from treeq_export.search.prepare import FOLDER
 from treeq_export.search.progress import SearchProgress
