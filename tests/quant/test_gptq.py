@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from treeq_export.quant import gptq
-from treeq_export.quant.gptq import quantize_weight_gptq, refit_weight, second_moment
+from treeq_export.quant.gptq import (
+    inverse_factor,
+    quantize_weight_gptq,
+    refit_weight,
+    second_moment,
+)
 from treeq_export.quant.numerics import code_range, dequantize_weight, quantize_weight
 from treeq_export.quant.scales import fit_weight_scale
 
@@ -30,7 +35,7 @@ def test_output_error_is_below_rounding_to_nearest(bits: int, group_size: int | 
     weight, tokens = make_case(24, 64)
     h = second_moment(tokens)
     scale = fit_weight_scale(weight, bits, group_size, 40)
-    codes = quantize_weight_gptq(weight, scale, bits, h)
+    codes = quantize_weight_gptq(weight, scale, bits, inverse_factor(h))
     assert codes.dtype == np.int8
     qmin, qmax = code_range(bits)
     assert codes.min() >= qmin
@@ -42,7 +47,7 @@ def test_output_error_is_below_rounding_to_nearest(bits: int, group_size: int | 
 def test_uncorrelated_inputs_give_rounding_to_nearest():
     weight, _ = make_case(8, 32)
     scale = fit_weight_scale(weight, 4, None, 40)
-    codes = quantize_weight_gptq(weight, scale, 4, np.eye(32))
+    codes = quantize_weight_gptq(weight, scale, 4, inverse_factor(np.eye(32)))
     assert np.array_equal(codes, quantize_weight(weight, scale, 4))
 
 
@@ -50,7 +55,7 @@ def test_it_comes_close_to_the_best_of_all_codes():
     weight, tokens = make_case(3, 5, seed=1)
     h = second_moment(tokens)
     scale = fit_weight_scale(weight, 2, None, 40)
-    codes = quantize_weight_gptq(weight, scale, 2, h)
+    codes = quantize_weight_gptq(weight, scale, 2, inverse_factor(h))
     grid = np.array(list(itertools.product(range(-2, 2), repeat=5)), dtype=np.int8)
     for row in range(3):
         errors = [
@@ -65,15 +70,15 @@ def test_the_block_form_equals_the_plain_loop(monkeypatch: pytest.MonkeyPatch):
     weight, tokens = make_case(16, 48)
     h = second_moment(tokens)
     scale = fit_weight_scale(weight, 3, None, 40)
-    whole = quantize_weight_gptq(weight, scale, 3, h)
+    whole = quantize_weight_gptq(weight, scale, 3, inverse_factor(h))
     monkeypatch.setattr(gptq, "_BLOCK", 7)
-    assert np.array_equal(quantize_weight_gptq(weight, scale, 3, h), whole)
+    assert np.array_equal(quantize_weight_gptq(weight, scale, 3, inverse_factor(h)), whole)
 
 
 def test_inputs_that_are_all_zero_round_to_nearest():
     weight, _ = make_case(4, 16)
     scale = fit_weight_scale(weight, 3, None, 40)
-    codes = quantize_weight_gptq(weight, scale, 3, second_moment(np.zeros((8, 16))))
+    codes = quantize_weight_gptq(weight, scale, 3, inverse_factor(second_moment(np.zeros((8, 16)))))
     assert np.array_equal(codes, quantize_weight(weight, scale, 3))
 
 

@@ -5,18 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from treeq_export.model.fit import quantize_layer
 from treeq_export.model.layers import discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
+from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import collect_statistics
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
 from treeq_export.search.bank import LayerBank
 from treeq_export.search.executor import Task
+from treeq_export.search.formats import make_layer_plan
 from treeq_export.search.prepare import Store
 from treeq_export.search.segments import NETWORK, SegmentWorker
 from treeq_export.search.session import (
@@ -302,14 +306,33 @@ def test_layers_beyond_the_limit_are_loaded_again(prepared: Callable[[str], Sear
             assert len(small._layers) == 1
 
 
-def test_codes_are_shared_by_the_candidates_of_one_width(prepared: Callable[[str], Search]):
-    search = prepared("dit")
-    name = search.leaves[1].linears[0].name
-    low = search.bank.layer(name, 3, 3)
-    codes, bits = low.get_buffer("_codes"), low.layer.activation.bits
-    high = search.bank.layer(name, 3, 8)
-    assert high.get_buffer("_codes") is codes
-    assert (bits, high.layer.activation.bits) == (3, 8)
+def test_every_pair_has_the_weight_that_calibration_gives_it(
+    prepared: Callable[[str], Search], tmp_path: Path
+):
+    plain = prepared("dit")
+    fitted = {"inputs": "quantized", "bias_correction": True, "rounding": "gptq"}
+    calibrate = plain.recipe.calibrate.model_copy(update=fitted)
+    recipe = plain.recipe.model_copy(update={"calibrate": calibrate})
+    search = prepare_family(recipe, plain.denoiser, tmp_path)
+    linear = search.leaves[1].linears[0]
+    branch = search.session.branches.get(linear.name)
+    templates = make_templates(discover_linears(search.denoiser), recipe, {})
+    statistics = collect_statistics(search.denoiser, templates, recipe, lambda _: None)
+    tokens = statistics[linear.name].thin(8 * linear.in_features, recipe.seed)
+    module = search.denoiser.model.get_submodule(linear.name)
+    assert isinstance(module, nn.Linear)
+    weight, bias = arrays_of(module)
+    codes: list[Any] = []
+    for pair in ((3, 3), (3, 8)):
+        planned = make_layer_plan(linear, recipe.search, *pair, branch)
+        expected = quantize_layer(planned, weight, tokens, recipe.calibrate, bias)
+        layer = search.bank.layer(linear.name, *pair)
+        codes.append(layer.codes)
+        assert np.array_equal(codes[-1], expected["codes"])
+        assert layer.bias is not None
+        assert np.array_equal(layer.bias.numpy(), expected["bias"])
+        assert layer.layer.activation.bits == pair[1]
+    assert not np.array_equal(*codes)
 
 
 def test_prepared_files_are_kept(prepared: Callable[[str], Search], tmp_path: Path):

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.plan import LayerPlan, Tensors
 from treeq_export.quant.branch import apply_branch, dense_branch, fit_branch
-from treeq_export.quant.gptq import quantize_weight_gptq, refit_weight, second_moment
+from treeq_export.quant.gptq import (
+    inverse_factor,
+    quantize_weight_gptq,
+    refit_weight,
+    second_moment,
+)
 from treeq_export.quant.numerics import (
     activation_scale,
     activation_step,
@@ -28,7 +33,7 @@ from treeq_export.quant.numerics import (
 )
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.scales import fit_tensor_scale, fit_weight_scale
-from treeq_export.quant.spec import ActivationFormat
+from treeq_export.quant.spec import ActivationFormat, WeightFormat
 from treeq_export.recipe import CalibrateSection
 
 FloatArray = NDArray[np.floating]
@@ -86,10 +91,15 @@ def quantize_layer(
     Returns:
         The tensors of `fit_layer`.
     """
+    return fit_layer(layer, weight, bias, clean_tokens(layer, statistics), section).tensors
+
+
+def clean_tokens(layer: LayerPlan, statistics: InputStatistics) -> LayerTokens:
+    """Return the kept tokens of a layer, not rotated; nothing before it is quantized."""
     kept = np.concatenate(statistics.kept) if statistics.kept else np.empty((0, layer.in_features))
     # The rotation is its own inverse.
     tokens = rotate(kept.astype(np.float32), layer.rotation_group)
-    return fit_layer(layer, weight, bias, LayerTokens(tokens, tokens), section).tensors
+    return LayerTokens(tokens, tokens)
 
 
 def fit_layer(
@@ -111,28 +121,92 @@ def fit_layer(
     Returns:
         Its tensors; rounding "adaround" gets the codes of "gptq", where its training starts.
     """
-    tensors: Tensors = {}
-    residual = weight
-    if layer.branch is not None:
-        r_factor, l_factor = fit_branch(weight, layer.branch)
-        residual = weight - dense_branch(r_factor, l_factor)
-        tensors |= {"branch.R": r_factor, "branch.L": l_factor}
-    residual = rotate(residual, layer.rotation_group)
-    rotated = rotate(tokens.quantized, layer.rotation_group)
-    target = _missing_beside_branch(weight, tokens, tensors)
-    met = rotated
-    if layer.activation.bits is not None:
-        step = _find_step(layer.activation, rotated, residual, target, section)
-        met = _fake_quantize(rotated, layer.activation, step)
-        tensors["activation_step"] = np.array([step], dtype=np.float32)
-    seen = met if section.inputs == "quantized" else rotated
-    fitted = _fit_codes(layer, residual, seen, target, section)
-    tensors |= fitted.tensors
-    if section.bias_correction:
-        reached = met @ dequantize_weight(tensors["codes"], tensors["weight_scale"]).T
-        missed = _mean(target - reached)
-        tensors["bias"] = (missed if bias is None else bias + missed).astype(np.float32)
-    return LayerFit(tensors, fitted.real_codes)
+    fitter = LayerFitter(layer, weight, bias, tokens, section)
+    return fitter.fit(fitter.meet(layer.activation), layer.weight)
+
+
+@dataclass(frozen=True)
+class Met:
+    """What the codes of a layer meet behind one activation quantizer, and what they should be.
+
+    Attributes:
+        step: The activation step, None where activations stay in floating point.
+        tokens: (n, K), rotated and quantized.
+        residual: (N, K), the residual weight to be rounded.
+        upper: The factor that GPTQ needs, (K, K); None for rounding "nearest".
+    """
+
+    step: float | None
+    tokens: FloatArray
+    residual: FloatArray
+    upper: NDArray[np.float64] | None
+
+
+class LayerFitter:
+    """Fits a layer in one or several formats; what formats have in common is computed once.
+
+    Args:
+        layer: Its entry in the plan; the weight's width and the activation do not count.
+        weight: W, (N, K).
+        bias: (N,) or None.
+        tokens: Its input, not rotated.
+        section: The recipe's calibrate section.
+    """
+
+    def __init__(
+        self,
+        layer: LayerPlan,
+        weight: FloatArray,
+        bias: FloatArray | None,
+        tokens: LayerTokens,
+        section: CalibrateSection,
+    ) -> None:
+        self._bias = bias
+        self._section = section
+        self._branch: Tensors = {}
+        residual = weight
+        if layer.branch is not None:
+            r_factor, l_factor = fit_branch(weight, layer.branch)
+            residual = weight - dense_branch(r_factor, l_factor)
+            self._branch = {"branch.R": r_factor, "branch.L": l_factor}
+        self._residual = rotate(residual, layer.rotation_group)
+        self._rotated = rotate(tokens.quantized, layer.rotation_group)
+        self._target = _missing_beside_branch(weight, tokens, self._branch)
+
+    def meet(self, activation: ActivationFormat) -> Met:
+        """Return what weights of all widths have in common behind one activation quantizer."""
+        section, residual = self._section, self._residual
+        step, met = None, self._rotated
+        if activation.bits is not None:
+            step = _find_step(activation, self._rotated, residual, self._target, section)
+            met = _fake_quantize(self._rotated, activation, step)
+        refit, by_output = section.inputs == "quantized", section.rounding != "nearest"
+        seen, target = met if refit else self._rotated, self._target
+        if section.bias_correction:
+            seen, target = seen - _mean(seen), target - _mean(target)
+        moment = second_moment(seen) if refit or by_output else np.empty((0, 0))
+        if refit:
+            residual = refit_weight(residual, seen, target, moment)
+        return Met(step, met, residual, inverse_factor(moment) if by_output else None)
+
+    def fit(self, met: Met, weight: WeightFormat) -> LayerFit:
+        """Return the layer with weights of one format behind the activation quantizer."""
+        residual, section = met.residual, self._section
+        scale = fit_weight_scale(residual, weight.bits, weight.group_size, section.num_clip_steps)
+        if met.upper is None:
+            codes = quantize_weight(residual, scale, weight.bits)
+        else:
+            codes = quantize_weight_gptq(residual, scale, weight.bits, met.upper)
+        tensors = self._branch | {"weight_scale": scale, "codes": codes}
+        if met.step is not None:
+            tensors["activation_step"] = np.array([met.step], dtype=np.float32)
+        if section.bias_correction:
+            missed = _mean(self._target - met.tokens @ dequantize_weight(codes, scale).T)
+            bias = missed if self._bias is None else self._bias + missed
+            tensors["bias"] = bias.astype(np.float32)
+        return LayerFit(
+            tensors, residual / np.repeat(scale, residual.shape[1] // scale.shape[1], 1)
+        )
 
 
 def _missing_beside_branch(weight: FloatArray, tokens: LayerTokens, tensors: Tensors) -> FloatArray:
@@ -141,30 +215,6 @@ def _missing_beside_branch(weight: FloatArray, tokens: LayerTokens, tensors: Ten
     if "branch.R" not in tensors:
         return target
     return target - apply_branch(tokens.quantized, tensors["branch.R"], tensors["branch.L"])
-
-
-def _fit_codes(
-    layer: LayerPlan,
-    residual: FloatArray,
-    met: FloatArray,
-    target: FloatArray,
-    section: CalibrateSection,
-) -> LayerFit:
-    """Return codes and weight_scale of the rotated residual weight (N, K)."""
-    if section.bias_correction:
-        met, target = met - _mean(met), target - _mean(target)
-    by_output = section.rounding != "nearest"
-    moment = second_moment(met) if section.inputs == "quantized" or by_output else np.empty((0, 0))
-    if section.inputs == "quantized":
-        residual = refit_weight(residual, met, target, moment)
-    bits = layer.weight.bits
-    scale = fit_weight_scale(residual, bits, layer.weight.group_size, section.num_clip_steps)
-    if by_output:
-        codes = quantize_weight_gptq(residual, scale, bits, moment)
-    else:
-        codes = quantize_weight(residual, scale, bits)
-    real_codes = residual / np.repeat(scale, layer.in_features // scale.shape[1], axis=1)
-    return LayerFit({"weight_scale": scale, "codes": codes}, real_codes)
 
 
 def _find_step(

@@ -59,8 +59,13 @@ def refit_weight(
     return (weight + np.linalg.solve(moment, correlation).T).astype(np.float32)
 
 
+def inverse_factor(moment: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return U, the upper Cholesky factor of H^-1, for a damped H (`second_moment`)."""
+    return np.linalg.cholesky(np.linalg.inv(moment)).T
+
+
 def quantize_weight_gptq(
-    weight: FloatArray, scale: FloatArray, bits: int, moment: NDArray[np.float64]
+    weight: FloatArray, scale: FloatArray, bits: int, upper: NDArray[np.float64]
 ) -> NDArray[np.int8]:
     """Return codes that minimise the output error rather than the weight error.
 
@@ -68,7 +73,7 @@ def quantize_weight_gptq(
         weight: (N, K), rotated, the branch already subtracted.
         scale: (N, G) positive.
         bits: 2..8.
-        moment: (K, K) symmetric positive definite (`second_moment`).
+        upper: U, (K, K) (`inverse_factor`).
 
     Returns:
         (N, K) int8.
@@ -76,7 +81,6 @@ def quantize_weight_gptq(
     qmin, qmax = code_range(bits)
     n, k = weight.shape
     group = k // scale.shape[1]
-    upper = np.linalg.cholesky(np.linalg.inv(moment)).T
     rest = weight.astype(np.float64)
     codes = np.empty((n, k), dtype=np.int8)
     for start in range(0, k, _BLOCK):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from treeq_export.artefacts import atomic_path
-from treeq_export.model.fit import FloatArray, quantize_layer
+from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.replay import BlockReplay, Output
 from treeq_export.model.sequential import arrays_of
@@ -33,7 +33,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import WeightFormat
 from treeq_export.recipe import Recipe
-from treeq_export.search.formats import candidate_pairs, make_activation_format
+from treeq_export.search.formats import make_activation_format
 
 FOLDER = "search"
 _ROWS = "rows.safetensors"
@@ -197,16 +197,13 @@ def _fit_layer(
     rounding = "nearest" if recipe.calibrate.rounding == "nearest" else "gptq"
     calibrate = recipe.calibrate.model_copy(update={"rounding": rounding})
     few = statistics.thin(_TOKENS_PER_CHANNEL * layer.in_features, recipe.seed)
+    fitter = LayerFitter(layer, weight, bias, clean_tokens(layer, few), calibrate)
     tensors: dict[str, Tensor] = {}
-    for weight_bits, activation_bits in candidate_pairs(section):
-        planned = layer.model_copy(
-            update={
-                "weight": WeightFormat(bits=weight_bits, group_size=layer.weight.group_size),
-                "activation": make_activation_format(activation_bits, section.activation_scale),
-            }
-        )
-        fitted = quantize_layer(planned, weight, few, calibrate, bias)
-        for name, value in fitted.items():
-            own = "" if name.startswith(BRANCH) else pair_prefix(weight_bits, activation_bits)
-            tensors[own + name] = torch.from_numpy(np.ascontiguousarray(value))
+    for activation_bits in sorted(set(section.activation_candidates)):
+        met = fitter.meet(make_activation_format(activation_bits, section.activation_scale))
+        for weight_bits in sorted(set(section.weight_candidates)):
+            widened = WeightFormat(bits=weight_bits, group_size=layer.weight.group_size)
+            for name, value in fitter.fit(met, widened).tensors.items():
+                own = "" if name.startswith(BRANCH) else pair_prefix(weight_bits, activation_bits)
+                tensors[own + name] = torch.from_numpy(np.ascontiguousarray(value))
     return tensors
