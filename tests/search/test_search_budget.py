@@ -76,6 +76,8 @@ def test_every_limit_has_to_hold(make_network: MakeNetwork):
     assert not budget.allows(costs.cost(((4, 4),) * 5))
     assert not budget.allows(costs.cost(((3, 6),) * 5))
     assert not Budget(None, None, 10).allows(costs.cost(((3, 4),) * 5))
+    assert budget.fractions(costs.cost(((3, 2),) * 5))[:2] == [1.0, 0.5]
+    assert budget.fractions(costs.cost(((2, 6),), 0))[1] == pytest.approx(1.5 * 96 / 864)
     weights, activations = budget.relative(costs.cost(((3, 3),) * 5))
     assert weights == 1.0  # the bits are closer to their limit than the size
     assert activations == 0.75

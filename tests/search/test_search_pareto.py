@@ -49,7 +49,7 @@ def test_a_nan_counts_as_an_infinite_error():
 @given(POINTS, st.sampled_from([1, 2]), st.integers(2, 12))
 def test_the_drop_keeps_the_front_and_both_its_ends(points: list[Point], num_costs: int, keep: int):
     costs, errors = split(points, num_costs)
-    kept = drop(costs, errors, keep, num_leaves=4)
+    kept = drop(costs, errors, keep, np.ones(num_costs), np.ones(num_costs), num_leaves=4)
     assert len(kept) == min(keep, len(points)) == len(set(kept))
     sums = [costs[i].sum() for i in kept]
     assert sums == sorted(sums)
@@ -68,31 +68,47 @@ def convex_front(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("num_leaves", [1, 4, 16])
-def test_a_long_front_is_kept_around_the_budget(num_leaves: int):
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_a_long_front_is_kept_around_the_share(num_leaves: int, share: float):
     costs, errors = convex_front(1501)
-    kept = costs[drop(costs, errors, 16, num_leaves)][:, 0]
+    kept = costs[drop(costs, errors, 16, np.array([share]), np.ones(1), num_leaves)][:, 0]
     assert kept[0] == 0.5
     assert kept[-1] == 2.0
-    reach = 0.2 / np.sqrt(num_leaves)
+    reach = 0.2 * share / np.sqrt(num_leaves)
     inside = kept[1:-1]
-    assert inside.min() == pytest.approx(1 - reach, abs=0.01)
-    assert 1 + reach / 2 < inside.max() <= 1 + reach
-    assert np.median(inside) == pytest.approx(1.0, abs=reach / 4)
+    assert share - reach - 0.01 < inside.min() < share - 0.6 * reach
+    assert share + 0.6 * reach < inside.max() <= share + reach + 0.01
+    assert np.median(inside) == pytest.approx(share, abs=reach / 4)
 
 
-def test_with_two_costs_points_on_all_sides_of_the_budget_are_kept():
-    grid = np.linspace(0.6, 1.4, 41)
+def plane(share: tuple[float, float], prices: tuple[float, float]) -> np.ndarray:
+    """The kept costs of a convex front of two costs."""
+    grid = np.linspace(0.5, 2.0, 61)
     costs = np.array([(x, y) for x in grid for y in grid])
     errors = 4.0 ** -costs[:, 0] + 4.0 ** -costs[:, 1]
-    kept = costs[drop(costs, errors, 16, num_leaves=4)]
+    return costs[drop(costs, errors, 16, np.array(share), np.array(prices), num_leaves=4)]
+
+
+def test_with_two_costs_points_on_all_sides_of_the_share_are_kept():
+    kept = plane((1.0, 1.0), (1.0, 1.0))
     sides = {(bool(x > 1), bool(y > 1)) for x, y in kept}
     assert len(sides) == 4
     assert np.median(kept.mean(axis=1)) == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_budget_below_every_point_keeps_the_cheapest():
+def test_where_one_kind_of_bits_is_dearer_less_is_spent_on_it():
+    even, dear = plane((1.0, 1.0), (1.0, 1.0)), plane((1.0, 1.0), (3.0, 1.0))
+    assert np.median(dear[:, 0]) < np.median(even[:, 0]) - 0.1
+    assert np.median(dear[:, 1]) > np.median(even[:, 1]) + 0.1
+
+
+def test_prices_of_zero_count_alike():
+    assert np.array_equal(plane((1.0, 1.0), (0.0, 0.0)), plane((1.0, 1.0), (1.0, 1.0)))
+
+
+def test_a_share_below_every_point_keeps_the_cheapest():
     costs, errors = convex_front(100)
-    kept = drop(costs * 3, errors, 4, num_leaves=1)
+    kept = drop(costs * 3, errors, 4, np.ones(1), np.ones(1), num_leaves=1)
     assert kept[0] == 0
     assert len(kept) == 4
 
@@ -102,8 +118,8 @@ def test_a_short_front_is_filled_by_crowding_distance():
     costs = np.array([[0.0], [10.0], [1.0], [5.0], [5.1], [11.0]])
     errors = np.array([10.0, 0.0, 11.0, 10.5, 10.4, 1.0])
     assert sort_fronts(costs, errors) == [[0, 1], [2, 3, 4, 5]]
-    assert drop(costs, errors, 4, 1) == [0, 2, 1, 5]
-    assert drop(costs, errors, 5, 1) == [0, 2, 4, 1, 5]
+    assert drop(costs, errors, 4, np.ones(1), np.ones(1), 1) == [0, 2, 1, 5]
+    assert drop(costs, errors, 5, np.ones(1), np.ones(1), 1) == [0, 2, 4, 1, 5]
 
 
 def test_crowding_distance_by_hand():

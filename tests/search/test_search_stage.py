@@ -41,7 +41,7 @@ SEARCHED: dict[str, Any] = {
     "num_samples": 2,
 }
 # What a search with these settings measures in the tree: see tests/search/test_search_tree.py.
-NUM_TREE = 9 * 16
+NUM_TREE = 9 * 16 + 10 * (4 + 1)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_an_estimate_searches_nothing(
     assert cost.num_evaluations == NUM_TREE
     assert cost.estimate_s is not None
     assert cost.estimate_s > 0
-    assert said[0].startswith("search: 10 leaves, 9 merges, 144 evaluations of 4 inputs = ")
+    assert said[0].startswith("search: 10 leaves, 9 merges, 194 evaluations of 4 inputs = ")
     assert list(tmp_path.iterdir()) == []
 
 

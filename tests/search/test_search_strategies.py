@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from treeq_export.recipe import SearchSection
+from treeq_export.search.assignment import Allocation, allocate, solve_assignment
 from treeq_export.search.baselines import (
     search_greedy,
     search_integer_program,
-    solve_assignment,
     uniform_configuration,
 )
 from treeq_export.search.budget import Budget, Cost
 from treeq_export.search.context import Outcome, SearchContext
 from treeq_export.search.executor import Task
+from treeq_export.search.guide import measure_alone, nearest_pair
 from treeq_export.search.refine import refine
 from treeq_export.search.tree import Configuration, encode
 from treeq_export.search.tss import search_tree
@@ -128,6 +129,78 @@ def test_searches_beat_uniform_bits(seed: int, make_context: MakeContext):
     assert refined.network_mse <= 1.02 * found["integer"]
 
 
+def test_the_tree_comes_near_the_optimum_where_blocks_are_worth_different_bits(
+    make_context: MakeContext,
+):
+    """A segment's own error says nothing of what it does to the network: the guide has to."""
+    worth = np.repeat([1.0, 30.0, 0.1, 5.0], 5)
+    gain = (7.0, 0.2, 1.0, 40.0)  # of the network's error over that of each block's output
+    own = additive(20, 7)
+
+    def error(configuration: Configuration, first: int) -> float:
+        total = sum(
+            worth[first + at] * own((None,) * (first + at) + (pair,), 0)
+            for at, pair in enumerate(configuration)
+        )
+        if len(configuration) == 20:
+            return total
+        local = total / gain[(first + len(configuration) - 1) // 5]
+        # What the noisy environment before a segment has left comes on top.
+        return local if len(configuration) == 1 else local + 0.5
+
+    context = make_context(make_section(), 4, error)
+    # Here the errors are a sum: the integer program finds the optimum.
+    best = search_integer_program(context).network_mse
+    assert best <= search_tree(context).network_mse <= 1.05 * best
+
+
+def test_a_leaf_alone_is_brought_into_the_networks_unit(make_context: MakeContext):
+    error = additive(10)
+
+    def local(configuration: Configuration, first: int) -> float:
+        # Behind its own block it is larger than in the prediction, differently for every leaf.
+        return error(configuration, first) * (1.0 if len(configuration) == 10 else 3.0 + first)
+
+    calls: list[Task] = []
+    context = make_context(make_section(), 2, local, calls)
+    found = measure_alone(context)
+    assert [task.node for task in calls[:10]] == [f"segment {at}..{at}" for at in range(10)]
+    for at, row in enumerate(found):
+        assert row == pytest.approx([error((pair,), at) for pair in context.candidates])
+
+
+def test_the_anchor_is_the_candidate_nearest_to_the_budget(make_context: MakeContext):
+    def nearest(**budget: float) -> tuple[int, int]:
+        return nearest_pair(make_context(make_section(budget=budget), 1, additive(5)))
+
+    assert nearest(weight_bits=3.0, activation_bits=3.9) == (3, 4)
+    assert nearest(weight_bits=2.1) == (2, 2)
+    assert nearest(activation_bits=6.0) == (2, 6)
+
+
+def allocation_at(make_context: MakeContext, weight_bits: float) -> tuple[float, Allocation]:
+    section = make_section(budget={"weight_bits": weight_bits, "activation_bits": 6.0})
+    context = make_context(section, 4, additive(20))
+    errors = [[additive(20)((pair,), at) for pair in context.candidates] for at in range(20)]
+    costs = [[context.costs.cost((p,), at) for p in context.candidates] for at in range(20)]
+    chosen = solve_assignment(errors, costs, context.budget)
+    total = sum(row[option] for row, option in zip(errors, chosen, strict=True))
+    return total, allocate(errors, costs, context.budget)
+
+
+def test_prices_are_what_a_wider_limit_gains(make_context: MakeContext):
+    (before, allocation), (after, _) = (allocation_at(make_context, bits) for bits in (3.0, 3.3))
+    assert allocation.prices[1] == 0.0  # six bits everywhere are within the limit
+    assert 0.5 * allocation.prices[0] < (before - after) / 0.1 < 1.1 * allocation.prices[0]
+
+
+def test_shares_add_up_to_the_budget(make_context: MakeContext):
+    _, allocation = allocation_at(make_context, 3.0)
+    assert allocation.shares.shape == (20, 2)
+    assert allocation.shares.sum(axis=0) == pytest.approx([1.0, 1.0])
+    assert (allocation.shares > 0).all()
+
+
 def test_segments_see_what_single_layers_hide(make_context: MakeContext):
     section = make_section(
         weight_candidates=[2, 3, 4], activation_candidates=[4], budget={"weight_bits": 2.9}
@@ -142,7 +215,7 @@ def test_the_number_of_evaluations_is_what_was_announced(make_context: MakeConte
     calls: list[Task] = []
     context = make_context(make_section(), 3, additive(15), calls)
     outcome = search_tree(context)
-    assert sum(len(task.suffixes) for task in calls) == 14 * 256
+    assert sum(len(task.suffixes) for task in calls) == 14 * 256 + 15 * 17
     assert len(outcome.front) == 256
     assert sum(point.chosen for point in outcome.front) == 1
     assert sum(point.kept for point in outcome.front) == 16
@@ -166,7 +239,7 @@ def test_a_tree_that_ends_before_the_network_measures_its_best_on_the_network(
     partial = SearchContext(**vars(context) | {"num_blocks": 5})
     outcome = search_tree(partial)
     whole = [task for task in calls if task.node == "network"]
-    assert sum(len(task.suffixes) for task in whole) == 16
+    assert sum(len(task.suffixes) for task in whole) == 10 + 16  # each leaf alone, the finalists
     assert encode(outcome.configuration) in {s for task in whole for s in task.suffixes}
 
 

@@ -82,7 +82,7 @@ def test_a_single_leaf_is_its_own_tree(make_network: MakeNetwork):
     root = build_tree(leaves)
     assert root.children == ()
     assert merge_levels(root) == []
-    assert count_cost(leaves, 16, 16)["num_evaluations"] == 0
+    assert count_cost(leaves, 16, 16, 1)["num_evaluations"] == 17
 
 
 def test_names_for_people(make_network: MakeNetwork):
@@ -95,27 +95,33 @@ def test_names_for_people(make_network: MakeNetwork):
 
 
 def test_evaluations_are_linear_in_the_leaves(make_network: MakeNetwork):
-    counts = {blocks: count_cost(make_network(blocks), 16, 16) for blocks in (2, 4, 6, 28)}
+    counts = {blocks: count_cost(make_network(blocks), 16, 16, blocks) for blocks in (2, 4, 6, 28)}
     for blocks, count in counts.items():
         assert count["num_leaves"] == 5 * blocks
         assert count["num_merges"] == 5 * blocks - 1
-        assert count["num_evaluations"] == 256 * (5 * blocks - 1)
-    assert [counts[blocks]["num_evaluations"] for blocks in (2, 4, 6)] == [2304, 4864, 7424]
+        assert count["num_evaluations"] == 256 * (5 * blocks - 1) + 17 * 5 * blocks
+    assert [counts[blocks]["num_evaluations"] for blocks in (2, 4, 6)] == [2474, 5204, 7934]
 
 
 def test_block_runs_are_counted_by_hand(make_network: MakeNetwork):
+    def runs(blocks: int) -> int:
+        return count_cost(make_network(blocks), 16, 16, blocks)["num_block_runs"]
+
     # 4 merges inside each block: 16 runs of the block on the left, 256 on the right. Two blocks:
-    # 16 runs of the left one, 256 of the right one.
-    assert count_cost(make_network(1), 16, 16)["num_block_runs"] == 4 * 272
-    assert count_cost(make_network(2), 16, 16)["num_block_runs"] == 2 * 4 * 272 + 272
+    # 16 runs of the left one, 256 of the right one. 5 leaves of each block: 16 candidates alone
+    # run the block, another one the network from the block on.
+    assert runs(1) == 5 * 17 + 4 * 272
+    assert runs(2) == 5 * 18 + 5 * 17 + 2 * 4 * 272 + 272
     # Blocks (0, 1) and 2: 2 runs per left configuration.
-    assert count_cost(make_network(3), 16, 16)["num_block_runs"] == 13 * 272 + 32 + 256
+    assert runs(3) == 5 * 19 + 5 * 18 + 5 * 17 + 13 * 272 + 32 + 256
+    # What lies behind the searched blocks runs as well.
+    assert count_cost(make_network(1), 16, 16, 4)["num_block_runs"] == 5 * 20 + 4 * 272
 
 
 def test_fewer_candidates_cost_less(make_network: MakeNetwork):
     # 4 candidates: 16 pairs at each of the lowest merges, then at most 8 of them are kept.
-    cost = count_cost(make_network(1), 4, 8)
-    assert cost["num_evaluations"] == 4 * 4 + 4 * 4 + 8 * 8 + 8 * 4
+    cost = count_cost(make_network(1), 4, 8, 1)
+    assert cost["num_evaluations"] == 5 * 5 + 4 * 4 + 4 * 4 + 8 * 8 + 8 * 4
 
 
 def test_configurations_as_text():

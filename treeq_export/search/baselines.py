@@ -12,17 +12,15 @@ the most promising step is measured anew (as in lazy greedy submodular maximisat
 """
 
 import heapq
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS
 from treeq_export.recipe import SearchSection
-from treeq_export.search.budget import Budget, Cost, CostModel
+from treeq_export.search.assignment import solve_assignment
+from treeq_export.search.budget import Budget, CostModel
 from treeq_export.search.context import Outcome, SearchContext
 from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration, Leaf
@@ -104,57 +102,6 @@ def uniform_configuration(
             f"which {least_bits} bits and the branches need. Raise it, or lower the branch."
         )
     return at(float(fitting[-1]))
-
-
-def solve_assignment(
-    errors: Sequence[Sequence[float]],
-    costs: Sequence[Sequence[Cost]],
-    budget: Budget,
-    changes: tuple[Sequence[int], int] | None = None,
-) -> list[int]:
-    """Choose one option per leaf with the least sum of errors within the budget.
-
-    Args:
-        errors: Error of every option of every leaf.
-        costs: Cost of the same.
-        budget: The limits.
-        changes: The present option of every leaf, and how many leaves may take another one.
-
-    Returns:
-        The number of the chosen option of every leaf.
-    """
-    flat = [(leaf, option) for leaf, row in enumerate(errors) for option in range(len(row))]
-    objective = np.array([errors[leaf][option] for leaf, option in flat])
-    objective = objective / max(float(np.abs(objective).max()), 1e-300)
-    one_each = np.zeros((len(errors), len(flat)))
-    for column, (leaf, _) in enumerate(flat):
-        one_each[leaf, column] = 1.0
-    constraints = [LinearConstraint(one_each, 1, 1)]
-
-    def limit(values: Callable[[Cost], float], most: float | None) -> None:
-        if most is not None:
-            row: NDArray[Any] = np.array([values(costs[leaf][option]) for leaf, option in flat])
-            constraints.append(LinearConstraint(row[None] / most, -np.inf, 1 + 1e-12))
-
-    limit(lambda cost: cost.weight_bits, budget.weight_bits)
-    limit(lambda cost: cost.activation_bits, budget.activation_bits)
-    limit(lambda cost: cost.size_bytes, budget.size_bytes)
-    if changes is not None:
-        present, most_changes = changes
-        row = np.array([float(option != present[leaf]) for leaf, option in flat])
-        constraints.append(LinearConstraint(row[None], 0, most_changes))
-    result = milp(
-        objective,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    chosen = [0] * len(errors)
-    for (leaf, option), value in zip(flat, result.x, strict=True):
-        if value > 0.5:
-            chosen[leaf] = option
-    return chosen
 
 
 def search_integer_program(context: SearchContext) -> Outcome:

@@ -117,14 +117,19 @@ class Budget:
 
     def allows(self, cost: Cost) -> bool:
         """Whether a whole network's cost is within every limit."""
-        return all(
-            limit is None or spent <= limit * (1 + 1e-12)
+        return all(part <= 1 + 1e-12 for part in self.fractions(cost))
+
+    def fractions(self, cost: Cost) -> list[float]:
+        """Return what part of every limit that is set a cost takes: weights, activations, size."""
+        return [
+            spent / limit
             for limit, spent in (
                 (self.weight_bits, cost.weight_bits),
                 (self.activation_bits, cost.activation_bits),
                 (self.size_bytes, cost.size_bytes),
             )
-        )
+            if limit is not None
+        ]
 
     def relative(self, cost: Cost) -> list[float]:
         """Return what a node spends relative to its share: for weights, then for activations.

@@ -66,16 +66,20 @@ def time_block(
 
 
 def estimate_cost(
-    leaves: Sequence[Leaf], section: SearchSection, seconds_per_block: float | None
+    leaves: Sequence[Leaf],
+    section: SearchSection,
+    num_blocks: int,
+    seconds_per_block: float | None,
 ) -> SearchCost:
     """Return what a tree search measures and how long that takes.
 
     Args:
         leaves: The leaves.
         section: Candidates, configurations kept, workers.
+        num_blocks: Blocks of the network.
         seconds_per_block: Of `time_block`; None leaves the estimate out.
     """
-    counts = count_cost(leaves, len(candidate_pairs(section)), section.keep)
+    counts = count_cost(leaves, len(candidate_pairs(section)), section.keep, num_blocks)
     seconds = None
     if seconds_per_block is not None:
         workers = section.num_workers if section.executor == "ray" else 1

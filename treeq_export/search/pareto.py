@@ -1,20 +1,20 @@
 """The Pareto drop: which configurations of a node survive.
 
-A point has one or two costs, each relative to the budget (1 spends exactly the node's share), and
-an error. Points are sorted into fronts of points that no other one of the rest dominates. If the
-first front holds fewer points than are kept, the next fronts fill up in order of crowding distance.
-If it holds more, these are kept:
+A point has one cost per limit of the budget, and an error. Points are sorted into fronts of points
+that no other one of the rest dominates. If the first front holds fewer points than are kept, the
+next fronts fill up in order of crowding distance. If it holds more, these are kept:
 
 1. both ends: the cheapest point and the one of least error,
-2. the points that are best at some price of bits, for prices that spend about the budget: on a
-   grid of ratios of the two prices and of levels around the budget, closer the larger the node is
-   (the more leaves, the less its average strays from that of the network),
-3. those that are next best at the price that spends the budget.
+2. the points that are best at the price at which they spend about the node's share of the budget,
+   on a grid: somewhat more or less than the share, and one kind of bits somewhat dearer than the
+   others; closer the larger the node is (the more leaves, the less it strays),
+3. those that are next best at the price that spends the share.
 
 TreeQ publishes a Pareto drop on (average bits, MSE) that keeps 16; fronts and crowding distance
 are those of NSGA-II (Deb et al., 2002, sections III A and B); what of a long front is kept is ours.
-On random sums of 30 leaf errors the root came within 6 % of the exact optimum on average; a front
-thinned evenly in cost came within 45 %.
+With the 30 leaf errors of the digits model, summed up, the root comes within 0..3 % of the optimum
+at averages of 2.5 to 4 bits, and within 5 % where the shares come from errors that are 30 % off;
+6..44 % were lost while every node's share was that of its weights.
 """
 
 import numpy as np
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-_LEVEL = 0.2  # of the budget: how far a single leaf's average may stray
-_TILTS = (0.5, 5 / 6, 7 / 6, 1.5)  # price of the first cost; the second's is 2 minus that
+_LEVEL = 0.2  # of the share: how far a single leaf may stray from it
+_TILT = 0.5  # logarithm of a price, up for one kind of bits and down for the others
+_GRID = 4  # points in each direction
 _BISECTIONS = 60
 
 
@@ -79,19 +80,32 @@ def crowding_distance(costs: FloatArray, errors: FloatArray) -> FloatArray:
     return distance
 
 
-def drop(costs: FloatArray, errors: FloatArray, keep: int, num_leaves: int) -> list[int]:
+def drop(
+    costs: FloatArray,
+    errors: FloatArray,
+    keep: int,
+    share: FloatArray,
+    prices: FloatArray,
+    num_leaves: int,
+) -> list[int]:
     """Return the indices of the points that are kept, ascending in the sum of costs.
 
     Args:
-        costs: (n, c), c = 1 or 2, relative to the budget.
-        errors: (n,).
+        costs: (n, c), parts of the limits.
+        errors: (n,); a NaN counts as infinite.
         keep: How many to keep at most, 2 or more.
+        share: (c,) positive, the parts of the limits that the node should spend.
+        prices: (c,) non-negative, of whole limits; only their ratios count.
         num_leaves: Leaves of the node.
     """
+    errors = np.where(np.isnan(errors), np.inf, errors)
     fronts = sort_fronts(costs, errors)
     if len(fronts[0]) > keep:
         front = np.array(fronts[0])
-        chosen = _choose_from(costs[front], errors[front], keep, _LEVEL / np.sqrt(num_leaves))
+        prices = prices if prices.any() else np.ones_like(prices)
+        chosen = _choose_from(
+            costs[front], errors[front], keep, share, prices, 1 / np.sqrt(num_leaves)
+        )
         kept = [int(front[at]) for at in chosen]
     else:
         kept = _fill(costs, errors, fronts, keep)
@@ -110,24 +124,39 @@ def _fill(costs: FloatArray, errors: FloatArray, fronts: list[list[int]], keep: 
     return kept
 
 
-def _choose_from(costs: FloatArray, errors: FloatArray, keep: int, level: float) -> list[int]:
+def _choose_from(
+    costs: FloatArray,
+    errors: FloatArray,
+    keep: int,
+    share: FloatArray,
+    prices: FloatArray,
+    spread: float,
+) -> list[int]:
     """Choose `keep` points of a front that holds more."""
-    total = costs.sum(axis=1)
-    chosen = {int(total.argmin()): None, int(errors.argmin()): None}  # in the order of choice
-    tilts = _TILTS if costs.shape[1] == 2 else (1.0,)
-    for tilt in tilts:
-        spent = costs @ np.array([tilt, 2 - tilt][: costs.shape[1]])
-        budget = 2.0 if costs.shape[1] == 2 else 1.0
-        for offset in np.linspace(-level, level, max(keep // len(tilts), 2)):
-            best, _ = _best_at(spent, errors, budget * (1 + offset))
-            if len(chosen) < keep:
-                chosen.setdefault(best)
-    spent = total / costs.shape[1]
+    chosen = {int(costs.sum(axis=1).argmin()): None, int(errors.argmin()): None}  # in this order
+    sides = np.where(np.arange(len(prices)) == 0, 1.0, -1.0)
+    for level, tilt in _grid(keep, one_price=len(prices) == 1):
+        tilted = prices * np.exp(_TILT * tilt * spread * sides)
+        spent = costs @ (tilted / (tilted @ share))
+        best, _ = _best_at(spent, errors, 1 + _LEVEL * level * spread)
+        if len(chosen) < keep:
+            chosen.setdefault(best)
+    spent = costs @ (prices / (prices @ share))
     _, price = _best_at(spent, errors, 1.0)
     for index in np.argsort(errors + price * spent, kind="stable"):
         if len(chosen) < keep:
             chosen.setdefault(int(index))
     return list(chosen)
+
+
+def _grid(keep: int, *, one_price: bool) -> list[tuple[float, float]]:
+    """Return levels and tilts from -1 to 1, those nearest to 0 first."""
+    if one_price:
+        points = [(float(level), 0.0) for level in np.linspace(-1, 1, keep)]
+    else:
+        steps = np.linspace(-1, 1, _GRID)
+        points = [(float(level), float(tilt)) for level in steps for tilt in steps]
+    return sorted(points, key=lambda at: abs(at[0]) + abs(at[1]))
 
 
 def _best_at(spent: FloatArray, errors: FloatArray, limit: float) -> tuple[int, float]:

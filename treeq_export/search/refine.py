@@ -7,7 +7,7 @@ up; the proposal is measured, and taken only if the network's error falls. If it
 changes are allowed at once. This step is ours; `search.refine: null` leaves it out.
 """
 
-from treeq_export.search.baselines import solve_assignment
+from treeq_export.search.assignment import solve_assignment
 from treeq_export.search.context import Outcome, SearchContext, make_point
 from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration

@@ -1,12 +1,14 @@
 """Measuring configurations: the segment's blocks run on recorded inputs, all rows, real arithmetic.
 
-    segment a..b   a node of the tree. Its blocks run on the (noisy) recorded input; the error is
-                   that of the last block's output. What lies before the segment inside its first
-                   block is noisy too, what lies behind it inside its last block is clean.
+    segment a..b   a node of the tree. Its blocks run on the (noisy) recorded input, and what lies
+                   before the segment inside its first block is noisy too. The error is that of the
+                   last block's output against what full precision makes of the same input: what the
+                   noise itself does there is not the segment's doing, and would hide what is.
+    segment a..a   a leaf. Its block runs on the clean input, all else in it is clean as well.
     network        configurations of all leaves; the error is that of the network's prediction.
                    The task's prefix is a configuration that most of them start like, "" none
 
-All errors are mean squared errors against the full-precision network on its own trajectory. What a
+The network's errors, and so the root's, are against full precision on its own trajectory. What a
 task's left configuration computes is computed once and replayed for every right configuration.
 """
 
@@ -121,6 +123,7 @@ class SegmentWorker:
         self._num_rows = len(self._prediction)
         self._base: Configuration = ()
         self._base_outputs: dict[tuple[int, int], Output] = {}
+        self._reference: tuple[str, list[Output]] = ("", [])
         self._stack = ExitStack()
         self._replay = self._stack.enter_context(BlockReplay(denoiser, blocks))
         names = [linear.name for leaf in leaves for linear in leaf.linears]
@@ -139,6 +142,9 @@ class SegmentWorker:
             yield from self._measure_network(base, suffixes)
             return
         node, prefix = self._nodes[task.node], decode(task.prefix)
+        if not node.children:
+            yield from self._measure_alone(node, suffixes)
+            return
         inside = node.children[1].first_block == node.first_block
         make_state = self._start_inside if inside else self._start_across
         states = [make_state(node, prefix, start) for start in self._starts]
@@ -235,19 +241,47 @@ class SegmentWorker:
         for start, (before, handlers) in zip(self._starts, states, strict=True):
             self._switch.handlers = handlers | self._quantized(right.first, suffix)
             outputs.append(self._run(start, right.first_block, last, before))
-        return self._error(outputs, last)
+        return self._error(outputs, self._clean(None) if ends else self._wanted(node))
 
-    def _error(self, outputs: Sequence[Output], last: int | None) -> float:
-        """Return the mean squared error of a block's output, or of the prediction."""
+    def _clean(self, last: int | None) -> list[Output]:
+        """Return the recorded output of a block, or the prediction (None), batch by batch."""
         clean = (self._prediction,) if last is None else self._store.load_block(last, "clean")
+        return [slice_output(clean, start, self._batch_rows) for start in self._starts]
+
+    def _wanted(self, node: Node) -> list[Output]:
+        """Return what a segment in full precision makes of the input that it is measured on."""
+        noisy_before = self._noisy_before(node)
+        if not noisy_before and (node.first_block == 0 or self._noise == 0.0):
+            return self._clean(node.last_block)
+        if self._reference[0] != node.name:
+            outputs: list[Output] = []
+            self._switch.handlers = noisy_before
+            for start in self._starts:
+                first = node.first_block
+                before = None if first == 0 else self._input_of(first - 1, start)
+                outputs.append(self._run(start, first, node.last_block, before))
+            self._reference = (node.name, outputs)
+        return self._reference[1]
+
+    def _error(self, outputs: Sequence[Output], wanted: Sequence[Output]) -> float:
+        """Return the mean squared error of a block's output, or of the prediction."""
         total, count = 0.0, 0
-        for start, output in zip(self._starts, outputs, strict=True):
-            wanted = slice_output(clean, start, self._batch_rows)
-            for x, x_hat in zip(wanted, output, strict=True):
+        for expected, output in zip(wanted, outputs, strict=True):
+            for x, x_hat in zip(expected, output, strict=True):
                 if x is not None and x_hat is not None:
                     total += float(torch.sum((x_hat - x).square(), dtype=torch.float64))
                     count += x.numel()
         return total / max(count, 1)
+
+    def _measure_alone(
+        self, leaf: Node, configurations: Sequence[Configuration]
+    ) -> Iterator[float]:
+        """Run a leaf's block on its clean input, nothing quantized but the leaf."""
+        block = leaf.first_block
+        for configuration in configurations:
+            self._switch.handlers = self._quantized(leaf.first, configuration)
+            outputs = [self._run(start, block, block, None) for start in self._starts]
+            yield self._error(outputs, self._clean(block))
 
     def _measure_network(
         self, base: Configuration, configurations: Sequence[Configuration]
@@ -268,7 +302,7 @@ class SegmentWorker:
                 before = None if first == 0 else self._base_output(first - 1, start)
                 self._switch.handlers = self._quantized(0, configuration)
                 outputs.append(self._run(start, first, None, before))
-            yield self._error(outputs, None)
+            yield self._error(outputs, self._clean(None))
 
     def _base_output(self, block: int, start: int) -> Output:
         """Return a block's output in the base configuration; all blocks run once."""

@@ -41,6 +41,7 @@ from treeq_export.search.segments import (
 from treeq_export.search.tree import build_tree, decode, make_leaves
 
 _TOKENS_PER_BATCH = 2048  # a forward pass stays in the processor's cache
+_MEASURE = 2  # raised when the same key stands for another value (segments.py)
 _IGNORED = ("strategy", "budget", "noise", "keep", "refine", "executor", "num_workers")
 
 
@@ -134,9 +135,8 @@ def weights_fingerprint(
 
 def journal_fingerprint(weights: str, environment: str, noise: float) -> str:
     """Return the digest of everything that a measured value depends on beside its key."""
-    return _digest(
-        {"weights": weights, "noise": noise, "environment": environment if noise else ""}
-    )
+    depends = {"weights": weights, "noise": noise, "environment": environment if noise else ""}
+    return _digest(depends | {"measure": _MEASURE})
 
 
 def _digest(value: object) -> str:

@@ -311,7 +311,7 @@ class _Search:
             num_rows=self._section.num_rows,
             batch_rows=self._batch_rows,
         )
-        cost = estimate_cost(self._leaves, self._section, seconds)
+        cost = estimate_cost(self._leaves, self._section, len(self._blocks), seconds)
         self._say(describe_cost(cost, seconds, self._section.num_rows))
         return cost
 

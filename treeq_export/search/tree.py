@@ -139,6 +139,11 @@ def walk(node: Node, depth: int = 0) -> Iterator[tuple[Node, int]]:
         yield from walk(child, depth + 1)
 
 
+def leaf_nodes(root: Node) -> list[Node]:
+    """Return the leaves of a tree in execution order."""
+    return sorted((node for node, _ in walk(root) if not node.children), key=lambda x: x.first)
+
+
 def encode(configuration: Configuration) -> str:
     """Return a configuration as text.
 
@@ -175,10 +180,13 @@ def describe(node: Node, leaves: Sequence[Leaf]) -> str:
     return f"{node.first_block}: {first.linears[0].position} .. {last.linears[-1].position}"
 
 
-def count_cost(leaves: Sequence[Leaf], num_candidates: int, keep: int) -> dict[str, Any]:
+def count_cost(
+    leaves: Sequence[Leaf], num_candidates: int, keep: int, num_blocks: int
+) -> dict[str, Any]:
     """Count what a tree search measures, before it starts.
 
-    A merge measures every pair of its children's configurations. A pair inside a block runs that
+    Every candidate of a leaf runs its block, one of them the network from there on (guide.py). A
+    merge measures every pair of its children's configurations. A pair inside a block runs that
     block; a pair of blocks runs the right child's blocks. What lies left of it runs once per left
     configuration.
 
@@ -186,12 +194,14 @@ def count_cost(leaves: Sequence[Leaf], num_candidates: int, keep: int) -> dict[s
         leaves: The leaves.
         num_candidates: Candidates of a leaf.
         keep: Configurations that a merge keeps, at most.
+        num_blocks: Blocks of the network.
 
     Returns:
         num_leaves, num_merges, num_evaluations and num_block_runs.
     """
     merges = [node for level in merge_levels(build_tree(leaves)) for node in level]
-    evaluations = block_runs = 0
+    evaluations = len(leaves) * (num_candidates + 1)
+    block_runs = sum(num_candidates + num_blocks - leaf.block for leaf in leaves)
     for node in merges:
         left, right = (_num_kept(child, num_candidates, keep) for child in node.children)
         evaluations += left * right

@@ -3,8 +3,8 @@
 Published: leaves are consecutive layers; neighbours are merged pairwise, bottom up; a merge tries
 all pairs of its children's configurations, measures the merged segment end to end, and a Pareto
 drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run (segments.py), and
-which points of a long front are kept (pareto.py): with limits on weights and on activations there
-are two averages, and those matter that spend about the budget.
+which points of a long front are kept (pareto.py): those that spend about the node's share of the
+budget, which is found from single leaves (guide.py).
 
 At the root the error is that of the network's output. The configuration of least error within the
 budget wins, among all pairs that were measured there, kept or dropped.
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treeq_export.search.assignment import Allocation
 from treeq_export.search.context import Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
+from treeq_export.search.guide import make_guide
 from treeq_export.search.pareto import drop
 from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
 
@@ -37,6 +39,7 @@ def search_tree(context: SearchContext) -> Outcome:
     Returns:
         The outcome; deterministic.
     """
+    guide = make_guide(context)
     leaf_choices: list[Configuration] = [(pair,) for pair in context.candidates]
     kept: dict[str, list[Configuration]] = {
         node.name: leaf_choices for node, _ in walk(context.root) if not node.children
@@ -46,7 +49,7 @@ def search_tree(context: SearchContext) -> Outcome:
         measured = _measure_level(context, level, kept)
         for node in level:
             points = measured[node.name]
-            kept[node.name] = _drop(context, node, points)
+            kept[node.name] = _drop(context, guide, node, points)
     return _choose(context, points, kept)
 
 
@@ -74,12 +77,17 @@ def _measure_level(
     return measured
 
 
-def _drop(context: SearchContext, node: Node, points: list[Measured]) -> list[Configuration]:
-    costs = [context.costs.cost(point.configuration, node.first) for point in points]
-    relative = np.array([context.budget.relative(cost) for cost in costs])
+def _drop(
+    context: SearchContext, guide: Allocation, node: Node, points: list[Measured]
+) -> list[Configuration]:
+    configurations = [point.configuration for point in points]
+    costs = np.array(
+        [context.budget.fractions(context.costs.cost(c, node.first)) for c in configurations]
+    )
     errors = np.array([point.mse for point in points])
-    kept = drop(relative, errors, context.section.keep, node.num_leaves)
-    return [points[index].configuration for index in kept]
+    share = guide.shares[node.first : node.last + 1].sum(axis=0)
+    kept = drop(costs, errors, context.section.keep, share, guide.prices, node.num_leaves)
+    return [configurations[index] for index in kept]
 
 
 def _choose(

@@ -1,0 +1,64 @@
+"""Where the budget goes, from what leaves say alone, before the tree starts.
+
+Every candidate of every leaf runs alone, on the clean input of its block; the error is that of the
+block's output. One candidate of each leaf, the one nearest to the budget, is measured on the whole
+network too, and gives the factor from one error to the other. If errors added up, the linear
+program of assignment.py would give the best allocation: each leaf's share of the budget, and the
+price of bits, the same everywhere in the network.
+
+The tree keeps, in every node, configurations that spend about the node's share. A segment's own
+error cannot tell that share, since it says nothing of what it does to the network. This is ours;
+TreeQ says nothing of the kind.
+"""
+
+from treeq_export.search.assignment import Allocation, allocate
+from treeq_export.search.context import SearchContext
+from treeq_export.search.executor import Task
+from treeq_export.search.formats import Pair
+from treeq_export.search.tree import Configuration, encode, leaf_nodes
+
+
+def make_guide(context: SearchContext) -> Allocation:
+    """Measure every leaf alone and return how the budget would be spent.
+
+    Args:
+        context: The search's inputs.
+    """
+    errors = measure_alone(context)
+    costs = [
+        [context.costs.cost((pair,), at) for pair in context.candidates]
+        for at in range(len(context.leaves))
+    ]
+    return allocate(errors, costs, context.budget)
+
+
+def measure_alone(context: SearchContext) -> list[list[float]]:
+    """Return about the error of the network's prediction, by leaf and candidate.
+
+    Args:
+        context: The search's inputs.
+    """
+    pairs = context.candidates
+    leaves = leaf_nodes(context.root)
+    suffixes = tuple(encode((pair,)) for pair in pairs)
+    local = context.measure(
+        [Task(leaf.name, "", suffixes) for leaf in leaves], len(leaves) * len(pairs)
+    )
+    anchor = nearest_pair(context)
+    nothing: Configuration = (None,) * len(leaves)
+    alone = [(*nothing[:at], anchor, *nothing[at + 1 :]) for at in range(len(leaves))]
+    errors: list[list[float]] = []
+    for leaf, on_network in zip(leaves, context.measure_network(alone), strict=True):
+        factor = on_network / max(local[leaf.name, "", encode((anchor,))], 1e-300)
+        errors.append([factor * local[leaf.name, "", suffix] for suffix in suffixes])
+    return errors
+
+
+def nearest_pair(context: SearchContext) -> Pair:
+    """Return the candidate that, everywhere, would come nearest to spending the budget."""
+
+    def distance(pair: Pair) -> float:
+        spent = context.budget.fractions(context.costs.cost((pair,) * len(context.leaves)))
+        return sum(max(part, 1 / part) for part in spent)
+
+    return min(context.candidates, key=distance)
