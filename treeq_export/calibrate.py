@@ -98,7 +98,7 @@ def _fit_in_order(
     walk = SequentialWalk(
         denoiser,
         plan,
-        join_calls(calls, denoiser.input_names, section.num_rows),
+        join_calls(calls, denoiser.input_names, section.num_rows, recipe.seed),
         batch_size=recipe.sampler.batch_size,
         max_tokens=section.max_tokens,
         seed=recipe.seed,

@@ -116,6 +116,7 @@ def prepared(
                     activation_candidates=[3, 8],
                     num_rows=5,
                     num_samples=3,
+                    num_probes=0,
                 ),
                 make_tiny_denoiser(family),
                 tmp_path_factory.mktemp("search"),
@@ -255,6 +256,27 @@ def test_whole_configurations_do_not_depend_on_the_base(
     for configuration, value in zip((base, late, early, alone), from_base, strict=True):
         _, predicted = search.outputs(configuration)
         assert value == close_to(mean_square((predicted,), (prediction,)))
+
+
+def test_with_probes_a_segment_is_measured_by_what_it_does_to_the_prediction(
+    prepared: Callable[[str], Search], tmp_path: Path
+):
+    plain = prepared("dit")
+    section = plain.recipe.search.model_copy(update={"num_probes": 200})
+    recipe = plain.recipe.model_copy(update={"search": section})
+    search = prepare_family(recipe, plain.denoiser, tmp_path)
+    _, prediction = search.outputs((None,) * 10)
+    worker = search.open(0.0)
+    try:
+        (alone,) = worker.measure(Task("segment 1..1", "", ("3/8",)))
+        (merged,) = worker.measure(Task("segment 5..6", "2/8", ("3/8",)))
+    finally:
+        worker.close()
+    for value, before, inside in ((alone, 1, ((3, 8),)), (merged, 5, ((2, 8), (3, 8)))):
+        after = (None,) * (10 - before - len(inside))
+        _, predicted = search.outputs((None,) * before + inside + after)
+        # To first order, and with 200 directions of 5 rows.
+        assert value == pytest.approx(mean_square((predicted,), (prediction,)), rel=0.2)
 
 
 def test_what_is_left_of_a_merge_runs_once_per_left_configuration(

@@ -6,6 +6,7 @@ full-precision model meets while it denoises, with their timesteps and condition
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def collect_rows(
         denoiser: The full-precision model.
         section: Scheduler, steps, guidance, batch size.
         num_samples: Trajectories.
-        num_rows: How many inputs to keep, evenly spaced in the order of the calls; None is all.
+        num_rows: How many inputs to keep, spread over steps and samples; None is all.
         seed: Seed of the initial noise and of random conditioning.
         on_step: Called with the fraction done, 0..1.
 
@@ -55,23 +56,31 @@ def collect_rows(
         seed=seed,
         on_step=lambda done: on_step(done / total),
     )
-    return join_calls(calls, denoiser.input_names, num_rows)
+    return join_calls(calls, denoiser.input_names, num_rows, seed)
 
 
-def join_calls(calls: Sequence[Rows], names: Sequence[str], num_rows: int | None) -> Rows:
+def join_calls(
+    calls: Sequence[Rows], names: Sequence[str], num_rows: int | None, seed: int
+) -> Rows:
     """Return the inputs of several network calls as one, thinned to `num_rows` (None is all)."""
     rows = {name: torch.cat([call[name] for call in calls]) for name in names}
-    return rows if num_rows is None else thin_rows(rows, num_rows)
+    return rows if num_rows is None else thin_rows(rows, num_rows, seed)
 
 
-def thin_rows(rows: Rows, num_rows: int) -> Rows:
-    """Return `num_rows` evenly spaced rows, or all where there are not more.
+def thin_rows(rows: Rows, num_rows: int, seed: int) -> Rows:
+    """Return one random row out of each of `num_rows` equal parts, or all where there are not more.
 
-    >>> thin_rows({"x": torch.arange(10)}, 4)["x"].tolist()
-    [0, 2, 5, 7]
+    Every n-th would not do: rows come sample by sample and step by step, and an n that divides the
+    samples of a call takes the same few trajectories at every step.
+
+    >>> thin_rows({"x": torch.arange(10)}, 4, seed=0)["x"].tolist()
+    [1, 3, 6, 7]
     """
     total = len(next(iter(rows.values())))
-    index = torch.arange(min(num_rows, total)) * total // min(num_rows, total)
+    if num_rows >= total:
+        return rows
+    ends = np.arange(num_rows + 1) * total // num_rows
+    index = torch.from_numpy(np.random.default_rng(seed).integers(ends[:-1], ends[1:]))
     return {name: tensor[index] for name, tensor in rows.items()}
 
 

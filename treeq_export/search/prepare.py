@@ -5,6 +5,7 @@ page cache, so that memory does not grow with the network:
 
     rows.safetensors             the network's inputs, and `prediction`, its clean answer
     blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
+    probes/<b>.safetensors       <e>: K gradients of the prediction by element e of block b's output
     weights/<layer>.safetensors  branch.R, branch.L, and w<bits>a<bits>.<tensor> for every pair
 
 Environmental Noise Guidance (the scalar is TreeQ's, this formula is ours): a segment's input is
@@ -93,9 +94,19 @@ class Store:
         count = int(tensors["num_elements"])
         return tuple(tensors.get(f"{kind}.{element}") for element in range(count))
 
+    def load_probes(self, block: int) -> Output:
+        """Return the gradients of a searched block, elements (rows, K, ...)."""
+        tensors = self.load(_probe_file(block))
+        count = int(tensors["num_elements"])
+        return tuple(tensors.get(str(element)) for element in range(count))
+
 
 def _block_file(block: int) -> str:
     return f"blocks/{block}.safetensors"
+
+
+def _probe_file(block: int) -> str:
+    return f"probes/{block}.safetensors"
 
 
 def pair_prefix(weight_bits: int, activation_bits: int) -> str:
@@ -153,6 +164,13 @@ def save_blocks(store: Store, clean: Sequence[Output], noisy: Sequence[Output]) 
         for kind, output in zip(("clean", "noisy"), outputs, strict=True):
             tensors |= {f"{kind}.{element}": x for element, x in enumerate(output) if x is not None}
         store.save(_block_file(block), tensors)
+
+
+def save_probes(store: Store, gradients: Mapping[int, Output]) -> None:
+    """Write the gradients of blocks by number."""
+    for block, output in gradients.items():
+        tensors = {str(element): x for element, x in enumerate(output) if x is not None}
+        store.save(_probe_file(block), {"num_elements": torch.tensor(len(output)), **tensors})
 
 
 def fit_weights(

@@ -3,7 +3,8 @@
     segment a..b   a node of the tree. Its blocks run on the (noisy) recorded input, and what lies
                    before the segment inside its first block is noisy too. The error is that of the
                    last block's output against what full precision makes of the same input: what the
-                   noise itself does there is not the segment's doing, and would hide what is.
+                   noise itself does there is not the segment's doing, and would hide what is. It
+                   is measured by what it does to the prediction (model/sensitivity.py).
     segment a..a   a leaf. Its block runs on the clean input, all else in it is clean as well.
     network        configurations of all leaves; the error is that of the network's prediction.
                    The task's prefix is a configuration that most of them start like, "" none
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from treeq_export.model.replay import BlockReplay, Output, replace_forward
+from treeq_export.model.sensitivity import prediction_error
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.search.bank import LayerBank
@@ -95,6 +97,7 @@ class SegmentWorker:
         bank: Quantized layers.
         environment: The configuration that the noisy outputs were recorded with.
         noise: Lambda of Environmental Noise Guidance.
+        with_probes: Measure errors of blocks by their effect on the prediction.
         batch_rows: Rows of one forward pass.
     """
 
@@ -109,6 +112,7 @@ class SegmentWorker:
         *,
         environment: Configuration,
         noise: float,
+        with_probes: bool,
         batch_rows: int,
     ) -> None:
         self._leaves = list(leaves)
@@ -118,6 +122,7 @@ class SegmentWorker:
         self._bank = bank
         self._environment = environment
         self._noise = noise
+        self._with_probes = with_probes
         self._batch_rows = batch_rows
         self._rows, self._prediction = store.load_rows()
         self._num_rows = len(self._prediction)
@@ -241,7 +246,9 @@ class SegmentWorker:
         for start, (before, handlers) in zip(self._starts, states, strict=True):
             self._switch.handlers = handlers | self._quantized(right.first, suffix)
             outputs.append(self._run(start, right.first_block, last, before))
-        return self._error(outputs, self._clean(None) if ends else self._wanted(node))
+        if ends:
+            return self._error(outputs, self._clean(None))
+        return self._block_error(outputs, self._wanted(node), node.last_block)
 
     def _clean(self, last: int | None) -> list[Output]:
         """Return the recorded output of a block, or the prediction (None), batch by batch."""
@@ -263,8 +270,21 @@ class SegmentWorker:
             self._reference = (node.name, outputs)
         return self._reference[1]
 
+    def _block_error(
+        self, outputs: Sequence[Output], wanted: Sequence[Output], block: int
+    ) -> float:
+        """Return the error of a block's output, as the recipe wants it measured."""
+        if not self._with_probes:
+            return self._error(outputs, wanted)
+        probes = self._store.load_probes(block)
+        return prediction_error(
+            [slice_output(probes, start, self._batch_rows) for start in self._starts],
+            [_difference(*pair) for pair in zip(outputs, wanted, strict=True)],
+            self._prediction.numel(),
+        )
+
     def _error(self, outputs: Sequence[Output], wanted: Sequence[Output]) -> float:
-        """Return the mean squared error of a block's output, or of the prediction."""
+        """Return the mean squared error of batches of outputs."""
         total, count = 0.0, 0
         for expected, output in zip(wanted, outputs, strict=True):
             for x, x_hat in zip(expected, output, strict=True):
@@ -281,7 +301,7 @@ class SegmentWorker:
         for configuration in configurations:
             self._switch.handlers = self._quantized(leaf.first, configuration)
             outputs = [self._run(start, block, block, None) for start in self._starts]
-            yield self._error(outputs, self._clean(block))
+            yield self._block_error(outputs, self._clean(block), block)
 
     def _measure_network(
         self, base: Configuration, configurations: Sequence[Configuration]
@@ -320,6 +340,13 @@ class SegmentWorker:
         pairs = zip(self._leaves, base, configuration, strict=True)
         blocks = [leaf.block for leaf, one, other in pairs if one != other]
         return min(blocks, default=len(self._replay.blocks) - 1)
+
+
+def _difference(output: Output, wanted: Output) -> Output:
+    return tuple(
+        None if x is None or x_hat is None else x_hat - x
+        for x_hat, x in zip(output, wanted, strict=True)
+    )
 
 
 def _keep(name: str, handler: Handler, outputs: dict[str, Tensor]) -> Handler:

@@ -16,6 +16,7 @@ from treeq_export import __version__
 from treeq_export.model.checkpoint import load_model, open_checkpoint
 from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
+from treeq_export.model.sensitivity import probe_gradients
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.trajectories import collect_rows
 from treeq_export.model.zoo import Denoiser, make_denoiser
@@ -29,6 +30,7 @@ from treeq_export.search.prepare import (
     fit_weights,
     record_outputs,
     save_blocks,
+    save_probes,
     save_rows,
     weight_file,
 )
@@ -41,7 +43,7 @@ from treeq_export.search.segments import (
 from treeq_export.search.tree import build_tree, decode, make_leaves
 
 _TOKENS_PER_BATCH = 2048  # a forward pass stays in the processor's cache
-_MEASURE = 2  # raised when the same key stands for another value (segments.py)
+_MEASURE = 3  # raised when the same key stands for another value (segments.py)
 _IGNORED = ("strategy", "budget", "noise", "keep", "refine", "executor", "num_workers")
 
 
@@ -89,6 +91,7 @@ class Session:
             make_bank(store, denoiser, linears, recipe, self.branches),
             environment=decode(self.environment),
             noise=recipe.search.noise,
+            with_probes=recipe.search.num_probes > 0,
             batch_rows=self.batch_rows,
         )
 
@@ -192,6 +195,18 @@ def prepare(
             environment = decode(session.environment)
             switch.handlers = quantized_handlers(bank, leaves, environment)
             dirty, _ = record_outputs(replay, rows, session.batch_rows)
+    if recipe.search.num_probes:
+        searched = sorted({leaf.block for leaf in leaves})
+        names = block_names(found)
+        gradients = probe_gradients(
+            denoiser,
+            [names[block] for block in searched],
+            rows,
+            num_probes=recipe.search.num_probes,
+            batch_rows=session.batch_rows,
+            seed=recipe.seed,
+        )
+        save_probes(store, dict(zip(searched, gradients, strict=True)))
     save_blocks(noisy, clean, dirty)
     save_rows(store, rows, prediction)
     on_step(1.0)
