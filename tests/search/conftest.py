@@ -57,7 +57,7 @@ def make_context(make_network: Callable[..., list[Leaf]]) -> Callable[..., Searc
             for task in tasks:
                 if calls is not None:
                     calls.append(task)
-                network = task.node == "network"
+                network = task.node in ("network", "final")
                 first = 0 if network else int(task.node.split()[1].split(".")[0])
                 prefix = () if network else decode(task.prefix)
                 for suffix in task.suffixes:

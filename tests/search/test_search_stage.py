@@ -215,7 +215,8 @@ def test_a_search_of_some_blocks_measures_on_the_whole_network(search: Make, tmp
 
 def test_refinement_can_be_left_out(search: Make, tmp_path: Path):
     search(**SEARCHED, refine=None)
-    assert record_of(tmp_path).num_measured == NUM_TREE
+    # The four best of the root, and what is best if errors added up, if it is not one of them.
+    assert record_of(tmp_path).num_measured - NUM_TREE in (4, 5, 6)
 
 
 def test_branches_are_chosen_by_output_error(search: Make, tmp_path: Path):

@@ -8,7 +8,7 @@ from treeq_export.records import SearchPoint
 from treeq_export.search.budget import Budget, Cost, CostModel
 from treeq_export.search.executor import Key, Task
 from treeq_export.search.formats import Pair, candidate_pairs
-from treeq_export.search.segments import NETWORK
+from treeq_export.search.segments import FINAL, NETWORK
 from treeq_export.search.tree import Configuration, Leaf, Node, encode
 
 _CHUNK = 16  # whole configurations of one task
@@ -52,12 +52,26 @@ class SearchContext:
             base: What most of them start like: blocks that do not differ are not run again. The
                 empty one stands for full precision. Values depend on it by rounding only.
         """
+        return self._measure_whole(NETWORK, base, configurations)
+
+    def measure_final(self, configurations: Sequence[Configuration]) -> list[float]:
+        """Return the network's error on the inputs that finalists are compared on.
+
+        Few configurations are measured on them, so that the best of them is hardly flattered.
+        """
+        if self.section.num_final_rows == 0:
+            return self.measure_network(configurations)
+        return self._measure_whole(FINAL, (), configurations)
+
+    def _measure_whole(
+        self, node: str, base: Configuration, configurations: Sequence[Configuration]
+    ) -> list[float]:
         prefix = encode(base)
         texts = [encode(configuration) for configuration in configurations]
         chunks = [tuple(texts[at : at + _CHUNK]) for at in range(0, len(texts), _CHUNK)]
-        tasks = [Task(NETWORK, prefix, chunk) for chunk in chunks]
+        tasks = [Task(node, prefix, chunk) for chunk in chunks]
         values = self.measure(tasks, len(set(texts)) * self.num_blocks)
-        return [values[NETWORK, prefix, text] for text in texts]
+        return [values[node, prefix, text] for text in texts]
 
     def allows(self, configuration: Configuration) -> bool:
         """Whether a whole configuration is within the budget."""
@@ -73,12 +87,14 @@ class Outcome:
         network_mse: Its error on the whole network.
         front: Configurations measured at the root.
         kept: How many configurations each node kept, by the node's name.
+        final_mse: Its error on the inputs that finalists are compared on, where it was one.
     """
 
     configuration: Configuration
     network_mse: float
     front: list[SearchPoint] = field(default_factory=list[SearchPoint])
     kept: dict[str, int] = field(default_factory=dict[str, int])
+    final_mse: float | None = None
 
 
 def make_point(cost: Cost, mse: float, *, kept: bool, chosen: bool) -> SearchPoint:

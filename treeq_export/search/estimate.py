@@ -94,7 +94,7 @@ def describe_cost(cost: SearchCost, seconds_per_block: float, num_rows: int) -> 
         f"search: {cost.num_leaves} leaves, {cost.num_merges} merges, "
         f"{cost.num_evaluations} evaluations of {num_rows} inputs = {cost.num_block_runs} block "
         f"runs of {1000 * seconds_per_block:.0f} ms: about {_duration(cost.estimate_s)}, "
-        "preparation and refinement not counted"
+        "preparation, finalists and refinement not counted"
     )
 
 

@@ -11,14 +11,29 @@ error cannot tell that share, since it says nothing of what it does to the netwo
 TreeQ says nothing of the kind.
 """
 
-from treeq_export.search.assignment import Allocation, allocate
+from dataclasses import dataclass
+
+from treeq_export.search.assignment import Allocation, allocate, solve_assignment
 from treeq_export.search.context import SearchContext
 from treeq_export.search.executor import Task
 from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration, encode, leaf_nodes
 
 
-def make_guide(context: SearchContext) -> Allocation:
+@dataclass(frozen=True)
+class Guide:
+    """What would be best if errors of leaves added up.
+
+    Attributes:
+        allocation: Shares and prices.
+        optimum: The best configuration of the network; one of the finalists of the search.
+    """
+
+    allocation: Allocation
+    optimum: Configuration
+
+
+def make_guide(context: SearchContext) -> Guide:
     """Measure every leaf alone and return how the budget would be spent.
 
     Args:
@@ -29,7 +44,9 @@ def make_guide(context: SearchContext) -> Allocation:
         [context.costs.cost((pair,), at) for pair in context.candidates]
         for at in range(len(context.leaves))
     ]
-    return allocate(errors, costs, context.budget)
+    chosen = solve_assignment(errors, costs, context.budget)
+    optimum = tuple(context.candidates[option] for option in chosen)
+    return Guide(allocate(errors, costs, context.budget), optimum)
 
 
 def measure_alone(context: SearchContext) -> list[list[float]]:

@@ -4,6 +4,7 @@ Written once into `search/` of the run folder and read from there, block by bloc
 page cache, so that memory does not grow with the network:
 
     rows.safetensors             the network's inputs, and `prediction`, its clean answer
+    final.safetensors            other ones, that finalists are compared on
     blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
     probes/<b>.safetensors       <e>: K gradients of the prediction by element e of block b's output
     weights/<layer>.safetensors  branch.R, branch.L, and w<bits>a<bits>.<tensor> for every pair
@@ -37,7 +38,7 @@ from treeq_export.recipe import Recipe
 from treeq_export.search.formats import make_activation_format
 
 FOLDER = "search"
-_ROWS = "rows.safetensors"
+ROWS_FILE, FINAL_FILE = "rows.safetensors", "final.safetensors"
 _PREDICTION = "prediction"
 _KEY = "fingerprint"
 BRANCH = "branch."
@@ -77,9 +78,9 @@ class Store:
         """Return the tensors of one file; their bytes are read when they are used."""
         return load_file(self.folder / name)
 
-    def load_rows(self) -> tuple[Rows, Tensor]:
+    def load_rows(self, name: str = ROWS_FILE) -> tuple[Rows, Tensor]:
         """Return the network's inputs and its clean prediction."""
-        tensors = self.load(_ROWS)
+        tensors = self.load(name)
         prediction = tensors.pop(_PREDICTION)
         return tensors, prediction
 
@@ -152,9 +153,9 @@ def _concatenate(parts: Sequence[Output]) -> Output:
     return tuple(joined)
 
 
-def save_rows(store: Store, rows: Rows, prediction: Tensor) -> None:
+def save_rows(store: Store, name: str, rows: Rows, prediction: Tensor) -> None:
     """Write the network's inputs and its clean prediction."""
-    store.save(_ROWS, {**rows, _PREDICTION: prediction})
+    store.save(name, {**rows, _PREDICTION: prediction})
 
 
 def save_blocks(store: Store, clean: Sequence[Output], noisy: Sequence[Output]) -> None:

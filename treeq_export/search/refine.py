@@ -3,8 +3,9 @@
 The root offers 16 x 16 combinations, so a few leaves may still be off by one width. From the
 configuration that the tree chose, every leaf's neighbouring widths are measured on the network, one
 change at a time; an integer program proposes the best exchange within the budget if changes added
-up; the proposal is measured, and taken only if the network's error falls. If it does not, fewer
-changes are allowed at once. This step is ours; `search.refine: null` leaves it out.
+up; the proposal is taken only if the error falls on the inputs that finalists are compared on. If
+it does not, fewer changes are allowed at once. This step is ours; `search.refine: null` leaves it
+out.
 """
 
 from treeq_export.search.assignment import solve_assignment
@@ -24,7 +25,9 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
         least_gain: Relative fall of the error below which the search ends.
     """
     best: Configuration = outcome.configuration
-    error = outcome.network_mse
+    error = outcome.final_mse
+    if error is None:
+        (error,) = context.measure_final([best])
     for _ in range(_MOST_ROUNDS):
         found = _exchange(context, best, error)
         if found is None:
@@ -36,8 +39,9 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
     if best == outcome.configuration:
         return outcome
     front = [point.model_copy(update={"chosen": False}) for point in outcome.front]
-    front.append(make_point(context.costs.cost(best), error, kept=True, chosen=True))
-    return Outcome(best, error, front, outcome.kept)
+    (network_mse,) = context.measure_network([best])
+    front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
+    return Outcome(best, network_mse, front, outcome.kept, error)
 
 
 def _exchange(
@@ -51,8 +55,9 @@ def _exchange(
         near = _neighbours(context, pair)
         options.append([pair, *near])
         single += [(*present[:index], other, *present[index + 1 :]) for other in near]
-    measured = iter(context.measure_network(single, base=present))
-    errors = [[0.0, *(next(measured) - error for _ in row[1:])] for row in options]
+    before, *after = context.measure_network([present, *single], base=present)
+    measured = iter(after)
+    errors = [[0.0, *(next(measured) - before for _ in row[1:])] for row in options]
     costs = [
         [context.costs.cost((pair,), index) for pair in row] for index, row in enumerate(options)
     ]
@@ -63,7 +68,7 @@ def _exchange(
         if changed == 0:
             return None
         proposal = tuple(row[option] for row, option in zip(options, chosen, strict=True))
-        value = context.measure_network([proposal], base=present)[0]
+        (value,) = context.measure_final([proposal])
         if value < error:
             return proposal, value
         most_changes = changed // 2

@@ -8,6 +8,7 @@
     segment a..a   a leaf. Its block runs on the clean input, all else in it is clean as well.
     network        configurations of all leaves; the error is that of the network's prediction.
                    The task's prefix is a configuration that most of them start like, "" none
+    final          the same on other inputs
 
 The network's errors, and so the root's, are against full precision on its own trajectory. What a
 task's left configuration computes is computed once and replayed for every right configuration.
@@ -27,10 +28,10 @@ from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.search.bank import LayerBank
 from treeq_export.search.executor import Task
-from treeq_export.search.prepare import Store, slice_output, slice_rows
+from treeq_export.search.prepare import FINAL_FILE, Store, slice_output, slice_rows
 from treeq_export.search.tree import Configuration, Leaf, Node, decode, walk
 
-NETWORK = "network"
+NETWORK, FINAL = "network", "final"
 Handler = Callable[[Tensor], Tensor]
 
 
@@ -145,6 +146,9 @@ class SegmentWorker:
         if task.node == NETWORK:
             base = decode(task.prefix) or (None,) * len(self._leaves)
             yield from self._measure_network(base, suffixes)
+            return
+        if task.node == FINAL:
+            yield from self._measure_final(suffixes)
             return
         node, prefix = self._nodes[task.node], decode(task.prefix)
         if not node.children:
@@ -323,6 +327,15 @@ class SegmentWorker:
                 self._switch.handlers = self._quantized(0, configuration)
                 outputs.append(self._run(start, first, None, before))
             yield self._error(outputs, self._clean(None))
+
+    def _measure_final(self, configurations: Sequence[Configuration]) -> Iterator[float]:
+        """Measure whole configurations on the inputs that finalists are compared on."""
+        rows, prediction = self._store.load_rows(FINAL_FILE)
+        starts = range(0, len(prediction), self._batch_rows)
+        for configuration in configurations:
+            self._switch.handlers = self._quantized(0, configuration)
+            outputs = [self._replay.run(slice_rows(rows, at, self._batch_rows)) for at in starts]
+            yield self._error(outputs, [(prediction[at : at + self._batch_rows],) for at in starts])
 
     def _base_output(self, block: int, start: int) -> Output:
         """Return a block's output in the base configuration; all blocks run once."""

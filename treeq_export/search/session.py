@@ -18,7 +18,7 @@ from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
 from treeq_export.model.sensitivity import probe_gradients
 from treeq_export.model.statistics import InputStatistics
-from treeq_export.model.trajectories import collect_rows
+from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.model.zoo import Denoiser, make_denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import BranchFormat
@@ -26,6 +26,8 @@ from treeq_export.recipe import Recipe
 from treeq_export.search.bank import LayerBank
 from treeq_export.search.formats import make_layer_plan
 from treeq_export.search.prepare import (
+    FINAL_FILE,
+    ROWS_FILE,
     Store,
     fit_weights,
     record_outputs,
@@ -42,6 +44,7 @@ from treeq_export.search.segments import (
 )
 from treeq_export.search.tree import build_tree, decode, make_leaves
 
+_FINAL_SEED_OFFSET = 500  # calibration has 0, the held-out inputs of `evaluate` have 1000
 _TOKENS_PER_BATCH = 2048  # a forward pass stays in the processor's cache
 _MEASURE = 3  # raised when the same key stands for another value (segments.py)
 _IGNORED = ("strategy", "budget", "noise", "keep", "refine", "executor", "num_workers")
@@ -178,7 +181,7 @@ def prepare(
             lambda part: on_step(0.8 * part),
         )
     noisy = Store(session.folder, journal_fingerprint(fingerprint, session.environment, 1.0))
-    if store.has("rows.safetensors") and noisy.has("blocks/0.safetensors"):
+    if store.has(ROWS_FILE) and noisy.has("blocks/0.safetensors"):
         return
     rows = collect_rows(
         denoiser,
@@ -195,6 +198,15 @@ def prepare(
             environment = decode(session.environment)
             switch.handlers = quantized_handlers(bank, leaves, environment)
             dirty, _ = record_outputs(replay, rows, session.batch_rows)
+    if recipe.search.num_final_rows:
+        others = collect_rows(
+            denoiser,
+            recipe.sampler,
+            num_samples=recipe.search.num_samples,
+            num_rows=recipe.search.num_final_rows,
+            seed=recipe.seed + _FINAL_SEED_OFFSET,
+        )
+        save_rows(store, FINAL_FILE, others, predict(denoiser, others, session.batch_rows))
     if recipe.search.num_probes:
         searched = sorted({leaf.block for leaf in leaves})
         names = block_names(found)
@@ -208,7 +220,7 @@ def prepare(
         )
         save_probes(store, dict(zip(searched, gradients, strict=True)))
     save_blocks(noisy, clean, dirty)
-    save_rows(store, rows, prediction)
+    save_rows(store, ROWS_FILE, rows, prediction)
     on_step(1.0)
 
 

@@ -6,18 +6,18 @@ drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run
 which points of a long front are kept (pareto.py): those that spend about the node's share of the
 budget, which is found from single leaves (guide.py).
 
-At the root the error is that of the network's output. The configuration of least error within the
-budget wins, among all pairs that were measured there, kept or dropped.
+At the root the error is that of the network's output. Its best configurations within the budget,
+kept or dropped, are compared once more on other inputs: the least of many measured errors is one
+that luck has made small.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from treeq_export.search.assignment import Allocation
 from treeq_export.search.context import Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
-from treeq_export.search.guide import make_guide
+from treeq_export.search.guide import Guide, make_guide
 from treeq_export.search.pareto import drop
 from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
 
@@ -50,7 +50,7 @@ def search_tree(context: SearchContext) -> Outcome:
         for node in level:
             points = measured[node.name]
             kept[node.name] = _drop(context, guide, node, points)
-    return _choose(context, points, kept)
+    return _choose(context, guide, points, kept)
 
 
 def _measure_level(
@@ -78,48 +78,53 @@ def _measure_level(
 
 
 def _drop(
-    context: SearchContext, guide: Allocation, node: Node, points: list[Measured]
+    context: SearchContext, guide: Guide, node: Node, points: list[Measured]
 ) -> list[Configuration]:
     configurations = [point.configuration for point in points]
     costs = np.array(
         [context.budget.fractions(context.costs.cost(c, node.first)) for c in configurations]
     )
     errors = np.array([point.mse for point in points])
-    share = guide.shares[node.first : node.last + 1].sum(axis=0)
-    kept = drop(costs, errors, context.section.keep, share, guide.prices, node.num_leaves)
+    share = guide.allocation.shares[node.first : node.last + 1].sum(axis=0)
+    kept = drop(
+        costs, errors, context.section.keep, share, guide.allocation.prices, node.num_leaves
+    )
     return [configurations[index] for index in kept]
 
 
 def _choose(
-    context: SearchContext, points: list[Measured], kept: dict[str, list[Configuration]]
+    context: SearchContext,
+    guide: Guide,
+    points: list[Measured],
+    kept: dict[str, list[Configuration]],
 ) -> Outcome:
-    """Return the configuration of least network error within the budget.
+    """Return the finalist of least error.
 
-    Where the tree ends before the network does, or is a single leaf, the root's pairs have no
-    network error yet: those of least segment error within the budget are measured.
+    Finalists are the root's best pairs within the budget and the best sum of single leaves. They
+    are compared on inputs that nothing was chosen on before.
     """
     allowed = [point for point in points if context.allows(point.configuration)]
     allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
+    finalists = [point.configuration for point in allowed[: context.section.keep]]
+    if guide.optimum not in finalists:
+        finalists.append(guide.optimum)
+    errors = context.measure_final(finalists)
+    final_mse, _, best = min((mse, encode(c), c) for mse, c in zip(errors, finalists, strict=True))
+    # A tree that ends before the network, or is a single leaf, has measured no prediction.
     ends = context.root.last_block == context.num_blocks - 1 and context.root.children
-    if not ends:
-        finalists = [point.configuration for point in allowed[: context.section.keep]]
-        errors = context.measure_network(finalists)
-        allowed = [Measured(c, mse) for c, mse in zip(finalists, errors, strict=True)]
-        allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
-    best = allowed[0]
+    known = {point.configuration: point.mse for point in points} if ends else {}
+    network_mse = known[best] if best in known else context.measure_network([best])[0]
     kept_at_root = set(kept[context.root.name])
     front = [
         make_point(
             context.costs.cost(point.configuration),
             point.mse,
             kept=point.configuration in kept_at_root,
-            chosen=point.configuration == best.configuration,
+            chosen=point.configuration == best,
         )
         for point in points
     ]
-    return Outcome(
-        best.configuration,
-        best.mse,
-        front,
-        {name: len(configurations) for name, configurations in kept.items()},
-    )
+    if not any(point.chosen for point in front):
+        front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
+    sizes = {name: len(configurations) for name, configurations in kept.items()}
+    return Outcome(best, network_mse, front, sizes, final_mse)
