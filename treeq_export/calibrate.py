@@ -50,10 +50,7 @@ def run_calibrate(
         PlanError: The plan does not fit the model.
         OutputError: The folder cannot be written to.
     """
-    if recipe.calibrate.inputs == "quantized":
-        tensors, statistics = _fit_in_order(denoiser, plan, recipe, on_step)
-    else:
-        tensors, statistics = _fit_to_clean_inputs(denoiser, plan, recipe, on_step)
+    tensors, statistics = fit_plan(denoiser, plan, recipe, on_step)
     write_json(
         run / STATISTICS_FILE,
         {
@@ -64,6 +61,22 @@ def run_calibrate(
         },
     )
     return save_plan(run, plan, tensors)
+
+
+def fit_plan(
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+) -> tuple[Tensors, dict[str, InputStatistics]]:
+    """Return the plan's tensors, and statistics by layer.
+
+    Args:
+        denoiser: The full-precision model.
+        plan: The plan.
+        recipe: Its calibrate and sampler sections and the seed.
+        on_step: Called with the fraction done, 0..1.
+    """
+    if recipe.calibrate.inputs == "quantized":
+        return _fit_in_order(denoiser, plan, recipe, on_step)
+    return _fit_to_clean_inputs(denoiser, plan, recipe, on_step)
 
 
 def _fit_to_clean_inputs(

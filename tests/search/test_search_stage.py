@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import signal
@@ -213,10 +214,27 @@ def test_a_search_of_some_blocks_measures_on_the_whole_network(search: Make, tmp
     assert record_of(tmp_path).network_mse is not None
 
 
-def test_refinement_can_be_left_out(search: Make, tmp_path: Path):
-    search(**SEARCHED, refine=None)
+def test_refinement_and_calibration_can_be_left_out(search: Make, tmp_path: Path):
+    search(**SEARCHED, refine=None, calibrated_finalists=0)
+    record = record_of(tmp_path)
     # The four best of the root, and what is best if errors added up, if it is not one of them.
-    assert record_of(tmp_path).num_measured - NUM_TREE in (4, 5, 6)
+    assert record.num_measured - NUM_TREE in (4, 5, 6)
+    assert [finalist.chosen for finalist in record.finalists].count(True) == 1
+    assert record.finalists[0].chosen
+    assert {finalist.calibrated_mse for finalist in record.finalists} == {None}
+
+
+def test_finalists_are_calibrated_before_the_last_choice(search: Make, tmp_path: Path):
+    plan = search(**SEARCHED, calibrated_finalists=2)
+    finalists = record_of(tmp_path).finalists
+    assert len(finalists) in (2, 3, 4)
+    best = min(finalists, key=lambda x: x.calibrated_mse or math.inf)
+    assert [x.chosen for x in finalists] == [x is best for x in finalists]
+    assert best.weight_bits == pytest.approx(plan.average_weight_bits)
+    # The tiny recipe calibrates each layer on clean inputs, as the search has fitted it.
+    assert [x.calibrated_mse for x in finalists] == pytest.approx(
+        [x.final_mse for x in finalists], rel=1e-3
+    )
 
 
 def test_branches_are_chosen_by_output_error(search: Make, tmp_path: Path):

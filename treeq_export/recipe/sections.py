@@ -94,6 +94,8 @@ class SearchSection(Section):
         num_rows: Network inputs (sample and timestep) that every configuration is measured on.
         num_final_rows: Inputs of other trajectories that "tss" compares its finalists on; 0 takes
             those that all else is measured on.
+        calibrated_finalists: How many of them are calibrated before the last choice; 0 chooses
+            without, which for large models saves hours.
         num_probes: Random directions of the prediction along which a segment's error is measured
             (model/sensitivity.py); 0 takes the mean squared error of its output, as TreeQ does.
         refine: Least relative gain of a last exchange of bits between leaves on the whole network;
@@ -120,6 +122,7 @@ class SearchSection(Section):
     num_samples: Positive = 32
     num_rows: Positive = 128
     num_final_rows: Annotated[int, Field(ge=0)] = 256
+    calibrated_finalists: Annotated[int, Field(ge=0)] = 4
     num_probes: Annotated[int, Field(ge=0)] = 16
     refine: Annotated[float, Field(ge=0, lt=1, strict=False)] | None = 1e-3
     executor: Literal["local", "ray"] = "local"

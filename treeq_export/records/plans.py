@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import Field
+
 from treeq_export.records.base import Record
 
 
@@ -65,6 +67,26 @@ class SearchCost(Record):
     estimate_s: float | None
 
 
+class SearchFinalist(Record):
+    """A configuration of the whole network among which the last choice was made.
+
+    Attributes:
+        weight_bits: Average.
+        activation_bits: Average.
+        network_mse: On the search's inputs.
+        final_mse: On the inputs that finalists are compared on.
+        calibrated_mse: There, after calibration; None where that was not measured.
+        chosen: Whether this is the plan.
+    """
+
+    weight_bits: float
+    activation_bits: float
+    network_mse: float
+    final_mse: float
+    calibrated_mse: float | None
+    chosen: bool
+
+
 class SearchRecord(Record):
     """Result of search (search.json).
 
@@ -80,6 +102,7 @@ class SearchRecord(Record):
         nodes: The tree, root first; empty for other strategies than "tss".
         front: Configurations measured at the root.
         branches: Branch shapes chosen and what they were chosen from, by layer.
+        finalists: What the last choice was made among; empty for other strategies than "tss".
     """
 
     strategy: str
@@ -93,6 +116,7 @@ class SearchRecord(Record):
     nodes: list[SearchNode]
     front: list[SearchPoint]
     branches: dict[str, list[dict[str, Any]]]
+    finalists: list[SearchFinalist] = Field(default_factory=list[SearchFinalist])
 
 
 class FinetunePoint(Record):

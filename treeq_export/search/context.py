@@ -78,6 +78,23 @@ class SearchContext:
         return self.budget.allows(self.costs.cost(configuration))
 
 
+@dataclass(frozen=True)
+class Finalist:
+    """A whole configuration that may be chosen at the end.
+
+    Attributes:
+        configuration: One pair per leaf.
+        network_mse: Its error on the search's inputs.
+        final_mse: Its error on the inputs that finalists are compared on.
+        calibrated_mse: That of the calibrated network on the same; None where it was not measured.
+    """
+
+    configuration: Configuration
+    network_mse: float
+    final_mse: float
+    calibrated_mse: float | None = None
+
+
 @dataclass
 class Outcome:
     """What a strategy found.
@@ -87,14 +104,14 @@ class Outcome:
         network_mse: Its error on the whole network.
         front: Configurations measured at the root.
         kept: How many configurations each node kept, by the node's name.
-        final_mse: Its error on the inputs that finalists are compared on, where it was one.
+        finalists: What may still be chosen, the present choice first.
     """
 
     configuration: Configuration
     network_mse: float
     front: list[SearchPoint] = field(default_factory=list[SearchPoint])
     kept: dict[str, int] = field(default_factory=dict[str, int])
-    final_mse: float | None = None
+    finalists: list[Finalist] = field(default_factory=list[Finalist])
 
 
 def make_point(cost: Cost, mse: float, *, kept: bool, chosen: bool) -> SearchPoint:

@@ -9,7 +9,7 @@ out.
 """
 
 from treeq_export.search.assignment import solve_assignment
-from treeq_export.search.context import Outcome, SearchContext, make_point
+from treeq_export.search.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.formats import Pair
 from treeq_export.search.tree import Configuration
 
@@ -25,9 +25,8 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
         least_gain: Relative fall of the error below which the search ends.
     """
     best: Configuration = outcome.configuration
-    error = outcome.final_mse
-    if error is None:
-        (error,) = context.measure_final([best])
+    known = [finalist.final_mse for finalist in outcome.finalists[:1]]
+    (error,) = known or context.measure_final([best])
     for _ in range(_MOST_ROUNDS):
         found = _exchange(context, best, error)
         if found is None:
@@ -41,7 +40,8 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
     front = [point.model_copy(update={"chosen": False}) for point in outcome.front]
     (network_mse,) = context.measure_network([best])
     front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
-    return Outcome(best, network_mse, front, outcome.kept, error)
+    finalists = [Finalist(best, network_mse, error), *outcome.finalists]
+    return Outcome(best, network_mse, front, outcome.kept, finalists)
 
 
 def _exchange(

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from treeq_export.plan import (
 )
 from treeq_export.quant.spec import MAX_BITS, BranchFormat
 from treeq_export.recipe import Recipe, SearchSection, strategy_options
-from treeq_export.records import SearchCost, SearchNode, SearchRecord, save_record
+from treeq_export.records import SearchCost, SearchRecord, save_record
 from treeq_export.search.baselines import (
     search_greedy,
     search_integer_program,
@@ -39,11 +38,13 @@ from treeq_export.search.baselines import (
 from treeq_export.search.branches import BranchTrial, choose_branches
 from treeq_export.search.budget import CostModel, make_budget
 from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.describe import describe_finalists, describe_tree, describe_trial
 from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
 from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
+from treeq_export.search.finalists import CalibratingWorker, calibration_task, choose_calibrated
 from treeq_export.search.formats import assign, candidate_pairs, make_layer_plan
 from treeq_export.search.journal import Journal
-from treeq_export.search.prepare import FOLDER
+from treeq_export.search.prepare import FINAL_FILE, FOLDER, ROWS_FILE, Store
 from treeq_export.search.progress import SearchProgress
 from treeq_export.search.ray_executor import RayExecutor
 from treeq_export.search.refine import refine
@@ -56,7 +57,7 @@ from treeq_export.search.session import (
     prepare,
     weights_fingerprint,
 )
-from treeq_export.search.tree import build_tree, describe, encode, make_leaves, walk
+from treeq_export.search.tree import Configuration, build_tree, encode, make_leaves
 from treeq_export.search.tss import search_tree
 from treeq_export.search.uniform import assign_uniform
 
@@ -137,19 +138,7 @@ def run_search(
         layers, record = search.execute()
     finally:
         torch.set_num_threads(threads)
-    plan = Plan(
-        format_version=FORMAT_VERSION,
-        model=ModelRecord(
-            name=recipe.name,
-            class_name=checkpoint.class_name,
-            num_parameters=sum(p.numel() for p in denoiser.model.parameters()),
-        ),
-        checkpoint_sha256=checkpoint.sha256,
-        strategy=StrategyRecord(
-            name=recipe.search.strategy, options=strategy_options(recipe.search)
-        ),
-        layers=layers,
-    )
+    plan = search.make_plan(layers)
     on_step(1.0)
     save_record(run / RECORD_FILE, record)
     return save_plan(run, plan)
@@ -208,6 +197,23 @@ class _Search:
         self._blocks = block_names(found)
         self._linears = select_linears(found, recipe.search.exclude)
         self._leaves = make_leaves(self._linears)
+
+    def make_plan(self, layers: tuple[LayerPlan, ...]) -> Plan:
+        """Return the plan with these layers, without tensors."""
+        recipe, checkpoint = self._recipe, self._checkpoint
+        return Plan(
+            format_version=FORMAT_VERSION,
+            model=ModelRecord(
+                name=recipe.name,
+                class_name=checkpoint.class_name,
+                num_parameters=sum(p.numel() for p in self._denoiser.model.parameters()),
+            ),
+            checkpoint_sha256=checkpoint.sha256,
+            strategy=StrategyRecord(
+                name=self._section.strategy, options=strategy_options(self._section)
+            ),
+            layers=layers,
+        )
 
     def execute(self) -> tuple[tuple[LayerPlan, ...], SearchRecord]:
         """Return the plan's layers and the record."""
@@ -278,19 +284,25 @@ class _Search:
         )
         known = journal_fingerprint(fingerprint, session.environment, section.noise)
         tally = Tally()
-        with ExitStack() as stack:
-            journal = stack.enter_context(Journal(self._folder / JOURNAL_FILE, known))
-            executor = stack.enter_context(self._make_executor(session, stack))
+        with Journal(self._folder / JOURNAL_FILE, known) as journal:
             expected = cost.num_block_runs if cost else self._count_alone()
             progress = SearchProgress(expected, tally, self._on_step, _PREPARED)
+            with ExitStack() as stack:
+                executor = stack.enter_context(self._make_executor(session, stack))
 
-            def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
-                return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
+                def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
+                    return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
 
-            context = SearchContext(
-                section, leaves, build_tree(leaves), len(self._blocks), costs, budget, measure
-            )
-            outcome = STRATEGIES[section.strategy](context)
+                context = SearchContext(
+                    section, leaves, build_tree(leaves), len(self._blocks), costs, budget, measure
+                )
+                outcome = STRATEGIES[section.strategy](context)
+            if section.calibrated_finalists and len(outcome.finalists) > 1:
+                task = calibration_task(outcome.finalists)
+                with LocalExecutor(lambda: self._make_calibrating_worker(branches)) as calibrating:
+                    on_measured = progress.count([task], len(task.suffixes) * len(self._blocks))
+                    values = measure_all([task], journal, calibrating, on_measured)
+                outcome = choose_calibrated(context, outcome, values, task)
         layers = assign(leaves, outcome.configuration, section, branches)
         return self._in_order(layers), self._record(trials, cost, tally, context, outcome)
 
@@ -314,6 +326,15 @@ class _Search:
         cost = estimate_cost(self._leaves, self._section, len(self._blocks), seconds)
         self._say(describe_cost(cost, seconds, self._section.num_rows))
         return cost
+
+    def _make_calibrating_worker(self, branches: dict[str, BranchFormat]) -> CalibratingWorker:
+        def make_plan(configuration: Configuration) -> Plan:
+            layers = assign(self._leaves, configuration, self._section, branches)
+            return self.make_plan(self._in_order(layers))
+
+        name = FINAL_FILE if self._section.num_final_rows else ROWS_FILE
+        rows, prediction = Store(self._folder, "").load_rows(name)
+        return CalibratingWorker(self._denoiser, self._recipe, make_plan, rows, prediction)
 
     def _make_executor(self, session: Session, stack: ExitStack) -> Executor:
         section = self._section
@@ -350,9 +371,10 @@ class _Search:
             num_from_journal=tally.num_reused if tally else 0,
             seconds=round(perf_counter() - self._started, 3),
             network_mse=outcome.network_mse if outcome else None,
-            nodes=_describe_tree(context, outcome) if context and outcome else [],
+            nodes=describe_tree(context, outcome) if context and outcome else [],
             front=outcome.front if outcome else [],
-            branches={name: [asdict_trial(t) for t in tried] for name, tried in trials.items()},
+            finalists=describe_finalists(context, outcome) if context and outcome else [],
+            branches={name: [describe_trial(t) for t in tried] for name, tried in trials.items()},
         )
 
 
@@ -364,34 +386,3 @@ def nominal_bits(section: SearchSection) -> tuple[int, int]:
     if limits and limits.activation_bits:
         activation = limits.activation_bits
     return round(weight), round(activation)
-
-
-def asdict_trial(trial: BranchTrial) -> dict[str, Any]:
-    """Return a trial as the record holds it."""
-    return trial.branch.model_dump() | {
-        "num_parameters": trial.num_parameters,
-        "error": trial.error,
-        "held_out_error": trial.held_out_error,
-    }
-
-
-def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]:
-    """Return the tree with what the chosen configuration spends in each node."""
-    if not outcome.kept:
-        return []
-    nodes: list[SearchNode] = []
-    for node, depth in walk(context.root):
-        inside = outcome.configuration[node.first : node.last + 1]
-        cost = context.costs.cost(inside, node.first)
-        nodes.append(
-            SearchNode(
-                name=describe(node, context.leaves),
-                depth=depth,
-                first_leaf=node.first,
-                last_leaf=node.last,
-                num_configurations=outcome.kept[node.name],
-                weight_bits=cost.average_weight_bits,
-                activation_bits=cost.average_activation_bits,
-            )
-        )
-    return nodes

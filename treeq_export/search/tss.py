@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treeq_export.search.context import Outcome, SearchContext, make_point
+from treeq_export.search.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
 from treeq_export.search.guide import Guide, make_guide
 from treeq_export.search.pareto import drop
@@ -105,15 +105,26 @@ def _choose(
     """
     allowed = [point for point in points if context.allows(point.configuration)]
     allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
-    finalists = [point.configuration for point in allowed[: context.section.keep]]
-    if guide.optimum not in finalists:
-        finalists.append(guide.optimum)
-    errors = context.measure_final(finalists)
-    final_mse, _, best = min((mse, encode(c), c) for mse, c in zip(errors, finalists, strict=True))
+    entered = [point.configuration for point in allowed[: context.section.keep]]
+    if guide.optimum not in entered:
+        entered.append(guide.optimum)
+    errors = context.measure_final(entered)
+    ranked = sorted(zip(errors, entered, strict=True), key=lambda at: (at[0], encode(at[1])))
     # A tree that ends before the network, or is a single leaf, has measured no prediction.
     ends = context.root.last_block == context.num_blocks - 1 and context.root.children
     known = {point.configuration: point.mse for point in points} if ends else {}
-    network_mse = known[best] if best in known else context.measure_network([best])[0]
+    finalists = [
+        Finalist(
+            configuration,
+            known[configuration]
+            if configuration in known
+            else context.measure_network([configuration])[0],
+            final_mse,
+        )
+        for rank, (final_mse, configuration) in enumerate(ranked)
+        if rank < max(context.section.calibrated_finalists, 1) or configuration == guide.optimum
+    ]
+    best, network_mse = finalists[0].configuration, finalists[0].network_mse
     kept_at_root = set(kept[context.root.name])
     front = [
         make_point(
@@ -127,4 +138,4 @@ def _choose(
     if not any(point.chosen for point in front):
         front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
     sizes = {name: len(configurations) for name, configurations in kept.items()}
-    return Outcome(best, network_mse, front, sizes, final_mse)
+    return Outcome(best, network_mse, front, sizes, finalists)
