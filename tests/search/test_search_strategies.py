@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,7 @@ def test_a_tree_that_ends_before_the_network_measures_its_best_on_the_network(
 ):
     calls: list[Task] = []
     context = make_context(make_section(), 2, additive(10), calls)
-    partial = SearchContext(**vars(context) | {"num_blocks": 5})
+    partial = replace(context, num_blocks=5)
     outcome = search_tree(partial)
     final = [s for task in calls if task.node == "final" for s in task.suffixes]
     assert len(final) in (16, 17)
@@ -260,14 +261,14 @@ def test_the_last_choice_is_made_on_other_inputs(make_context: MakeContext):
         spoilt = ("final", "", encode(lucky))
         return values | {spoilt: 1e3} if spoilt in values else values
 
-    other = SearchContext(**vars(context) | {"measure": measure})
+    other = replace(context, measure=measure)
     outcome = search_tree(other)
     assert outcome.configuration != lucky
     assert context.allows(outcome.configuration)
     refined = refine(other, outcome, 0.0)
     assert refined.configuration != lucky
     on_the_same = make_section(num_final_rows=0)
-    without = SearchContext(**vars(other) | {"section": on_the_same})
+    without = replace(other, section=on_the_same)
     assert search_tree(without).configuration == lucky
 
 

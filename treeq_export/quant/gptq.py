@@ -61,7 +61,7 @@ def refit_weight(
 
 def inverse_factor(moment: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return U, the upper Cholesky factor of H^-1, for a damped H (`second_moment`)."""
-    return np.linalg.cholesky(np.linalg.inv(moment)).T
+    return np.asarray(np.linalg.cholesky(np.linalg.inv(moment)).T, dtype=np.float64)
 
 
 def quantize_weight_gptq(
