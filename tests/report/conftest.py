@@ -28,6 +28,7 @@ from treeq_export.records import (
     QualityRecord,
     QualityScores,
     SearchCost,
+    SearchFinalist,
     SearchNode,
     SearchPoint,
     SearchRecord,
@@ -261,6 +262,17 @@ def search() -> SearchRecord:
             for bits, mse, kept, chosen in points
         ],
         branches={"blocks.1.ff.up": trials},
+        finalists=[
+            SearchFinalist(
+                weight_bits=bits,
+                activation_bits=3.0,
+                network_mse=0.25,
+                final_mse=0.26,
+                calibrated_mse=mse,
+                chosen=chosen,
+            )
+            for bits, mse, chosen in ((3.0, 0.125, True), (2.5, None, False))
+        ],
     )
 
 

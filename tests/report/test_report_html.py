@@ -400,6 +400,7 @@ def test_page_of_a_searched_run(searched_run: Path, full_page: Page) -> None:
     assert "Strategy “tss”, budget weight bits 3, activation bits 3, noise 1." in text
     assert "Evaluations 288 300 (50 from the journal)" in text
     assert "Time 2 min 30 s 2 min 1 s" in text
+    assert "chosen 3.00 3.00 0.25 0.26 0.125 2.50 3.00 0.25 0.26 -" in text
     assert "On 1 of 1 layers another grid beats plain low rank (1x1)." in text
     assert "blocks.1.ff.up 2x2 r1 0.02 0.03 0.02" in text
     assert "1,234 numbers trained by distillation" in text
@@ -418,7 +419,14 @@ def test_page_of_a_searched_run(searched_run: Path, full_page: Page) -> None:
 def test_page_of_a_search_without_tree_and_cost(
     run: Path, page: Page, search: SearchRecord
 ) -> None:
-    changes = {"strategy": "uniform", "cost": None, "nodes": [], "front": [], "branches": {}}
+    changes = {
+        "strategy": "uniform",
+        "cost": None,
+        "nodes": [],
+        "front": [],
+        "branches": {},
+        "finalists": [],
+    }
     bare = search.model_copy(update={**changes, "network_mse": None, "budget": {}})
     save_record(run / "search.json", bare)
     text = Outline(page()).text
