@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treeq_export.calibrate import fit_plan
+from treeq_export.model.fit_plan import fit_plan
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.trajectories import Rows, predict
 from treeq_export.model.zoo import Denoiser
