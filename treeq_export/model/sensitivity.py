@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from treeq_export.model.replay import Output
+from treeq_export.model.replay import Output, concatenate_outputs
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 
@@ -55,7 +55,7 @@ def probe_gradients(
                 prediction = denoiser.prediction(denoiser(*batch))
             parts.append(_gradients(prediction, outputs, num_probes, generator))
             del outputs, prediction
-    return [_concatenate(block) for block in zip(*parts, strict=True)]
+    return [concatenate_outputs(block) for block in zip(*parts, strict=True)]
 
 
 def _gradients(
@@ -72,14 +72,6 @@ def _gradients(
             column.append(torch.zeros_like(tensor) if gradient is None else gradient.detach())
     stacked = iter([torch.stack(column, dim=1) for column in found])
     return [tuple(None if x is None else next(stacked) for x in output) for output in outputs]
-
-
-def _concatenate(parts: Sequence[Output]) -> Output:
-    elements = zip(*parts, strict=True)
-    return tuple(
-        None if column[0] is None else torch.cat([x for x in column if x is not None])
-        for column in elements
-    )
 
 
 @contextmanager

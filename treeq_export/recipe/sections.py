@@ -176,6 +176,10 @@ class CalibrateSection(Section):
             raise ValueError("rounding 'adaround' needs inputs 'quantized'")
         return self
 
+    def without_training(self) -> Self:
+        """Return the same for codes that are not trained: AdaRound starts from GPTQ's."""
+        return self.model_copy(update={"rounding": "gptq"}) if self.rounding == "adaround" else self
+
 
 class FinetuneSection(Section):
     """How the calibrated tensors are trained by distillation from full precision.

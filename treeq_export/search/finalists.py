@@ -47,8 +47,7 @@ class CalibratingWorker:
     ) -> None:
         self._denoiser = denoiser
         fewer = min(recipe.calibrate.num_rows, _MOST_ROWS)
-        rounding = "nearest" if recipe.calibrate.rounding == "nearest" else "gptq"
-        calibrate = recipe.calibrate.model_copy(update={"num_rows": fewer, "rounding": rounding})
+        calibrate = recipe.calibrate.without_training().model_copy(update={"num_rows": fewer})
         self._recipe = recipe.model_copy(update={"calibrate": calibrate})
         self._make_plan = make_plan
         self._rows, self._prediction = rows, prediction

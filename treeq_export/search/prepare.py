@@ -27,7 +27,7 @@ from torch import Tensor
 from treeq_export.artefacts import atomic_path
 from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
 from treeq_export.model.quantized import linear_of
-from treeq_export.model.replay import BlockReplay, Output
+from treeq_export.model.replay import BlockReplay, Output, concatenate_outputs
 from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.trajectories import Rows
@@ -142,15 +142,7 @@ def record_outputs(replay: BlockReplay, rows: Rows, batch_rows: int) -> tuple[li
         )
         assert prediction is not None
         predictions.append(prediction)
-    return [_concatenate(parts) for parts in blocks], torch.cat(predictions)
-
-
-def _concatenate(parts: Sequence[Output]) -> Output:
-    joined: list[Tensor | None] = []
-    for elements in zip(*parts, strict=True):
-        present = [x for x in elements if x is not None]
-        joined.append(torch.cat(present) if present else None)
-    return tuple(joined)
+    return [concatenate_outputs(parts) for parts in blocks], torch.cat(predictions)
 
 
 def save_rows(store: Store, name: str, rows: Rows, prediction: Tensor) -> None:
@@ -212,9 +204,7 @@ def _fit_layer(
     recipe: Recipe,
 ) -> dict[str, Tensor]:
     section = recipe.search
-    # Codes that are trained block by block start from these.
-    rounding = "nearest" if recipe.calibrate.rounding == "nearest" else "gptq"
-    calibrate = recipe.calibrate.model_copy(update={"rounding": rounding})
+    calibrate = recipe.calibrate.without_training()
     few = statistics.thin(_TOKENS_PER_CHANNEL * layer.in_features, recipe.seed)
     fitter = LayerFitter(layer, weight, bias, clean_tokens(layer, few), calibrate)
     tensors: dict[str, Tensor] = {}

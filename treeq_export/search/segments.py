@@ -164,8 +164,11 @@ class SegmentWorker:
     def _starts(self) -> range:
         return range(0, self._num_rows, self._batch_rows)
 
-    def _input_of(self, block: int, start: int) -> Output:
-        """Return x_lambda = x + lambda (x_q - x) behind a block, for one batch."""
+    def _input_of(self, first: int, start: int) -> Output | None:
+        """Return one batch of x_lambda = x + lambda (x_q - x) before a block, None at the first."""
+        if first == 0:
+            return None
+        block = first - 1
         clean = slice_output(self._store.load_block(block, "clean"), start, self._batch_rows)
         if self._noise == 0.0:
             return clean
@@ -212,7 +215,7 @@ class SegmentWorker:
     ) -> tuple[Output | None, dict[str, Handler]]:
         """Run the block once and return its input and handlers that replay the left child."""
         block = node.first_block
-        before = None if block == 0 else self._input_of(block - 1, start)
+        before = self._input_of(block, start)
         outputs: dict[str, Tensor] = {}
         running = self._noisy_before(node) | self._quantized(node.first, prefix)
         replayed = [
@@ -233,7 +236,7 @@ class SegmentWorker:
     ) -> tuple[Output | None, dict[str, Handler]]:
         """Run the left child's blocks and return their output."""
         first = node.first_block
-        before = None if first == 0 else self._input_of(first - 1, start)
+        before = self._input_of(first, start)
         self._switch.handlers = self._noisy_before(node) | self._quantized(node.first, prefix)
         return self._run(start, first, node.children[1].first_block - 1, before), {}
 
@@ -269,7 +272,7 @@ class SegmentWorker:
             self._switch.handlers = noisy_before
             for start in self._starts:
                 first = node.first_block
-                before = None if first == 0 else self._input_of(first - 1, start)
+                before = self._input_of(first, start)
                 outputs.append(self._run(start, first, node.last_block, before))
             self._reference = (node.name, outputs)
         return self._reference[1]
