@@ -1,0 +1,424 @@
+/* The part of the kernels that is the same for every instruction set, on vectors of 16 lanes. The
+ * compiler lowers them to what there is; the order of every sum and rounding is fixed here, so the
+ * results agree bit for bit. Included once by each qlinear_<isa>.cpp inside an unnamed namespace,
+ * after it has defined
+ *
+ *   Floats multiply_add(Floats a, Floats b, Floats c)            a * b + c, rounded once
+ *   Ints round_clamped(Floats v, Floats low, Floats high)        clip(rint(v)), 0 for NaN
+ *   Bytes narrow(Ints v)                                         low byte of each lane
+ *   void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes)
+ *   void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
+ *                       const treeq_qlinear_config& config, int32_t* sums)   sums[rows][32]
+ *   bool multiply_packed(...)                                    straight from the stream, or false
+ */
+
+/* ---- quantization of activations ---- */
+
+Floats splat(float value) { return Floats{} + value; }
+
+Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+/* Sum of lanes, in a tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+float sum_of_lanes(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+/* One butterfly inside a vector: lane i becomes x[i] + x[i ^ stride], or the difference in the upper
+ * lane of a pair. */
+template <int kStride>
+Floats butterfly(Floats x) {
+  Ints order;
+  Floats sign;
+  for (int i = 0; i < kLanes; ++i) {
+    order[i] = i ^ kStride;
+    sign[i] = i & kStride ? -1.0f : 1.0f;
+  }
+  const Floats partner = __builtin_shuffle(x, order);
+  return kFastMultiplyAdd ? multiply_add(x, sign, partner) : partner + x * sign;
+}
+
+Floats butterflies(Floats x, int group) {
+  if (group > 1) x = butterfly<1>(x);
+  if (group > 2) x = butterfly<2>(x);
+  if (group > 4) x = butterfly<4>(x);
+  if (group > 8) x = butterfly<8>(x);
+  return x;
+}
+
+/* Unnormalised transform of kCount vectors in registers: strides 1..8, then 16, 32, 64. */
+template <int kCount>
+void transform_block(const float* x, float* out) {
+  Floats v[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) v[i] = butterflies(load(x + i * kLanes), kLanes);
+#pragma GCC unroll 3
+  for (int stride = 1; stride < kCount; stride *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      if (i & stride) continue;
+      const Floats sum = v[i] + v[i + stride];
+      v[i + stride] = v[i] - v[i + stride];
+      v[i] = sum;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) store(out + i * kLanes, v[i]);
+}
+
+void transform_group(const float* x, int64_t group, float* out) {
+  constexpr int64_t kBlock = 8 * kLanes;
+  if (group == kLanes) return transform_block<1>(x, out);
+  if (group == 2 * kLanes) return transform_block<2>(x, out);
+  if (group == 4 * kLanes) return transform_block<4>(x, out);
+  for (int64_t k = 0; k < group; k += kBlock) transform_block<8>(x + k, out + k);
+  for (int64_t stride = kBlock; stride < group; stride *= 2)
+    for (int64_t first = 0; first < group; first += 2 * stride)
+      for (int64_t k = first; k < first + stride; k += kLanes) {
+        const Floats a = load(out + k), b = load(out + k + stride);
+        store(out + k, a + b);
+        store(out + k + stride, a - b);
+      }
+}
+
+/* x' = x H_g, with zeros behind it up to a whole vector. x itself is returned where nothing has to
+ * be done. */
+const float* rotate_token(const float* x, int64_t k, int group, float* out) {
+  const int64_t padded = padded_features(k);
+  if (group == 1 && k == padded) return x;
+  if (group < kLanes) {
+    for (int64_t i = 0; i < k; ++i) out[i] = x[i];
+    for (int64_t i = k; i < padded; ++i) out[i] = 0.0f;
+    if (group == 1) return out;
+    for (int64_t i = 0; i < padded; i += kLanes) store(out + i, butterflies(load(out + i), group));
+  } else {
+    for (int64_t i = 0; i < k; i += group) transform_group(x + i, group, out + i);
+  }
+  const Floats norm = splat(1.0f / __builtin_sqrtf(float(group)));
+  for (int64_t i = 0; i < padded; i += kLanes) store(out + i, load(out + i) * norm);
+  return out;
+}
+
+float root_mean_square(const float* x, int64_t k) {
+  Floats sum{};
+  for (int64_t i = 0; i < k; i += kLanes) sum += load(x + i) * load(x + i);
+  return __builtin_sqrtf(sum_of_lanes(sum) / float(k));
+}
+
+/* max |x|, NaN where there is one: above infinity as integers. */
+float absolute_maximum(const float* x, int64_t k) {
+  Ints most{};
+  for (int64_t i = 0; i < k; i += kLanes) {
+    Ints v;
+    __builtin_memcpy(&v, x + i, sizeof v);
+    v &= 0x7fffffff;
+    most = v > most ? v : most;
+  }
+  int32_t best = 0;
+  for (int i = 0; i < kLanes; ++i) best = most[i] > best ? most[i] : best;
+  float value;
+  __builtin_memcpy(&value, &best, sizeof value);
+  return value;
+}
+
+constexpr float kScaleFloor = 1e-20f;
+
+float activation_scale(const treeq_qlinear_config& config, const float* x) {
+  float scale = config.act_step;
+  if (config.act_scale == TREEQ_SCALE_TOKEN_RMS)
+    scale *= root_mean_square(x, config.in_features);
+  else if (config.act_scale == TREEQ_SCALE_TOKEN_ABSMAX)
+    scale *= absolute_maximum(x, config.in_features);
+  return scale < kScaleFloor ? kScaleFloor : scale;  // NaN stays
+}
+
+/* Codes of one token into its column of a panel, and their sum per group. */
+void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel, int32_t* sums) {
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    const int8_t* codes = q + g * layer.group_size;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < layer.group_size; ++k) sum += codes[k];
+    sums[g] = sum;
+    const int64_t whole = layer.group_size / kInputs;
+    int32_t* out = panel + g * layer.group_words * rows;
+    for (int64_t w = 0; w < whole; ++w) __builtin_memcpy(out + w * rows, codes + w * kInputs, 4);
+    for (int64_t w = whole; w < layer.group_words; ++w) {
+      int32_t word = 0;
+      const int64_t left = layer.group_size - w * kInputs;
+      if (left > 0) __builtin_memcpy(&word, codes + w * kInputs, size_t(left));
+      out[w * rows] = word;
+    }
+  }
+}
+
+void quantize_token(const Run& run, int64_t row, int column, int rows, int32_t* panel,
+                    uint8_t* scratch) {
+  const Layer& layer = *run.layer;
+  const treeq_qlinear_config& config = layer.config;
+  const int64_t k = config.in_features, padded = padded_features(k);
+  float* buffer = reinterpret_cast<float*>(scratch);
+  int8_t* q = reinterpret_cast<int8_t*>(buffer + padded);
+  const float* x = rotate_token(run.x + row * k, k, config.rotation_group, buffer);
+  const float scale = activation_scale(config, x);
+  const Floats inverse = splat(1.0f / scale);
+  const float high = float((1 << (config.act_bits - 1)) - 1);
+  const Floats highs = splat(high), lows = splat(-high - 1.0f);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Bytes codes = narrow(round_clamped(load(x + i) * inverse, lows, highs));
+    __builtin_memcpy(q + i, &codes, sizeof codes);
+  }
+  run.scales[row] = scale;
+  scatter_codes(layer, q, rows, panel + column, run.row_sums + row * layer.num_groups);
+}
+
+/* ---- the branch ---- */
+
+/* z of kRows tokens, one vector of z_width at a time, stored as [b_out][b_in * r]. */
+template <int kRows>
+void reduce_rows(const Branch& branch, const float* x, float* z) {
+  const int64_t k = branch.in_features, size = k / branch.num_in;
+  for (int64_t i = 0; i < branch.num_in; ++i)
+    for (int64_t v = 0; v < branch.r_width; v += kLanes) {
+      Floats sum[kRows] = {};
+      const float* r = branch.r + i * size * branch.r_width + v;
+      for (int64_t j = 0; j < size; ++j) {
+        const Floats factor = load(r + j * branch.r_width);
+#pragma GCC unroll 4
+        for (int t = 0; t < kRows; ++t)
+          sum[t] = multiply_add(splat(x[t * k + i * size + j]), factor, sum[t]);
+      }
+      for (int t = 0; t < kRows; ++t)
+        for (int lane = 0; lane < kLanes && v + lane < branch.z_width; ++lane) {
+          const int64_t o = (v + lane) / branch.rank, j = (v + lane) % branch.rank;
+          z[(t * branch.num_out + o) * branch.depth + i * branch.rank + j] = sum[t][lane];
+        }
+    }
+}
+
+/* The branch's part of kRows tokens and 32 output channels. */
+template <int kRows>
+void expand_rows(const Branch& branch, int64_t tile, const float* z, float* out) {
+  Floats sum[kRows][2] = {};
+  const int64_t stride = branch.num_out * branch.depth;
+  for (int64_t s = branch.first_segment[tile]; s < branch.first_segment[tile + 1]; ++s) {
+    const float* l = branch.l + s * branch.depth * kTile;
+    const float* zs = z + branch.segment_block[s] * branch.depth;
+    for (int64_t q = 0; q < branch.depth; ++q) {
+      const Floats l0 = load(l + q * kTile), l1 = load(l + q * kTile + kLanes);
+#pragma GCC unroll 4
+      for (int t = 0; t < kRows; ++t) {
+        const Floats value = splat(zs[t * stride + q]);
+        sum[t][0] = multiply_add(value, l0, sum[t][0]);
+        sum[t][1] = multiply_add(value, l1, sum[t][1]);
+      }
+    }
+  }
+  for (int t = 0; t < kRows; ++t) {
+    store(out + t * kTile, sum[t][0]);
+    store(out + t * kTile + kLanes, sum[t][1]);
+  }
+}
+
+void reduce_panel(const Branch& branch, const float* x, int rows, float* z) {
+  const int64_t k = branch.in_features, width = branch.num_out * branch.depth;
+  int t = 0;
+  for (; t + 4 <= rows; t += 4) reduce_rows<4>(branch, x + t * k, z + t * width);
+  for (; t < rows; ++t) reduce_rows<1>(branch, x + t * k, z + t * width);
+}
+
+void expand_panel(const Branch& branch, int64_t tile, const float* z, int rows, float* out) {
+  const int64_t width = branch.num_out * branch.depth;
+  int t = 0;
+  for (; t + 4 <= rows; t += 4) expand_rows<4>(branch, tile, z + t * width, out + t * kTile);
+  for (; t < rows; ++t) expand_rows<1>(branch, tile, z + t * width, out + t * kTile);
+}
+
+void prepare_panel(const Run& run, int64_t p, uint8_t* scratch) {
+  const int64_t first = first_row(run.panels, p);
+  const int rows = num_rows(run.panels, p);
+  if (run.layer) {
+    const Layer& layer = *run.layer;
+    const int64_t k = layer.config.in_features, padded = padded_features(k);
+    for (int t = 0; t < rows; ++t) {
+      const int64_t row = first + t;
+      if (layer.config.act_bits) {
+        quantize_token(run, row, t, rows, run.codes + first * layer.num_words, scratch);
+        continue;
+      }
+      float* out = run.rotated + row * padded;
+      const float* x = rotate_token(run.x + row * k, k, layer.config.rotation_group, out);
+      if (x != out) __builtin_memcpy(out, x, size_t(k) * sizeof(float));
+    }
+  }
+  if (run.branch)
+    reduce_panel(*run.branch, run.x + first * run.branch->in_features, rows,
+                 run.z + first * run.branch->num_out * run.branch->depth);
+}
+
+/* ---- the tile ---- */
+
+/* Adds bias and branch to a panel's 32 output channels and writes those that exist. */
+void write_rows(const Run& run, int64_t tile, int64_t first, int rows, float* out) {
+  const bool has_layer = run.layer != nullptr;
+  const int64_t n = has_layer ? run.layer->config.out_features : run.branch->out_features;
+  const int64_t left = n - tile * kTile;
+  const int width = left < kTile ? int(left) : kTile;
+  float extra[kMaxRows * kTile];
+  if (run.branch)
+    expand_panel(*run.branch, tile, run.z + first * run.branch->num_out * run.branch->depth, rows,
+                 extra);
+  const float* bias = has_layer && run.layer->bias ? run.layer->bias + tile * kTile : nullptr;
+  for (int t = 0; t < rows; ++t) {
+    Floats y[2];
+    for (int h = 0; h < 2; ++h) {
+      const int at = t * kTile + h * kLanes;
+      y[h] = has_layer ? load(out + at) : load(extra + at);
+      if (bias) y[h] += load(bias + h * kLanes);
+      if (has_layer && run.branch) y[h] += load(extra + at);
+    }
+    float* target = run.y + (first + t) * n + tile * kTile;
+    if (width == kTile) {
+      store(target, y[0]);
+      store(target + kLanes, y[1]);
+    } else {
+      __builtin_memcpy(target, y, size_t(width) * sizeof(float));
+    }
+  }
+}
+
+/* (sum of codes) * s_w, added up over groups in `out`; times s_x after the last one. */
+void scale_sums(const Run& run, int64_t tile, int64_t group, int64_t first, int rows, int32_t* sums,
+                float* out) {
+  const Layer& layer = *run.layer;
+  const int32_t offset = 1 << (layer.config.weight_bits - 1);
+  const float* scale = layer.weight_scale + (tile * layer.num_groups + group) * kTile;
+  const Floats s0 = load(scale), s1 = load(scale + kLanes);
+  const bool last = group + 1 == layer.num_groups;
+  for (int t = 0; t < rows; ++t) {
+    const int32_t shift = offset * run.row_sums[(first + t) * layer.num_groups + group];
+    Ints a, b;
+    __builtin_memcpy(&a, sums + t * kTile, sizeof a);
+    __builtin_memcpy(&b, sums + t * kTile + kLanes, sizeof b);
+    a -= shift;
+    b -= shift;
+    if (run.sums) {
+      const int64_t n = layer.config.out_features, left = n - tile * kTile;
+      const int32_t* both[2] = {reinterpret_cast<int32_t*>(&a), reinterpret_cast<int32_t*>(&b)};
+      int32_t* target = run.sums + ((first + t) * layer.num_groups + group) * n + tile * kTile;
+      for (int i = 0; i < kTile && i < left; ++i) target[i] = both[i / kLanes][i % kLanes];
+    }
+    Floats y0 = __builtin_convertvector(a, Floats) * s0;
+    Floats y1 = __builtin_convertvector(b, Floats) * s1;
+    float* row = out + t * kTile;
+    if (group) {
+      y0 += load(row);
+      y1 += load(row + kLanes);
+    }
+    if (last) {
+      y0 *= run.scales[first + t];
+      y1 *= run.scales[first + t];
+    }
+    store(row, y0);
+    store(row + kLanes, y1);
+  }
+}
+
+/* Codes of an unpacked tile as floats times s_w: [group_size][32] per group. */
+void dequantize_tile(const Layer& layer, int64_t tile, const uint8_t* codes, float* weight) {
+  const int32_t offset = 1 << (layer.config.weight_bits - 1);
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    const float* scale = layer.weight_scale + (tile * layer.num_groups + g) * kTile;
+    for (int64_t k = 0; k < layer.group_size; ++k)
+      for (int h = 0; h < 2; ++h) {
+        const int64_t word = g * layer.group_words + k / kInputs;
+        Ints v;
+        __builtin_memcpy(&v, codes + (word * 2 + h) * kVector, sizeof v);
+        v = ((v >> (8 * int(k % kInputs))) & 255) - offset;
+        store(weight + ((g * layer.group_size + k) * 2 + h) * kLanes,
+              __builtin_convertvector(v, Floats) * load(scale + h * kLanes));
+      }
+  }
+}
+
+template <int kRows>
+void multiply_floats(const float* x, int64_t stride, const float* weight, int64_t k, float* out) {
+  Floats sum[kRows][2] = {};
+  for (int64_t i = 0; i < k; ++i) {
+    const Floats w0 = load(weight + i * kTile), w1 = load(weight + i * kTile + kLanes);
+#pragma GCC unroll 4
+    for (int t = 0; t < kRows; ++t) {
+      const Floats value = splat(x[t * stride + i]);
+      sum[t][0] = multiply_add(value, w0, sum[t][0]);
+      sum[t][1] = multiply_add(value, w1, sum[t][1]);
+    }
+  }
+  for (int t = 0; t < kRows; ++t) {
+    store(out + t * kTile, sum[t][0]);
+    store(out + t * kTile + kLanes, sum[t][1]);
+  }
+}
+
+void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* weight) {
+  const Layer& layer = *run.layer;
+  const int64_t k = layer.config.in_features, stride = padded_features(k);
+  dequantize_tile(layer, tile, codes, weight);
+  for (int64_t p = 0; p < run.panels.count; ++p) {
+    const int64_t first = first_row(run.panels, p);
+    const int rows = num_rows(run.panels, p);
+    float out[kMaxRows * kTile];
+    int t = 0;
+    for (; t + 4 <= rows; t += 4)
+      multiply_floats<4>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
+    for (; t < rows; ++t)
+      multiply_floats<1>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
+    write_rows(run, tile, first, rows, out);
+  }
+}
+
+void run_integer_tile(const Run& run, int64_t tile, uint8_t* scratch) {
+  const Layer& layer = *run.layer;
+  const int bits = layer.config.weight_bits;
+  const int64_t chunks = layer.group_words * kInputs / kChunk;
+  const uint8_t* stream = layer.stream + size_t(tile) * layer.tile_bytes;
+  const bool packed = can_multiply_packed(run.panels.m);
+  if (!packed) unpack_tile(stream, bits, chunks * layer.num_groups, scratch);
+  for (int64_t p = 0; p < run.panels.count; ++p) {
+    const int64_t first = first_row(run.panels, p);
+    const int rows = num_rows(run.panels, p);
+    const int32_t* x = run.codes + first * layer.num_words;
+    alignas(kVector) int32_t sums[kMaxRows * kTile];
+    float out[kMaxRows * kTile];
+    for (int64_t g = 0; g < layer.num_groups; ++g) {
+      const int32_t* xg = x + g * layer.group_words * rows;
+      if (packed)
+        multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), bits, xg, rows, chunks, sums);
+      else
+        multiply_panel(scratch + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.config,
+                       sums);
+      scale_sums(run, tile, g, first, rows, sums, out);
+    }
+    write_rows(run, tile, first, rows, out);
+  }
+}
+
+void run_tile(const Run& run, int64_t tile, uint8_t* scratch) {
+  if (!run.layer) {
+    for (int64_t p = 0; p < run.panels.count; ++p)
+      write_rows(run, tile, first_row(run.panels, p), num_rows(run.panels, p), nullptr);
+    return;
+  }
+  const Layer& layer = *run.layer;
+  if (layer.config.act_bits) return run_integer_tile(run, tile, scratch);
+  const size_t codes = size_t(layer.num_words) * kTile * kInputs;
+  unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
+              layer.num_words * kInputs / kChunk, scratch);
+  run_float_tile(run, tile, scratch, reinterpret_cast<float*>(scratch + codes));
+}

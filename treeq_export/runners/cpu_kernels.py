@@ -1,0 +1,262 @@
+"""The CPU kernels of `kernels/` through their C ABI (kernels/include/treeq/qlinear.h).
+
+The library is installed beside the package. Weights are repacked once, when a `CpuQLinear` is
+entered; every call after that takes and returns numpy arrays.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+import treeq_export
+from treeq_export.errors import RunnerError
+from treeq_export.quant.packing import pack
+from treeq_export.quant.spec import ActivationFormat
+
+KERNELS_LIBRARY = "libtreeq_kernels.so"
+ORT_LIBRARY = "libtreeq_ort.so"
+ABI_VERSION = 1
+ACT_SCALES = {"none": 0, "token_rms": 1, "token_absmax": 2, "tensor_static": 3}
+
+
+def find_library(name: str) -> Path | None:
+    """Return where a library of the package is installed, None where it is not.
+
+    Args:
+        name: File name, such as "libtreeq_ort.so".
+    """
+    for folder in treeq_export.__path__:
+        path = Path(folder) / "lib" / name
+        if path.is_file():
+            return path
+    return None
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("abi_version", ctypes.c_int32),
+        ("weight_bits", ctypes.c_int32),
+        ("act_bits", ctypes.c_int32),
+        ("act_scale", ctypes.c_int32),
+        ("act_step", ctypes.c_float),
+        ("rotation_group", ctypes.c_int32),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("branch_in", ctypes.c_int64),
+        ("branch_out", ctypes.c_int64),
+        ("branch_rank", ctypes.c_int64),
+    )
+
+
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+_PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, _TASK, ctypes.c_size_t, ctypes.c_void_p)
+
+
+class _Parallel(ctypes.Structure):
+    _fields_ = (("parallel_for", _PARALLEL_FOR), ("context", ctypes.c_void_p))
+
+
+def _array(dtype: Any) -> Any:
+    return np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS")
+
+
+@cache
+def load_kernels(path: Path | None = None) -> ctypes.CDLL:
+    """Return the loaded library.
+
+    Args:
+        path: Another file than the installed one.
+
+    Raises:
+        RunnerError: It is missing, or of another version.
+    """
+    found = path or find_library(KERNELS_LIBRARY)
+    if found is None:
+        raise RunnerError(
+            f"{KERNELS_LIBRARY}: not found beside the package. "
+            "Reinstall treeq-export with a C++17 compiler and CMake on the path."
+        )
+    try:
+        library = ctypes.CDLL(str(found))
+    except OSError as error:
+        raise RunnerError(f"{found}: cannot be loaded: {error}. Reinstall treeq-export.") from error
+    version = library.treeq_abi_version()
+    if version != ABI_VERSION:
+        raise RunnerError(
+            f"{found}: ABI version {version}, expected {ABI_VERSION}. "
+            "Reinstall treeq-export, so that library and package are of one version."
+        )
+    void, pointer, size = ctypes.c_void_p, ctypes.POINTER, ctypes.c_int64
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "treeq_qlinear_create": (ctypes.c_int, (pointer(_Config), *[void] * 5, pointer(void))),
+        "treeq_qlinear_destroy": (None, (void,)),
+        "treeq_qlinear_run": (ctypes.c_int, (void, void, size, void, void)),
+        "treeq_qlinear_inspect": (ctypes.c_int, (void, void, size, void, void, void)),
+        "treeq_qlinear_bytes": (ctypes.c_size_t, (void,)),
+        "treeq_monarch_create": (ctypes.c_int, (*[size] * 5, void, void, pointer(void))),
+        "treeq_monarch_destroy": (None, (void,)),
+        "treeq_monarch_run": (ctypes.c_int, (void, void, size, void, void)),
+        "treeq_isa": (ctypes.c_char_p, ()),
+        "treeq_version": (ctypes.c_char_p, ()),
+        "treeq_status_message": (ctypes.c_char_p, (ctypes.c_int,)),
+        "treeq_release_workspaces": (None, ()),
+        "treeq_peak": (ctypes.c_int32, (size, pointer(size))),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def read_isa() -> str:
+    """Return the instruction set that the kernels use here, such as "avx512vnni".
+
+    Raises:
+        RunnerError: TREEQ_ISA names one that is unknown or missing.
+    """
+    library = load_kernels()
+    name = library.treeq_isa()
+    if name is None:
+        _check(_BAD_ISA, "treeq kernels")
+    return name.decode()
+
+
+_BAD_ISA = 10
+
+
+def _check(status: int, name: str) -> None:
+    if status:
+        message = load_kernels().treeq_status_message(status).decode()
+        raise RunnerError(f"{name}: the CPU kernels refuse it: {message}.")
+
+
+def _pointer(array: NDArray[Any] | None) -> Any:
+    return None if array is None else array.ctypes.data
+
+
+def _parallel(pool: ThreadPoolExecutor | None) -> _Parallel | None:
+    """Return a `treeq_parallel` over a pool. Only for tests of concurrency: calls cross Python."""
+    if pool is None:
+        return None
+
+    def run(_context: Any, task: Callable[..., None], count: int, argument: Any) -> None:
+        list(pool.map(lambda i: task(argument, i), range(count)))
+
+    return _Parallel(_PARALLEL_FOR(run), None)
+
+
+class CpuQLinear:
+    """One quantized linear in the CPU kernels; holds its packed weights while it is entered.
+
+    Args:
+        codes: (N, K) int8.
+        weight_scale: (N, G) float32.
+        weight_bits: 2..8.
+        activation: Format of x.
+        step: The layer's activation step; None exactly where x is not quantized.
+        rotation_group: Power of two dividing K.
+        bias: (N,) float32 or None.
+        branch: (R, L) of a Monarch branch, R (b_in, K/b_in, b_out r), L (b_out, b_in r, N/b_out).
+        name: For messages.
+    """
+
+    def __init__(
+        self,
+        codes: NDArray[np.int8],
+        weight_scale: NDArray[np.float32],
+        *,
+        weight_bits: int,
+        activation: ActivationFormat,
+        step: float | None,
+        rotation_group: int,
+        bias: NDArray[np.float32] | None = None,
+        branch: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+        name: str = "treeq_qlinear",
+    ) -> None:
+        self.name = name
+        self.out_features, self.in_features = codes.shape
+        self.num_groups = weight_scale.shape[1]
+        planes = pack(codes, weight_bits)
+        factors = branch or (None, None)
+        arrays = (planes, weight_scale, bias, *factors)
+        self._arrays = [None if a is None else np.ascontiguousarray(a) for a in arrays]
+        self._config = _Config(
+            abi_version=ABI_VERSION,
+            weight_bits=weight_bits,
+            act_bits=activation.bits or 0,
+            act_scale=ACT_SCALES[activation.scale],
+            act_step=step or 0.0,
+            rotation_group=rotation_group,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            group_size=0 if self.num_groups == 1 else self.in_features // self.num_groups,
+        )
+        if branch is not None:
+            b_in, b_out = branch[0].shape[0], branch[1].shape[0]
+            self._config.branch_in, self._config.branch_out = b_in, b_out
+            self._config.branch_rank = branch[0].shape[2] // b_out
+        self._layer = ctypes.c_void_p()
+
+    def __enter__(self) -> Self:
+        pointers = [_pointer(array) for array in self._arrays]
+        library = load_kernels()
+        status = library.treeq_qlinear_create(self._config, *pointers, self._layer)
+        _check(status, self.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        load_kernels().treeq_qlinear_destroy(self._layer)
+        self._layer = ctypes.c_void_p()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the packed layer holds."""
+        return load_kernels().treeq_qlinear_bytes(self._layer)
+
+    def run(
+        self,
+        x: NDArray[np.float32],
+        *,
+        out: NDArray[np.float32] | None = None,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> NDArray[np.float32]:
+        """Return y (M, N) of x (M, K)."""
+        x = self._check_input(x)
+        y = np.empty((len(x), self.out_features), np.float32) if out is None else out
+        parallel = _parallel(pool)
+        status = load_kernels().treeq_qlinear_run(
+            self._layer,
+            _pointer(x),
+            len(x),
+            _pointer(y),
+            None if parallel is None else ctypes.byref(parallel),
+        )
+        _check(status, self.name)
+        return y
+
+    def inspect(
+        self, x: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
+        """Return the codes (M, K), the scales (M, 1) and the int32 sums (M, G, N) of x (M, K)."""
+        x = self._check_input(x)
+        codes = np.empty(x.shape, np.int8)
+        scales = np.empty((len(x), 1), np.float32)
+        sums = np.empty((len(x), self.num_groups, self.out_features), np.int32)
+        outputs = (_pointer(codes), _pointer(scales), _pointer(sums))
+        status = load_kernels().treeq_qlinear_inspect(self._layer, _pointer(x), len(x), *outputs)
+        _check(status, self.name)
+        return codes, scales, sums
+
+    def _check_input(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        if x.ndim != 2 or x.shape[1] != self.in_features or x.dtype != np.float32:
+            raise RunnerError(
+                f"{self.name}: x is {x.dtype} {x.shape}, expected float32 (m, {self.in_features})."
+            )
+        return np.ascontiguousarray(x)
