@@ -10,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch has to be named in the same command: the constraint alone may pick a CUDA build.
 TORCH := $(shell grep '^torch==' constraints.txt)
+KERNELS := kernels/CMakeLists.txt $(wildcard kernels/*/*.[ch]* kernels/*/*.inl kernels/*/*/*.h)
 DEMO_OUT ?= runs/digits
 WHEEL_ENV ?= build/wheel-env
 
@@ -17,7 +18,7 @@ WHEEL_ENV ?= build/wheel-env
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) -e '.[dev]'
 	touch $@

@@ -36,6 +36,7 @@ from treeq_export.validate import (
 
 Make = Callable[..., Any]
 TARGETS = ["portable", "ort"]
+WAYS = ["portable", "ort", "ort_body"]
 TAMPERED = "transformer_blocks.0.ff.net.0.proj"
 
 
@@ -83,7 +84,7 @@ def validate(tiny: Any, run: Path, targets: list[str], **section: Any) -> Parity
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_parity_holds_for_every_layer(bits: int, validated: Make):
     tiny, record = validated(bits)
-    assert [entry.target for entry in record.targets] == TARGETS
+    assert [entry.target for entry in record.targets] == WAYS
     for entry in record.targets:
         assert entry.passed
         assert len(entry.gates) == 4
@@ -124,7 +125,7 @@ def test_steps_and_seed(compiled_dit: Any):
     )
     assert steps == sorted(set(steps))
     assert steps[-1] == 1.0
-    assert len(steps) == len(compiled_dit.plan.layers)
+    assert len(steps) == 2 * len(compiled_dit.plan.layers)
     assert (record.batch_size, record.seed) == (2, 11)
 
 
@@ -158,19 +159,21 @@ TENSORS = {
 
 
 def validate_tampered(
-    tiny: Any, run: Path, target: str, tensor: str, change: Callable[[Any], Any]
+    tiny: Any, run: Path, way: str, tensor: str, change: Callable[[Any], Any]
 ) -> TargetParity:
+    target = way.removesuffix("_body")
     shutil.copytree(tiny.run / "onnx" / target, run / "onnx" / target)
     tamper(model_path(run, target), tensor, change)
-    [entry] = validate(tiny, run, [target]).targets
+    [entry] = [entry for entry in validate(tiny, run, [target]).targets if entry.target == way]
     return entry
 
 
 @pytest.mark.parametrize("kind", ["code", "scale"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", WAYS)
 def test_tampering_is_found_where_it_is(target: str, kind: str, compiled_dit: Any, tmp_path: Path):
     change = negate_codes if kind == "code" else lambda scale: scale * np.float32(1.03)
-    entry = validate_tampered(compiled_dit, tmp_path, target, TENSORS[target, kind], change)
+    tensor = TENSORS[target.removesuffix("_body"), kind]
+    entry = validate_tampered(compiled_dit, tmp_path, target, tensor, change)
     assert not entry.passed
     failed = [gate.name for gate in entry.gates if not gate.passed]
     assert f"{target}: own sqnr_db of the worst layer ({TAMPERED})" in failed
@@ -193,19 +196,18 @@ def is_conditioning(name: str) -> bool:
     return ".norm1.linear" in name
 
 
-def test_one_code_is_enough(compiled_dit: Any, tmp_path: Path):
+@pytest.mark.parametrize("way", ["ort", "ort_body"])
+def test_one_code_is_enough(way: str, compiled_dit: Any, tmp_path: Path):
     """One weight moved by one step: too little for the sqnr gate, not for the exact sums."""
 
     def flip_lowest_bit(planes: Any) -> Any:
         planes[0, 5, 1] ^= 1 << 7
         return planes
 
-    entry = validate_tampered(
-        compiled_dit, tmp_path, "ort", TENSORS["ort", "code"], flip_lowest_bit
-    )
+    entry = validate_tampered(compiled_dit, tmp_path, way, TENSORS["ort", "code"], flip_lowest_bit)
     assert not entry.passed
     failed = [gate.name for gate in entry.gates if not gate.passed]
-    assert f"ort: layers with equal int32 sums (not {TAMPERED})" in failed
+    assert f"{way}: layers with equal int32 sums (not {TAMPERED})" in failed
     assert [layer.name for layer in entry.layers if not layer.accumulators_equal] == [TAMPERED]
 
 
@@ -296,11 +298,13 @@ def test_weight_only_layers_have_no_code_gates():
 def test_gates_do_not_stop_the_record(compiled_dit: Any, tmp_path: Path):
     shutil.copytree(compiled_dit.run / "onnx" / "ort", tmp_path / "onnx" / "ort")
     limits = ParityGates(min_end_to_end_sqnr_db=1000)
-    [entry] = validate(compiled_dit, tmp_path, ["ort"], gates=limits).targets
-    assert not entry.passed
-    assert [gate.passed for gate in entry.gates] == [False, True, True, True]
+    entries = validate(compiled_dit, tmp_path, ["ort"], gates=limits).targets
+    assert len(entries) == 2
+    for entry in entries:
+        assert not entry.passed
+        assert [gate.passed for gate in entry.gates] == [False, True, True, True]
     saved = load_record(tmp_path / "parity.json", ParityRecord, "validate")
-    assert saved.targets == [entry]
+    assert saved.targets == entries
 
 
 def test_plan_of_other_layers_is_an_error(compiled_dit: Any):

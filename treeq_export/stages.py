@@ -15,8 +15,7 @@ from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.report import Report, write_report
-from treeq_export.runners.compiled import model_path
-from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.compiled import model_path, open_target, ways_to_run
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
@@ -110,7 +109,7 @@ def _bench(workspace: Workspace, on_step: OnStep) -> None:
         workspace.run,
         workspace.denoiser,
         recipe.bench,
-        targets=["torch_fp32", "ort_fp32", "ort_int8", *recipe.compile.targets],
+        targets=["torch_fp32", "ort_fp32", "ort_int8", *ways_to_run(recipe.compile.targets)],
         seed=recipe.seed,
         on_step=on_step,
         model=recipe.model,
@@ -130,7 +129,7 @@ def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
             quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
             runner = stack.enter_context(TorchRunner(quantized))
         else:
-            runner = stack.enter_context(OrtRunner(model_path(workspace.run, name)))
+            runner = stack.enter_context(open_target(workspace.run, name))
         run_evaluate(
             workspace.run,
             workspace.denoiser,

@@ -38,7 +38,16 @@ from treeq_export.records import (
     TargetParity,
     save_record,
 )
-from treeq_export.runners.compiled import LayerSite, load_compiled, model_path, read_layers
+from treeq_export.runners.compiled import (
+    LayerSite,
+    load_compiled,
+    model_path,
+    open_target,
+    read_layers,
+    uses_kernels,
+    ways_to_run,
+)
+from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner
 
@@ -112,7 +121,11 @@ def sums_equal(layer: QLinear, codes: Array, sums: Array) -> bool:
 
 
 def compare_layer(
-    probe: LayerProbe, layer: QLinear, full: nn.Linear, trace: Trace, propagated: Array
+    probe: LayerProbe | KernelProbe,
+    layer: QLinear,
+    full: nn.Linear,
+    trace: Trace,
+    propagated: Array,
 ) -> LayerParity:
     """Compare one layer of a target with the reference.
 
@@ -156,7 +169,8 @@ def run_with_layers(
         if site.output not in present:
             model.graph.outputs.append(values[site.output])
     ir.external_data.load_to_model(model)
-    with OrtRunner(ir.to_proto(model).SerializeToString()) as runner:
+    serialized = ir.to_proto(model).SerializeToString()
+    with OrtRunner(serialized, use_kernels=uses_kernels(target)) as runner:
         return runner.run_all(trace.inputs)
 
 
@@ -230,14 +244,15 @@ def compare_target(
             f"{model_path(run, target)}: holds {len(sites)} layers, the plan {len(names)}. "
             f"Run `treeq-export compile --run {run}` again."
         )
-    with OrtRunner(model_path(run, target)) as runner:
+    with open_target(run, target) as runner:
         output = runner.run(trace.inputs)
     inside = run_with_layers(run, target, sites, trace)
     references = quantized_layers(quantized)
+    make_probe = KernelProbe if uses_kernels(target) else LayerProbe
     layers = []
     for site in sites:
         full = linear_of(denoiser, plan.layer(site.name))
-        probe = LayerProbe(model, site)
+        probe = make_probe(model, site)
         layers.append(compare_layer(probe, references[site.name], full, trace, inside[site.output]))
         on_layer()
     sqnr = sqnr_db(trace.output, output)
@@ -269,7 +284,7 @@ def run_validate(
         denoiser: The full-precision model.
         plan: The calibrated plan.
         tensors: Its tensors.
-        targets: Compiled targets.
+        targets: Compiled targets; "ort" is compared with our kernels and without them.
         section: The recipe's validate section.
         seed: Seed of the inputs.
         on_step: Called with the fraction done, 0..1.
@@ -283,7 +298,8 @@ def run_validate(
     quantized = quantize_model(denoiser, plan, tensors)
     inputs = denoiser.make_example_inputs(section.batch_size, seed)
     trace = trace_reference(quantized, inputs)
-    total, done = len(targets) * len(plan.layers), 0
+    ways = ways_to_run(targets)
+    total, done = len(ways) * len(plan.layers), 0
 
     def count() -> None:
         nonlocal done
@@ -295,7 +311,7 @@ def run_validate(
         seed=seed,
         targets=[
             compare_target(run, target, denoiser, quantized, plan, trace, section.gates, count)
-            for target in targets
+            for target in ways
         ],
     )
     save_record(run / RECORD_FILE, record)

@@ -84,7 +84,7 @@ def measure(
 
 
 def prepare_onnx(
-    path: Path, threads: int
+    path: Path, threads: int, use_kernels: bool
 ) -> tuple[Callable[[], AbstractContextManager[Any]], list[Path]]:
     """Import ONNX Runtime; return how to load the graph, and its files."""
     import onnxruntime
@@ -92,7 +92,7 @@ def prepare_onnx(
     from treeq_export.runners.ort_runner import OrtRunner
 
     onnxruntime.get_available_providers()
-    return lambda: OrtRunner(path, threads=threads), model_files(path)
+    return lambda: OrtRunner(path, threads=threads, use_kernels=use_kernels), model_files(path)
 
 
 def prepare_torch(
@@ -118,10 +118,11 @@ def prepare_torch(
 def main(text: str) -> None:
     """Carry out an order and write its result file."""
     order = json.loads(text)
-    if "onnx" in order["what"]:
-        load, files = prepare_onnx(Path(order["what"]["onnx"]), order["threads"])
+    what = order["what"]
+    if "onnx" in what:
+        load, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["use_kernels"])
     else:
-        section = ModelSection.model_validate(order["what"]["torch"])
+        section = ModelSection.model_validate(what["torch"])
         load, files = prepare_torch(section, order["threads"])
     arrays = load_file(order["inputs"])
     inputs = {name: arrays[name] for name in order["input_names"]}

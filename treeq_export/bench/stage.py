@@ -172,9 +172,10 @@ def _open(
         from treeq_export.runners.torch_runner import TorchRunner
 
         return TorchRunner(denoiser, threads=threads)
+    from treeq_export.runners.compiled import uses_kernels
     from treeq_export.runners.ort_runner import OrtRunner
 
-    return OrtRunner(paths[target], threads=threads)
+    return OrtRunner(paths[target], threads=threads, use_kernels=uses_kernels(target))
 
 
 def _time_batch(
@@ -209,5 +210,7 @@ def _describe_load(
     target: str, paths: Mapping[str, Path], model: ModelSection | None
 ) -> dict[str, Any] | None:
     if target != TORCH:
-        return {"onnx": str(paths[target])}
+        from treeq_export.runners.compiled import uses_kernels
+
+        return {"onnx": str(paths[target]), "use_kernels": uses_kernels(target)}
     return None if model is None else {"torch": model.model_dump(mode="json")}

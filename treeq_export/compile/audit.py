@@ -4,6 +4,9 @@ ONNX Runtime writes the graph as it would run it. Each layer is found in there b
 INT8 initializer with the layer's codes, whatever name constant folding gave it. The node that
 multiplies it has to be one of the integer operators. Names and counts in the source graph would
 prove nothing: the runtime may silently fall back to float.
+
+The `ort` target is audited twice: with our custom-op library every layer has to be left as
+`treeq::QLinear`, without it the function body has to become integer arithmetic as well.
 """
 
 import hashlib
@@ -17,9 +20,11 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from treeq_export.compile.signature import DOMAIN, QLINEAR, layer_name, nodes_of
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 
 # Integer matrix products of ONNX Runtime's CPU provider.
 INTEGER_OPS = frozenset(
@@ -28,12 +33,13 @@ INTEGER_OPS = frozenset(
 _MISSING = "not found"
 
 
-def optimized_graph(path: Path, folder: Path) -> ir.Model:
+def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> ir.Model:
     """Return the graph that ONNX Runtime's CPU provider makes of a model.
 
     Args:
         path: The model.
         folder: Where the optimized graph is written; it has to outlive the result.
+        use_kernels: Whether our custom-op library is registered.
 
     Raises:
         CompileError: ONNX Runtime refuses the model.
@@ -41,6 +47,9 @@ def optimized_graph(path: Path, folder: Path) -> ir.Model:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    library = find_library(ORT_LIBRARY) if use_kernels else None
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", "optimized.data"
@@ -74,6 +83,35 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
         graph = optimized_graph(path, Path(folder)).graph
         consumers = _consumers_by_digest(graph)
     return [_audit_layer(layer, tensors[f"{layer.name}.codes"], consumers) for layer in plan.layers]
+
+
+def audit_kernels(path: Path, body: list[AuditLayer]) -> list[AuditLayer]:
+    """Say which layers our kernels run, and what they become without.
+
+    Args:
+        path: The compiled model of the `ort` target.
+        body: Its audit without our library.
+
+    Returns:
+        One entry per layer, in execution order.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model with our library.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = optimized_graph(path, Path(folder), use_kernels=True)
+        packed = {layer_name(node) for node in nodes_of(model, QLINEAR)}
+    kernels = f"{DOMAIN}::{QLINEAR}"
+    return [
+        entry.model_copy(
+            update={
+                "op_type": kernels if entry.name in packed else _MISSING,
+                "integer": entry.integer and entry.name in packed,
+                "without_kernels": entry.op_type,
+            }
+        )
+        for entry in body
+    ]
 
 
 def check_audit(target: str, audit: list[AuditLayer]) -> None:

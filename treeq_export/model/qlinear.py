@@ -155,6 +155,7 @@ class QLinear(nn.Module):
                 "act_step": self.step,
                 "rotation_group": layer.rotation_group,
                 "group_size": layer.weight.group_size or 0,
+                "in_features": layer.in_features,
                 "out_features": layer.out_features,
             },
             dtype=x.dtype,

@@ -13,12 +13,15 @@ class AuditLayer(Record):
         op_type: Node that does its matrix product, such as "MatMulIntegerToFloat".
         integer: Whether that is integer arithmetic.
         weight_only: True where the plan keeps the activation in floating point.
+        without_kernels: For a layer that our kernels run, what it becomes in a runtime that does
+            not have them; None elsewhere.
     """
 
     name: str
     op_type: str
     integer: bool
     weight_only: bool = False
+    without_kernels: str | None = None
 
 
 class CompiledTarget(Record):

@@ -1,4 +1,10 @@
-"""Where compiled graphs lie in a run folder, and what their metadata says."""
+"""Where compiled graphs lie in a run folder, what their metadata says, and who runs them.
+
+A compiled target may be run in two ways, each of which is validated and timed:
+
+    ort         `treeq` ops in our custom-op library
+    ort_body    the same file without it: ONNX Runtime takes the function bodies
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +13,12 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from treeq_export.errors import PlanError
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.ort_runner import OrtRunner
 
 MODEL_FILE = "model.onnx"
+PACKED = "ort"
+_BODY = "_body"
 LAYERS_KEY = "treeq.layers"
 
 
@@ -27,8 +37,35 @@ class LayerSite(NamedTuple):
 
 
 def model_path(run: Path, target: str) -> Path:
-    """Return DIR/onnx/<target>/model.onnx."""
-    return run / "onnx" / target / MODEL_FILE
+    """Return DIR/onnx/<target>/model.onnx, the same for both ways to run it."""
+    return run / "onnx" / target.removesuffix(_BODY) / MODEL_FILE
+
+
+def uses_kernels(target: str) -> bool:
+    """Whether our kernels run a target's `treeq` ops."""
+    return target == PACKED and find_library(ORT_LIBRARY) is not None
+
+
+def ways_to_run(targets: list[str]) -> list[str]:
+    """Return targets with "ort_body" behind "ort", where our library is there to be left out.
+
+    Args:
+        targets: Compiled targets.
+    """
+    both = [PACKED, PACKED + _BODY] if uses_kernels(PACKED) else [PACKED]
+    return [way for target in targets for way in (both if target == PACKED else [target])]
+
+
+def open_target(run: Path, target: str, *, threads: int | None = None) -> OrtRunner:
+    """Return the runner of a compiled target.
+
+    Args:
+        run: The run folder.
+        target: As `ways_to_run` names it.
+        threads: Threads inside an operator; None lets ONNX Runtime choose.
+    """
+    path = model_path(run, target)
+    return OrtRunner(path, threads=threads, use_kernels=uses_kernels(target))
 
 
 def load_compiled(run: Path, target: str) -> ir.Model:

@@ -5,6 +5,7 @@ entered; every call after that takes and returns numpy arrays.
 """
 
 import ctypes
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,8 +17,7 @@ from numpy.typing import NDArray
 
 import treeq_export
 from treeq_export.errors import RunnerError
-from treeq_export.quant.packing import pack
-from treeq_export.quant.spec import ActivationFormat
+from treeq_export.quant.spec import PACK_WORD, ActivationFormat
 
 KERNELS_LIBRARY = "libtreeq_kernels.so"
 ORT_LIBRARY = "libtreeq_ort.so"
@@ -29,10 +29,13 @@ def find_library(name: str) -> Path | None:
     """Return where a library of the package is installed, None where it is not.
 
     Args:
-        name: File name, such as "libtreeq_ort.so".
+        name: File name, such as "libtreeq_ort.so". The folder in the environment variable
+            TREEQ_LIBRARIES, where it is set, is the only one that is looked at.
     """
-    for folder in treeq_export.__path__:
-        path = Path(folder) / "lib" / name
+    own = os.environ.get("TREEQ_LIBRARIES")
+    folders = [Path(own)] if own else [Path(folder) / "lib" for folder in treeq_export.__path__]
+    for folder in folders:
+        path = folder / name
         if path.is_file():
             return path
     return None
@@ -156,9 +159,9 @@ class CpuQLinear:
     """One quantized linear in the CPU kernels; holds its packed weights while it is entered.
 
     Args:
-        codes: (N, K) int8.
+        planes: (bits, N, ceil(K / 32)) int32, see quant/packing.py.
         weight_scale: (N, G) float32.
-        weight_bits: 2..8.
+        in_features: K.
         activation: Format of x.
         step: The layer's activation step; None exactly where x is not quantized.
         rotation_group: Power of two dividing K.
@@ -169,10 +172,10 @@ class CpuQLinear:
 
     def __init__(
         self,
-        codes: NDArray[np.int8],
+        planes: NDArray[np.int32],
         weight_scale: NDArray[np.float32],
         *,
-        weight_bits: int,
+        in_features: int,
         activation: ActivationFormat,
         step: float | None,
         rotation_group: int,
@@ -181,22 +184,26 @@ class CpuQLinear:
         name: str = "treeq_qlinear",
     ) -> None:
         self.name = name
-        self.out_features, self.in_features = codes.shape
-        self.num_groups = weight_scale.shape[1]
-        planes = pack(codes, weight_bits)
-        factors = branch or (None, None)
-        arrays = (planes, weight_scale, bias, *factors)
+        self.in_features = in_features
+        self.out_features, self.num_groups = weight_scale.shape
+        bits, rows, words = planes.shape
+        if rows != self.out_features or words != -(-in_features // PACK_WORD):
+            raise RunnerError(
+                f"{name}: planes are {planes.shape}, expected (bits, {self.out_features}, "
+                f"{-(-in_features // PACK_WORD)}) for in_features {in_features}."
+            )
+        arrays = (planes, weight_scale, bias, *(branch or (None, None)))
         self._arrays = [None if a is None else np.ascontiguousarray(a) for a in arrays]
         self._config = _Config(
             abi_version=ABI_VERSION,
-            weight_bits=weight_bits,
+            weight_bits=bits,
             act_bits=activation.bits or 0,
             act_scale=ACT_SCALES[activation.scale],
             act_step=step or 0.0,
             rotation_group=rotation_group,
-            in_features=self.in_features,
+            in_features=in_features,
             out_features=self.out_features,
-            group_size=0 if self.num_groups == 1 else self.in_features // self.num_groups,
+            group_size=0 if self.num_groups == 1 else in_features // self.num_groups,
         )
         if branch is not None:
             b_in, b_out = branch[0].shape[0], branch[1].shape[0]
@@ -260,3 +267,46 @@ class CpuQLinear:
                 f"{self.name}: x is {x.dtype} {x.shape}, expected float32 (m, {self.in_features})."
             )
         return np.ascontiguousarray(x)
+
+
+class CpuMonarch:
+    """A Monarch branch of its own in the CPU kernels.
+
+    Args:
+        r: (b_in, K/b_in, b_out r) float32.
+        l_factor: (b_out, b_in r, N/b_out) float32.
+        name: For messages.
+    """
+
+    def __init__(
+        self,
+        r: NDArray[np.float32],
+        l_factor: NDArray[np.float32],
+        name: str = "treeq_monarch",
+    ) -> None:
+        self.name = name
+        self._factors = np.ascontiguousarray(r), np.ascontiguousarray(l_factor)
+        self.in_features = r.shape[0] * r.shape[1]
+        self.out_features = l_factor.shape[0] * l_factor.shape[2]
+        self._grid = (len(r), len(l_factor), r.shape[2] // len(l_factor))
+        self._branch = ctypes.c_void_p()
+
+    def __enter__(self) -> Self:
+        pointers = [_pointer(factor) for factor in self._factors]
+        sizes = (self.in_features, self.out_features, *self._grid)
+        _check(load_kernels().treeq_monarch_create(*sizes, *pointers, self._branch), self.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        load_kernels().treeq_monarch_destroy(self._branch)
+        self._branch = ctypes.c_void_p()
+
+    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return M x (M, N) of x (M, K)."""
+        x = np.ascontiguousarray(x, np.float32)
+        y = np.empty((len(x), self.out_features), np.float32)
+        status = load_kernels().treeq_monarch_run(
+            self._branch, _pointer(x), len(x), _pointer(y), None
+        )
+        _check(status, self.name)
+        return y

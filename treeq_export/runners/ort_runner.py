@@ -1,4 +1,8 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU, with our kernels for the ops of the `ort` target.
+
+The custom-op library that is installed beside the package is registered with every session. A
+session without it (`use_kernels=False`, or another host) runs the function bodies instead.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +24,15 @@ class OrtRunner:
     Args:
         model: Path of the model, or its serialized bytes.
         threads: Threads inside an operator; None lets ONNX Runtime choose.
+        use_kernels: Whether `treeq` ops run in our library where it is installed.
     """
 
-    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
+    def __init__(
+        self, model: Path | bytes, *, threads: int | None = None, use_kernels: bool = True
+    ) -> None:
         self.model = model
         self.threads = threads
+        self.use_kernels = use_kernels
         self._session: Any = None
 
     def __enter__(self) -> Self:
@@ -35,7 +44,10 @@ class OrtRunner:
         options.log_severity_level = 3
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        library = find_library(ORT_LIBRARY) if self.use_kernels else None
         try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
                 self.model, options, providers=["CPUExecutionProvider"]
             )

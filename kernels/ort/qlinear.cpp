@@ -1,0 +1,255 @@
+/* treeq::QLinear and treeq::Monarch, version 1, as custom ops of ONNX Runtime:
+ *
+ *   session_options.register_custom_ops_library("libtreeq_ort.so")
+ *
+ * QLinear: x, planes, weight_scale, bias?, branch_R?, branch_L? -> y. Monarch: x, R, L -> y.
+ * All inputs but x are initializers: they are repacked when the session is made, and their pages are
+ * given back to the system.
+ */
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <new>
+
+#include "node.h"
+
+namespace treeq::ort {
+namespace {
+
+struct Layer {
+  std::string name;
+  treeq_qlinear* handle = nullptr;
+  int64_t in_features, out_features;
+  ~Layer() { treeq_qlinear_destroy(handle); }
+};
+
+struct Branch {
+  std::string name;
+  treeq_monarch* handle = nullptr;
+  int64_t in_features, out_features;
+  ~Branch() { treeq_monarch_destroy(handle); }
+};
+
+/* The planes are not read again. Where they are a mapped file, their pages leave our memory; where
+ * they are not, nothing changes. */
+void give_back(const Tensor& tensor, size_t element_bytes) {
+#ifdef MADV_PAGEOUT
+  size_t bytes = element_bytes;
+  for (int64_t d : tensor.shape) bytes *= size_t(d);
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
+#else
+  (void)tensor, (void)element_bytes;
+#endif
+}
+
+Status* read_act_scale(const Node& node, int32_t& out) {
+  std::string text;
+  if (Status* status = node.read("act_scale", text)) return status;
+  static const char* const kNames[] = {"none", "token_rms", "token_absmax", "tensor_static"};
+  for (int32_t i = 0; i < 4; ++i)
+    if (text == kNames[i]) {
+      out = i;
+      return nullptr;
+    }
+  return node.error("attribute act_scale is \"" + text +
+                    "\", expected token_rms, token_absmax, tensor_static or none");
+}
+
+Status* read_config(const Node& node, treeq_qlinear_config& c) {
+  int64_t weight_bits, act_bits, rotation_group;
+  if (Status* status = node.read("weight_bits", weight_bits)) return status;
+  if (Status* status = node.read("act_bits", act_bits)) return status;
+  if (Status* status = node.read("rotation_group", rotation_group)) return status;
+  if (Status* status = node.read("group_size", c.group_size)) return status;
+  if (Status* status = node.read("in_features", c.in_features)) return status;
+  if (Status* status = node.read("out_features", c.out_features)) return status;
+  if (Status* status = node.read("act_step", c.act_step)) return status;
+  if (Status* status = read_act_scale(node, c.act_scale)) return status;
+  const auto narrow = [](int64_t v) { return v < 0 || v > INT32_MAX ? int32_t(-1) : int32_t(v); };
+  c.abi_version = TREEQ_ABI_VERSION;
+  c.weight_bits = narrow(weight_bits);
+  c.act_bits = narrow(act_bits);
+  c.rotation_group = narrow(rotation_group);
+  return nullptr;
+}
+
+struct Arrays {
+  Tensor planes, scale, bias, r, l;
+};
+
+Status* read_arrays(const Node& node, Arrays& a) {
+  if (Status* status = node.read(1, "planes", 3, true, a.planes)) return status;
+  if (Status* status = node.read(2, "weight_scale", 2, true, a.scale)) return status;
+  if (Status* status = node.read(3, "bias", 1, false, a.bias)) return status;
+  if (Status* status = node.read(4, "branch_R", 3, false, a.r)) return status;
+  return node.read(5, "branch_L", 3, a.r.data != nullptr, a.l);
+}
+
+Status* expect(const Node& node, const char* what, const std::vector<int64_t>& shape,
+               const std::vector<int64_t>& expected) {
+  if (shape == expected) return nullptr;
+  return node.error(std::string("input ") + what + " has shape " + shape_text(shape) +
+                    ", expected " + shape_text(expected));
+}
+
+/* The shapes of the branch's factors; fills in its grid. */
+Status* check_branch(const Node& node, int64_t in_features, int64_t out_features, const Tensor& r,
+                     const Tensor& l, int64_t& b_in, int64_t& b_out, int64_t& rank) {
+  b_in = r.dimension(0);
+  b_out = l.dimension(0);
+  if (b_in < 1 || b_out < 1 || r.dimension(2) % b_out || in_features % b_in || out_features % b_out)
+    return node.error("branch of shapes " + shape_text(r.shape) + ", " + shape_text(l.shape) +
+                      " does not fit " + std::to_string(in_features) + " x " +
+                      std::to_string(out_features));
+  rank = r.dimension(2) / b_out;
+  if (Status* status = expect(node, "R", r.shape, {b_in, in_features / b_in, b_out * rank}))
+    return status;
+  return expect(node, "L", l.shape, {b_out, b_in * rank, out_features / b_out});
+}
+
+Status* check_shapes(const Node& node, treeq_qlinear_config& c, const Arrays& a, int64_t words) {
+  const int64_t k = c.in_features;
+  if (words != (k + 31) / 32)
+    return node.error("planes hold " + std::to_string(words) + " words a row, expected " +
+                      std::to_string((k + 31) / 32) + " for in_features " + std::to_string(k));
+  if (Status* status =
+          expect(node, "planes", a.planes.shape, {c.weight_bits, c.out_features, words}))
+    return status;
+  const int64_t groups = c.group_size > 0 ? k / c.group_size : 1;
+  if (Status* status = expect(node, "weight_scale", a.scale.shape, {c.out_features, groups}))
+    return status;
+  if (a.bias.data)
+    if (Status* status = expect(node, "bias", a.bias.shape, {c.out_features})) return status;
+  if (!a.r.data) return nullptr;
+  return check_branch(node, k, c.out_features, a.r, a.l, c.branch_in, c.branch_out, c.branch_rank);
+}
+
+Status* make_layer(const Node& node, Layer& layer) {
+  treeq_qlinear_config c = {};
+  Arrays a;
+  if (Status* status = read_config(node, c)) return status;
+  if (Status* status = read_arrays(node, a)) return status;
+  if (Status* status = check_shapes(node, c, a, a.planes.dimension(2))) return status;
+  const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.data); };
+  const treeq_status made = treeq_qlinear_create(&c, static_cast<const int32_t*>(a.planes.data),
+                                                 floats(a.scale), floats(a.bias), floats(a.r),
+                                                 floats(a.l), &layer.handle);
+  give_back(a.planes, sizeof(int32_t));
+  layer.name = node.name();
+  layer.in_features = c.in_features;
+  layer.out_features = c.out_features;
+  return status_of(made, node.name());
+}
+
+Status* make_branch(const Node& node, Branch& branch) {
+  Tensor r, l;
+  if (Status* status = node.read(1, "R", 3, true, r)) return status;
+  if (Status* status = node.read(2, "L", 3, true, l)) return status;
+  int64_t b_in, b_out, rank;
+  branch.in_features = r.dimension(0) * r.dimension(1);
+  branch.out_features = l.dimension(0) * l.dimension(2);
+  if (Status* status =
+          check_branch(node, branch.in_features, branch.out_features, r, l, b_in, b_out, rank))
+    return status;
+  branch.name = node.name();
+  return status_of(
+      treeq_monarch_create(branch.in_features, branch.out_features, b_in, b_out, rank,
+                           static_cast<const float*>(r.data), static_cast<const float*>(l.data),
+                           &branch.handle),
+      node.name());
+}
+
+template <typename Kernel, Status* (*make)(const Node&, Kernel&)>
+Status* create_kernel(const CustomOp*, ApiTable, const KernelInfo* info, void** kernel) {
+  *kernel = nullptr;
+  Kernel* made = new (std::nothrow) Kernel;
+  if (!made) return fail("treeq: out of memory");
+  if (Status* status = make(Node(info), *made)) {
+    delete made;
+    return status;
+  }
+  *kernel = made;
+  return nullptr;
+}
+
+template <typename Kernel, auto run>
+Status* compute_kernel(void* kernel, KernelContext* context) {
+  const Kernel& k = *static_cast<const Kernel*>(kernel);
+  Call c;
+  if (Status* status = open_call(context, k.name, k.in_features, k.out_features, c)) return status;
+  const treeq_parallel parallel = parallel_of(context);
+  return status_of(run(k.handle, c.x, c.m, c.y, &parallel), k.name);
+}
+
+template <typename Kernel>
+void destroy_kernel(void* kernel) {
+  delete static_cast<Kernel*>(kernel);
+}
+
+/* What both ops answer alike. */
+CustomOp common_op() {
+  CustomOp op = {};
+  op.version = kApiVersion;
+  op.get_provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  op.get_output_type = [](const CustomOp*, size_t) { return kFloat; };
+  op.get_output_count = [](const CustomOp*) { return size_t(1); };
+  op.get_output_characteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op.get_input_memory = [](const CustomOp*, size_t) { return kDefaultMemory; };
+  op.get_variadic_input_min = [](const CustomOp*) { return 1; };
+  op.get_variadic_input_homogeneity = [](const CustomOp*) { return 0; };
+  op.get_variadic_output_min = [](const CustomOp*) { return 1; };
+  op.get_variadic_output_homogeneity = [](const CustomOp*) { return 0; };
+  op.get_start_version = [](const CustomOp*) { return 1; };
+  op.get_end_version = [](const CustomOp*) { return 0x7fffffff; };
+  return op;
+}
+
+CustomOp qlinear_op() {
+  CustomOp op = common_op();
+  op.get_name = [](const CustomOp*) { return "QLinear"; };
+  op.get_input_count = [](const CustomOp*) { return size_t(6); };
+  op.get_input_type = [](const CustomOp*, size_t i) { return i == 1 ? kInt32 : kFloat; };
+  op.get_input_characteristic = [](const CustomOp*, size_t i) {
+    return i < 3 ? kRequired : kOptional;
+  };
+  op.create_kernel_v2 = create_kernel<Layer, make_layer>;
+  op.compute_v2 = compute_kernel<Layer, treeq_qlinear_run>;
+  op.destroy = destroy_kernel<Layer>;
+  return op;
+}
+
+CustomOp monarch_op() {
+  CustomOp op = common_op();
+  op.get_name = [](const CustomOp*) { return "Monarch"; };
+  op.get_input_count = [](const CustomOp*) { return size_t(3); };
+  op.get_input_type = [](const CustomOp*, size_t) { return kFloat; };
+  op.get_input_characteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op.create_kernel_v2 = create_kernel<Branch, make_branch>;
+  op.compute_v2 = compute_kernel<Branch, treeq_monarch_run>;
+  op.destroy = destroy_kernel<Branch>;
+  return op;
+}
+
+}  // namespace
+}  // namespace treeq::ort
+
+/* What ONNX Runtime calls after it has loaded the library. */
+extern "C" TREEQ_API treeq::ort::Status* RegisterCustomOps(treeq::ort::SessionOptions* options,
+                                                           const treeq::ort::ApiBase* base) {
+  using namespace treeq::ort;
+  g_api = base->get_api(kApiVersion);
+  if (!g_api) {
+    g_api = base->get_api(1);  // old, but CreateStatus is there
+    return fail(std::string("libtreeq_ort.so needs ONNX Runtime 1.18 or newer, this is ") +
+                base->get_version());
+  }
+  static const CustomOp qlinear = qlinear_op(), monarch = monarch_op();
+  Domain* domain = nullptr;
+  if (Status* status = call<Status*>(g_api, kCreateCustomOpDomain, "treeq", &domain)) return status;
+  for (const CustomOp* op : {&qlinear, &monarch})
+    if (Status* status = call<Status*>(g_api, kCustomOpDomainAdd, domain, op)) return status;
+  return call<Status*>(g_api, kAddCustomOpDomain, options, domain);
+}

@@ -1,0 +1,97 @@
+"""One layer of the `ort` target in our kernels, fed with the reference's input.
+
+The output comes from ONNX Runtime, which runs the layer's own nodes with the custom-op library. The
+codes and the int32 sums, which no node gives out, come from the same kernels through their C ABI,
+made from the same initializers.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from treeq_export.errors import RunnerError
+from treeq_export.quant.spec import ActivationFormat
+from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.cpu_kernels import CpuQLinear
+from treeq_export.runners.ort_runner import OrtRunner
+
+_PACKED_OP = "QLinear"
+
+
+class KernelProbe:
+    """Runs one layer of a compiled graph alone, in our kernels.
+
+    Args:
+        model: The compiled graph.
+        site: The layer's place in it.
+    """
+
+    def __init__(self, model: ir.Model, site: LayerSite) -> None:
+        self.site = site
+        graph = ir.convenience.extract(model.graph, [site.input], [site.output])
+        graph.name = site.name
+        functions = [function.clone() for function in model.functions.values()]
+        self._model = ir.Model(graph, ir_version=model.ir_version, functions=functions)
+
+    def run_output(self, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return y (..., N) and the codes (..., K) int8, None for weight-only layers.
+
+        Args:
+            x: (..., K), the layer's input.
+        """
+        serialized = ir.to_proto(self._model).SerializeToString()
+        with OrtRunner(serialized, threads=1) as runner:
+            y = runner.run({self.site.input: x})
+        return y, None if self._is_weight_only() else self._inspect(x)[0].reshape(x.shape)
+
+    def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
+        """Return q_x q_w^T as (..., G, N) int32, None for weight-only layers.
+
+        Args:
+            x: (..., K), the layer's input.
+        """
+        if self._is_weight_only():
+            return None
+        sums = self._inspect(x)[1]
+        return sums.reshape(*x.shape[:-1], *sums.shape[1:])
+
+    @property
+    def _node(self) -> ir.Node:
+        for node in self._model.graph:
+            if node.op_type == _PACKED_OP:
+                return node
+        raise RunnerError(f"{self.site.name}: no treeq::{_PACKED_OP} in the graph. Compile again.")
+
+    def _is_weight_only(self) -> bool:
+        return self._node.attributes["act_bits"].as_int() == 0
+
+    def _inspect(self, x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
+        node = self._node
+        attributes = node.attributes
+        activation = ActivationFormat.model_validate(
+            {
+                "bits": attributes["act_bits"].as_int() or None,
+                "scale": attributes["act_scale"].as_string(),
+            }
+        )
+        layer = CpuQLinear(
+            _initializer(node, 1),
+            _initializer(node, 2),
+            in_features=attributes["in_features"].as_int(),
+            activation=activation,
+            step=attributes["act_step"].as_float(),
+            rotation_group=attributes["rotation_group"].as_int(),
+            name=self.site.name,
+        )
+        with layer:
+            codes, _, sums = layer.inspect(x.reshape(-1, x.shape[-1]))
+        return codes, sums
+
+
+def _initializer(node: ir.Node, index: int) -> NDArray[Any]:
+    value = node.inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
