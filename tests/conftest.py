@@ -311,6 +311,7 @@ class HandLayer:
                 "act_step": self.step or 0.0,
                 "rotation_group": self.rotation_group,
                 "group_size": self.group_size or 0,
+                "in_features": self.codes.shape[1],
                 "out_features": len(self.codes),
             },
             domain="treeq",

@@ -414,6 +414,7 @@ def test_export_is_one_node_with_all_attributes_and_one_for_the_branch():
         "act_step": pytest.approx(1 / 15),
         "rotation_group": 64,
         "group_size": 32,
+        "in_features": K,
         "out_features": N,
     }
     assert [tuple(value.shape) for value in qlinear.inputs] == [
