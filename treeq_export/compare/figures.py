@@ -33,6 +33,7 @@ from treeq_export.report.svg import (
 HEIGHT_IN = 4.7
 COLORS = {"uniform": BASELINE, "tss": OURS, "integer_programming": SECOND, "greedy": THIRD}
 STYLES = {"ptq": ("-", "o"), "peft": ((0, (4, 2)), "s"), "qat": ((0, (1, 1.5)), "^")}
+PEER_MARKERS = ("D", "P", "X", "*", "v", "<")
 TSS = "tss"
 _MARGIN_BITS = 0.35
 _LINEAR_BELOW = 3.0  # largest over least value
@@ -187,22 +188,24 @@ def _draw_peers(
     limits: Limits,
     value: Value,
 ) -> None:
-    """Draw peers as diamonds; one beyond the axis stands at its edge, with its bits named."""
-    for row in rows:
+    """Draw each peer with a marker of its own; one beyond the axis stands at its edge.
+
+    Their names are in the legend: beside the markers they would run over lines and each other.
+    """
+    peers = [row for row in rows if row.peer]
+    for index, row in enumerate(peers):
         y = value(row)
-        if not row.peer or y is None:
+        if y is None:
             continue
-        beyond = row.average_bits > limits.high
-        x = min(row.average_bits, limits.high)
-        axes.plot(x, y, ">" if beyond else "D", color=paint[INK], markersize=4.0, clip_on=False)
-        axes.annotate(
-            f"{row.strategy}, {row.description}",
-            (x, y),
-            xytext=(-6, 4) if beyond else (5, 4),
-            textcoords="offset points",
-            ha="right" if beyond else "left",
-            fontsize=7.5,
+        axes.plot(
+            min(row.average_bits, limits.high),
+            y,
+            PEER_MARKERS[index % len(PEER_MARKERS)],
+            linestyle="none",
             color=paint[INK],
+            markersize=4.5,
+            clip_on=False,
+            label=f"{row.strategy}, {row.description}",
         )
 
 
