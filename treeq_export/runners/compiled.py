@@ -7,6 +7,7 @@ A compiled target may be run in two ways, each of which is validated and timed:
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def uses_kernels(target: str) -> bool:
     return target == PACKED and find_library(ORT_LIBRARY) is not None
 
 
-def ways_to_run(targets: list[str]) -> list[str]:
+def ways_to_run(targets: Sequence[str]) -> list[str]:
     """Return targets with "ort_body" behind "ort", where our library is there to be left out.
 
     Args:

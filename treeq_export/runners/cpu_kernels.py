@@ -124,11 +124,9 @@ def read_isa() -> str:
     Raises:
         RunnerError: TREEQ_ISA names one that is unknown or missing.
     """
-    library = load_kernels()
-    name = library.treeq_isa()
-    if name is None:
-        _check(_BAD_ISA, "treeq kernels")
-    return name.decode()
+    name: bytes | None = load_kernels().treeq_isa()
+    _check(_BAD_ISA if name is None else 0, "treeq kernels")
+    return (name or b"").decode()
 
 
 _BAD_ISA = 10
