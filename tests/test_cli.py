@@ -193,7 +193,7 @@ class TestRun:
         result = call("run", run_recipe, "--out", run)
         assert result.exit_code == 0
         assert "quantized layers" in result.stdout
-        assert "All 4 gates passed" in result.stdout
+        assert "All 8 gates passed" in result.stdout
 
     def test_overrides_are_recorded(self, run: Path, run_recipe: Path) -> None:
         args = ["--set", "validate.batch_size=1", "--set", "evaluate.seeds=[1]"]
@@ -212,7 +212,7 @@ class TestRun:
         work = [line.split()[0] for line in result.stderr.splitlines() if line.endswith("...")]
         assert work == ["bench", "report"]
         rows = json.loads(result.stdout)["bench"]["rows"]
-        assert [len(row["all_times_ms"]) for row in rows] == [4] * 4
+        assert [len(row["all_times_ms"]) for row in rows] == [4] * 5
 
     def test_from_a_stage(self, run: Path, run_recipe: Path) -> None:
         result = call("run", run_recipe, "--out", run, "--from", "evaluate")
@@ -227,7 +227,7 @@ class TestRun:
         assert result.stdout == (run / "report.json").read_text()
         assert json.loads(result.stdout)["parity"]["ort"]["passed"] is False
         assert result.stderr.splitlines()[-1].startswith(
-            "treeq-export: 1 of 4 gates are not met: ort: end-to-end sqnr_db: measured "
+            "treeq-export: 2 of 8 gates are not met: ort: end-to-end sqnr_db: measured "
         )
         assert result.stderr.endswith("required at least 1000.\n")
         again = call("run", run_recipe, "--out", run, "--set", UNREACHABLE)

@@ -3,6 +3,7 @@
 `python samples/dit_xl_2/make_checkpoint.py --out runs/dit_xl_2_random` writes config.json and
 diffusion_pytorch_model.safetensors (float16, 1.5 GB) in diffusers layout, always the same bytes.
 Time and memory of every stage are those of the published network; image quality means nothing.
+As in the published checkpoint, every block holds a copy of the same timestep and class embedder.
 """
 
 import argparse
@@ -33,6 +34,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     model = DiTTransformer2DModel(**CONFIG | {"num_layers": arguments.layers})
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(first)
     model.save_pretrained(arguments.out, max_shard_size="100GB")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {arguments.out}: {num_parameters / 1e6:.0f} M parameters")

@@ -26,7 +26,9 @@ def test_layer_without_branch_ends_at_its_own_node(make_layer: Make, make_model:
     assert result.modified
     assert node.name == "blocks.0.a"
     assert node.outputs[0].name == "blocks.0.a.output"
-    assert read_layers(model) == [LayerSite("blocks.0.a", "x", "blocks.0.a.output")]
+    assert read_layers(model) == [
+        LayerSite("blocks.0.a", "x", "blocks.0.a.output", node="blocks.0.a")
+    ]
 
 
 def test_branch_belongs_to_the_layer(make_layer: Make, make_branch: Make, make_sum_model: Make):
@@ -40,7 +42,9 @@ def test_branch_belongs_to_the_layer(make_layer: Make, make_branch: Make, make_s
     assert monarch.name == "blocks.0.fc/branch"
     assert qlinear.outputs[0].name == "blocks.0.fc/y"
     assert add.outputs[0].name == "blocks.0.fc.output"
-    assert read_layers(model) == [LayerSite("blocks.0.fc", "x", "blocks.0.fc.output")]
+    assert read_layers(model) == [
+        LayerSite("blocks.0.fc", "x", "blocks.0.fc.output", node="blocks.0.fc")
+    ]
 
 
 def test_branch_on_the_left_of_the_add(make_layer: Make, make_branch: Make, make_sum_model: Make):
@@ -99,7 +103,7 @@ def test_graph_outputs_keep_their_names(make_layer: Make, make_branch: Make, mak
     model = make_sum_model(make_layer(n=12), make_branch())
     NameLayers()(model)
     assert [value.name for value in model.graph.outputs] == ["sum"]
-    assert read_layers(model) == [LayerSite("blocks.0.fc", "x", "sum")]
+    assert read_layers(model) == [LayerSite("blocks.0.fc", "x", "sum", node="blocks.0.fc")]
 
 
 def test_layers_are_listed_in_graph_order(make_layer: Make, make_model: Make):

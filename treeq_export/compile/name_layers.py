@@ -5,7 +5,7 @@ Rules:
 2. The layer's output is the node's output; where the only consumer adds the layer's Monarch
    branch, it is the sum. That value is named `<layer>.output`.
 3. The list of layers goes into the model's metadata as `treeq.layers`, JSON, in graph order:
-   name, input value, output value. Later passes keep these value names.
+   name, input value, output value, node. Later passes keep these names, or say what became of them.
 """
 
 import onnx_ir as ir
@@ -32,7 +32,7 @@ class NameLayers(InPlacePass):
             assert source is not None
             assert source.name is not None
             assert output.name is not None
-            layers.append(LayerSite(name, source.name, output.name))
+            layers.append(LayerSite(name, source.name, output.name, node=name))
         write_layers(model, layers)
         return PassResult(model, bool(layers))
 

@@ -28,13 +28,19 @@ class LayerSite(NamedTuple):
 
     Attributes:
         name: The layer.
-        input: Name of the value that it reads.
-        output: Name of the value that it writes, its branch included.
+        input: Name of the value that it reads; "" where it became part of a fused node.
+        output: Name of the value that it writes, its branch included; "" as above.
+        node: Name of the packed node that computes it; several layers may share one.
+        offset: First of its output channels in that node.
+        size: How many they are; 0 is all.
     """
 
     name: str
     input: str
     output: str
+    node: str = ""
+    offset: int = 0
+    size: int = 0
 
 
 def model_path(run: Path, target: str) -> Path:
