@@ -125,7 +125,7 @@ def compare_layer(
     layer: QLinear,
     full: nn.Linear,
     trace: Trace,
-    propagated: Array,
+    propagated: Array | None,
 ) -> LayerParity:
     """Compare one layer of a target with the reference.
 
@@ -134,7 +134,8 @@ def compare_layer(
         layer: The reference layer.
         full: The full-precision layer.
         trace: The reference's inputs and outputs.
-        propagated: The layer's output inside the target's whole network.
+        propagated: The layer's output inside the target's whole network; None where that value
+            became part of a fused node.
     """
     name = probe.site.name
     x, y = trace.layer_inputs[name], trace.layer_outputs[name]
@@ -153,7 +154,7 @@ def compare_layer(
         max_abs_error=max_abs_error(y, received),
         equal_code_fraction=fraction,
         accumulators_equal=equal,
-        propagated_sqnr_db=sqnr_db(y, propagated),
+        propagated_sqnr_db=None if propagated is None else sqnr_db(y, propagated),
         quantization_sqnr_db=sqnr_db(full_y, y),
     )
 
@@ -166,7 +167,7 @@ def run_with_layers(
     values = ir.convenience.create_value_mapping(model.graph)
     present = {value.name for value in model.graph.outputs}
     for site in sites:
-        if site.output not in present:
+        if site.output and site.output not in present:
             model.graph.outputs.append(values[site.output])
     ir.external_data.load_to_model(model)
     serialized = ir.to_proto(model).SerializeToString()
@@ -253,7 +254,8 @@ def compare_target(
     for site in sites:
         full = linear_of(denoiser, plan.layer(site.name))
         probe = make_probe(model, site)
-        layers.append(compare_layer(probe, references[site.name], full, trace, inside[site.output]))
+        propagated = inside.get(site.output)
+        layers.append(compare_layer(probe, references[site.name], full, trace, propagated))
         on_layer()
     sqnr = sqnr_db(trace.output, output)
     gates = make_gates(target, sqnr, layers, limits)

@@ -159,14 +159,14 @@ void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel
   }
 }
 
-void quantize_token(const Run& run, int64_t row, int column, int rows, int32_t* panel,
-                    uint8_t* scratch) {
+void quantize_token(const Run& run, const float* source, int64_t row, int column, int rows,
+                    int32_t* panel, uint8_t* scratch) {
   const Layer& layer = *run.layer;
   const treeq_qlinear_config& config = layer.config;
   const int64_t k = config.in_features, padded = padded_features(k);
   float* buffer = reinterpret_cast<float*>(scratch);
   int8_t* q = reinterpret_cast<int8_t*>(buffer + padded);
-  const float* x = rotate_token(run.x + row * k, k, config.rotation_group, buffer);
+  const float* x = rotate_token(source, k, config.rotation_group, buffer);
   const float scale = activation_scale(config, x);
   const Floats inverse = splat(1.0f / scale);
   const float high = float((1 << (config.act_bits - 1)) - 1);
@@ -241,55 +241,158 @@ void expand_panel(const Branch& branch, int64_t tile, const float* z, int rows, 
   for (; t < rows; ++t) expand_rows<1>(branch, tile, z + t * width, out + t * kTile);
 }
 
+/* Adds x[i] - mean, or its square, to the lanes; those behind k add nothing. */
+template <bool kSquare>
+Floats add_deviations(const float* x, int64_t k, float mean) {
+  Floats sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    const Floats d = load(x + i) - mean;
+    sum += kSquare ? d * d : d;
+  }
+  for (int lane = 0; i + lane < k; ++lane) {
+    const float d = x[i + lane] - mean;
+    sum[lane] += kSquare ? d * d : d;
+  }
+  return sum;
+}
+
+/* LayerNorm(x) * (1 + scale) + shift of one token. */
+void normalise_token(const float* x, int64_t k, float epsilon, const float* scale,
+                     const float* shift, float* out) {
+  const float mean = sum_of_lanes(add_deviations<false>(x, k, 0.0f)) / float(k);
+  const float variance = sum_of_lanes(add_deviations<true>(x, k, mean)) / float(k);
+  const float inverse = 1.0f / __builtin_sqrtf(variance + epsilon);
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes)
+    store(out + i, (load(x + i) - mean) * inverse * (load(scale + i) + 1.0f) + load(shift + i));
+  for (; i < k; ++i) out[i] = (x[i] - mean) * inverse * (scale[i] + 1.0f) + shift[i];
+}
+
+void prepare_layer(const Run& run, int64_t first, int rows, const float* x, uint8_t* scratch) {
+  const Layer& layer = *run.layer;
+  const int64_t k = layer.config.in_features, padded = padded_features(k);
+  for (int t = 0; t < rows; ++t) {
+    const int64_t row = first + t;
+    if (layer.config.act_bits) {
+      quantize_token(run, x + t * k, row, t, rows, run.codes + first * layer.num_words, scratch);
+      continue;
+    }
+    float* out = run.rotated + row * padded;
+    const float* rotated = rotate_token(x + t * k, k, layer.config.rotation_group, out);
+    if (rotated != out) __builtin_memcpy(out, rotated, size_t(k) * sizeof(float));
+  }
+}
+
 void prepare_panel(const Run& run, int64_t p, uint8_t* scratch) {
   const int64_t first = first_row(run.panels, p);
   const int rows = num_rows(run.panels, p);
-  if (run.layer) {
-    const Layer& layer = *run.layer;
-    const int64_t k = layer.config.in_features, padded = padded_features(k);
+  const int64_t k = run.layer ? run.layer->config.in_features : run.branch->in_features;
+  const float* x = run.x + first * k;
+  const treeq_fusion& fusion = run.fusion;
+  if (fusion.norm_scale) {
+    float* normalised = reinterpret_cast<float*>(scratch);
     for (int t = 0; t < rows; ++t) {
-      const int64_t row = first + t;
-      if (layer.config.act_bits) {
-        quantize_token(run, row, t, rows, run.codes + first * layer.num_words, scratch);
-        continue;
-      }
-      float* out = run.rotated + row * padded;
-      const float* x = rotate_token(run.x + row * k, k, layer.config.rotation_group, out);
-      if (x != out) __builtin_memcpy(out, x, size_t(k) * sizeof(float));
+      const int64_t image = (first + t) / fusion.tokens * k;
+      normalise_token(x + t * k, k, fusion.norm_epsilon, fusion.norm_scale + image,
+                      fusion.norm_shift + image, normalised + t * k);
     }
+    x = normalised;
+    scratch += round_up(kMaxRows * size_t(k) * sizeof(float), kVector);
   }
+  if (run.layer) prepare_layer(run, first, rows, x, scratch);
   if (run.branch)
-    reduce_panel(*run.branch, run.x + first * run.branch->in_features, rows,
-                 run.z + first * run.branch->num_out * run.branch->depth);
+    reduce_panel(*run.branch, x, rows, run.z + first * run.branch->num_out * run.branch->depth);
 }
 
 /* ---- the tile ---- */
 
-/* Adds bias and branch to a panel's 32 output channels and writes those that exist. */
+/* e^x for x <= 0 and for x up to 88: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], error below
+ * 2e-7 of the result. */
+Floats exponential(Floats x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in its low bits
+  const Floats shifted = multiply_add(x, splat(1.44269504f), magic);
+  const Floats n = shifted - magic;
+  const Floats r = multiply_add(n, splat(2.12194440e-4f),
+                                multiply_add(n, splat(-0.693359375f), x));
+  /* 1 + r + r^2 / 2! + ... + r^7 / 7! */
+  Floats p = splat(1.98412698e-4f);
+  p = multiply_add(p, r, splat(1.38888889e-3f));
+  p = multiply_add(p, r, splat(8.33333333e-3f));
+  p = multiply_add(p, r, splat(4.16666667e-2f));
+  p = multiply_add(p, r, splat(1.66666667e-1f));
+  p = multiply_add(p, r, splat(0.5f));
+  p = multiply_add(p, r, splat(1.0f));
+  p = multiply_add(p, r, splat(1.0f));
+  const Ints exponent = (reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic)) << 23;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + exponent);
+}
+
+/* x / 2 * (1 + tanh(u)) = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3). */
+Floats gelu_tanh(Floats x) {
+  const Floats cubic = multiply_add(x * x * x, splat(0.044715f), x);
+  const Floats y = x / (exponential(cubic * -1.59576912f) + 1.0f);
+  return x == x ? y : x;
+}
+
+/* Two vectors of which `width` floats exist. */
+void load_part(const float* p, int width, Floats out[2]) {
+  if (width == kTile) {
+    out[0] = load(p);
+    out[1] = load(p + kLanes);
+    return;
+  }
+  out[0] = out[1] = Floats{};
+  __builtin_memcpy(out, p, size_t(width) * sizeof(float));
+}
+
+/* Where a panel's 32 output channels go. */
+struct Target {
+  float* y;
+  int64_t stride;
+  int width;
+};
+
+Target find_target(const Run& run, int64_t tile) {
+  const int64_t all = run.layer ? run.layer->config.out_features : run.branch->out_features;
+  const int64_t n = all / run.fusion.num_outputs, column = tile * kTile;
+  const int64_t left = n - column % n;  // several outputs hold whole tiles
+  return {run.y[column / n] + column % n, n, left < kTile ? int(left) : kTile};
+}
+
+/* Adds bias, branch and what is fused to a panel's 32 output channels and writes those that exist. */
 void write_rows(const Run& run, int64_t tile, int64_t first, int rows, float* out) {
-  const bool has_layer = run.layer != nullptr;
-  const int64_t n = has_layer ? run.layer->config.out_features : run.branch->out_features;
-  const int64_t left = n - tile * kTile;
-  const int width = left < kTile ? int(left) : kTile;
+  const treeq_fusion& fusion = run.fusion;
+  const Target target = find_target(run, tile);
   float extra[kMaxRows * kTile];
   if (run.branch)
     expand_panel(*run.branch, tile, run.z + first * run.branch->num_out * run.branch->depth, rows,
                  extra);
-  const float* bias = has_layer && run.layer->bias ? run.layer->bias + tile * kTile : nullptr;
+  const float* bias = run.layer && run.layer->bias ? run.layer->bias + tile * kTile : nullptr;
   for (int t = 0; t < rows; ++t) {
-    Floats y[2];
+    const int64_t row = first + t;
+    Floats y[2], gate[2], residual[2];
     for (int h = 0; h < 2; ++h) {
       const int at = t * kTile + h * kLanes;
-      y[h] = has_layer ? load(out + at) : load(extra + at);
+      y[h] = run.layer ? load(out + at) : load(extra + at);
       if (bias) y[h] += load(bias + h * kLanes);
-      if (has_layer && run.branch) y[h] += load(extra + at);
+      if (run.layer && run.branch) y[h] += load(extra + at);
+      if (fusion.activation == TREEQ_ACTIVATION_GELU_TANH) y[h] = gelu_tanh(y[h]);
     }
-    float* target = run.y + (first + t) * n + tile * kTile;
-    if (width == kTile) {
-      store(target, y[0]);
-      store(target + kLanes, y[1]);
+    if (fusion.gate) {
+      const int64_t column = tile * kTile;
+      load_part(fusion.gate + row / fusion.tokens * target.stride + column, target.width, gate);
+      load_part(fusion.residual + row * target.stride + column, target.width, residual);
+      for (int h = 0; h < 2; ++h) y[h] = residual[h] + gate[h] * y[h];
+    }
+    float* to = target.y + row * target.stride;
+    if (target.width == kTile) {
+      store(to, y[0]);
+      store(to + kLanes, y[1]);
     } else {
-      __builtin_memcpy(target, y, size_t(width) * sizeof(float));
+      __builtin_memcpy(to, y, size_t(target.width) * sizeof(float));
     }
   }
 }

@@ -66,7 +66,8 @@ struct Run {
   float* scales;       // [m]
   int32_t* row_sums;   // [m][num_groups]
   float* z;            // [m][b_out][b_in * r]
-  float* y;            // [m][N]
+  float* y[TREEQ_MAX_OUTPUTS];  // [m][N / num_outputs] each
+  treeq_fusion fusion;
   int32_t* sums;       // [m][num_groups][N] or null
 };
 
@@ -86,8 +87,11 @@ static inline size_t round_up(size_t value, size_t unit) { return (value + unit 
 static inline int64_t padded_features(int64_t in_features) {
   return int64_t(round_up(size_t(in_features), kLanes));
 }
-static inline size_t prepare_scratch_bytes(int64_t in_features) {
-  return size_t(padded_features(in_features)) * (sizeof(float) + 1) + 2 * kVector;
+/* A rotated token and its codes; before them a panel of tokens that were normalised. */
+static inline size_t prepare_scratch_bytes(int64_t in_features, bool is_normalised) {
+  const size_t token = size_t(padded_features(in_features));
+  const size_t panel = is_normalised ? kMaxRows * size_t(in_features) * sizeof(float) : 0;
+  return round_up(panel, kVector) + token * (sizeof(float) + 1) + 2 * kVector;
 }
 static inline size_t tile_scratch_bytes(const Layer& layer) {
   const size_t codes = size_t(layer.num_words) * kTile * kInputs;

@@ -132,8 +132,23 @@ size_t cut_workspace(const Layer& layer, Run& run, uint8_t* base) {
 
 treeq_status run_layer(const treeq_qlinear& q, Run& run, const treeq_parallel* parallel) {
   return run_phases(q.kernels, run, q.layer.num_tiles,
-                    prepare_scratch_bytes(q.layer.config.in_features),
+                    prepare_scratch_bytes(q.layer.config.in_features, run.fusion.norm_scale),
                     tile_scratch_bytes(q.layer), parallel);
+}
+
+constexpr treeq_fusion kNoFusion = {nullptr, nullptr, 0.0f, TREEQ_ACTIVATION_NONE,
+                                    nullptr, nullptr, 1,    1};
+
+treeq_status check_fusion(const treeq_fusion& f, int64_t m, int64_t out_features) {
+  if (f.activation != TREEQ_ACTIVATION_NONE && f.activation != TREEQ_ACTIVATION_GELU_TANH)
+    return TREEQ_BAD_FUSION;
+  if (f.num_outputs < 1 || f.num_outputs > TREEQ_MAX_OUTPUTS || out_features % f.num_outputs)
+    return TREEQ_BAD_FUSION;
+  if (f.num_outputs > 1 && (f.gate || out_features / f.num_outputs % kTile))
+    return TREEQ_BAD_FUSION;
+  if (f.tokens < 1 || m % f.tokens) return TREEQ_BAD_FUSION;
+  if ((f.norm_scale == nullptr) != (f.norm_shift == nullptr)) return TREEQ_NULL_POINTER;
+  return (f.gate == nullptr) != (f.residual == nullptr) ? TREEQ_NULL_POINTER : TREEQ_OK;
 }
 
 void copy_codes(const Layer& layer, const Run& run, int8_t* codes) {
@@ -201,6 +216,12 @@ void treeq_qlinear_destroy(treeq_qlinear* layer) { delete layer; }
 
 treeq_status treeq_qlinear_run(const treeq_qlinear* layer, const float* x, int64_t m, float* y,
                                const treeq_parallel* parallel) {
+  return treeq_qlinear_run_fused(layer, x, m, &y, nullptr, parallel);
+}
+
+treeq_status treeq_qlinear_run_fused(const treeq_qlinear* layer, const float* x, int64_t m,
+                                     float* const* y, const treeq_fusion* fusion,
+                                     const treeq_parallel* parallel) {
   if (!layer) return TREEQ_NULL_POINTER;
   if (m < 0 || m > kMaxTokens) return TREEQ_BAD_SHAPE;
   if (m == 0) return TREEQ_OK;
@@ -209,7 +230,13 @@ treeq_status treeq_qlinear_run(const treeq_qlinear* layer, const float* x, int64
   run.layer = &layer->layer;
   run.branch = layer->layer.branch;
   run.x = x;
-  run.y = y;
+  run.fusion = fusion ? *fusion : kNoFusion;
+  if (const treeq_status status = check_fusion(run.fusion, m, layer->layer.config.out_features))
+    return status;
+  for (int32_t i = 0; i < run.fusion.num_outputs; ++i) {
+    if (!y[i]) return TREEQ_NULL_POINTER;
+    run.y[i] = y[i];
+  }
   run.panels = cut_panels(m);
   try {
     const Lease workspace(cut_workspace(layer->layer, run, nullptr));
@@ -231,11 +258,12 @@ treeq_status treeq_qlinear_inspect(const treeq_qlinear* layer, const float* x, i
   Run run = {};
   run.layer = &l;
   run.x = x;
+  run.fusion = kNoFusion;
   run.panels = cut_panels(m);
   run.sums = sums;
   try {
     const Buffer y = allocate(size_t(m * l.config.out_features) * sizeof(float));
-    run.y = reinterpret_cast<float*>(y.get());
+    run.y[0] = reinterpret_cast<float*>(y.get());
     const Lease workspace(cut_workspace(l, run, nullptr));
     cut_workspace(l, run, workspace.get());
     if (const treeq_status status = run_layer(*layer, run, nullptr)) return status;
@@ -288,7 +316,8 @@ treeq_status treeq_monarch_run(const treeq_monarch* monarch, const float* x, int
   Run run = {};
   run.branch = &branch;
   run.x = x;
-  run.y = y;
+  run.y[0] = y;
+  run.fusion = kNoFusion;
   run.panels = cut_panels(m);
   try {
     const Lease workspace(size_t(m * branch.num_out * branch.depth) * sizeof(float));

@@ -104,30 +104,62 @@ Status* read_tensor(const Value* value, Tensor& out) {
   return status;
 }
 
-Status* open_call(KernelContext* context, const std::string& name, int64_t in_features,
-                  int64_t out_features, Call& out) {
-  const Value* input = nullptr;
+Status* Call::open(int64_t in_features) {
+  const Value* value = nullptr;
   if (Status* status = call<Status*>(g_api, kKernelContextGetInput,
-                                     static_cast<const KernelContext*>(context), size_t(0), &input))
+                                     static_cast<const KernelContext*>(context_), size_t(0), &value))
     return status;
   Tensor x;
-  if (Status* status = read_tensor(input, x)) return status;
+  if (Status* status = read_tensor(value, x)) return status;
   if (x.shape.empty() || x.shape.back() != in_features)
-    return fail(name + ": x has shape " + shape_text(x.shape) + ", expected (..., " +
+    return fail(name_ + ": x has shape " + shape_text(x.shape) + ", expected (..., " +
                 std::to_string(in_features) + ")");
-  out.x = static_cast<const float*>(x.data);
-  out.m = 1;
-  for (size_t i = 0; i + 1 < x.shape.size(); ++i) out.m *= x.shape[i];
-  x.shape.back() = out_features;
-  Value* output = nullptr;
-  if (Status* status = call<Status*>(g_api, kKernelContextGetOutput, context, size_t(0),
-                                     static_cast<const int64_t*>(x.shape.data()), x.shape.size(),
-                                     &output))
+  x_ = static_cast<const float*>(x.data);
+  m_ = 1;
+  for (size_t i = 0; i + 1 < x.shape.size(); ++i) m_ *= x.shape[i];
+  images_ = x.shape.size() > 1 ? x.shape[0] : 1;
+  shape_ = x.shape;
+  return nullptr;
+}
+
+Status* Call::input(size_t index, const char* what, const std::vector<int64_t>& shape,
+                    const float** data) const {
+  const auto* context = static_cast<const KernelContext*>(context_);
+  *data = nullptr;
+  size_t count = 0;
+  if (Status* status = call<Status*>(g_api, kKernelContextGetInputCount, context, &count))
+    return status;
+  if (index >= count) return nullptr;
+  const Value* value = nullptr;
+  if (Status* status = call<Status*>(g_api, kKernelContextGetInput, context, index, &value))
+    return status;
+  if (!value) return nullptr;
+  Tensor tensor;
+  if (Status* status = read_tensor(value, tensor)) return status;
+  if (tensor.shape != shape)
+    return fail(name_ + ": " + what + " has shape " + shape_text(tensor.shape) + ", expected " +
+                shape_text(shape));
+  *data = static_cast<const float*>(tensor.data);
+  return nullptr;
+}
+
+Status* Call::output(size_t index, int64_t columns, float** data) const {
+  std::vector<int64_t> shape = shape_;
+  shape.back() = columns;
+  Value* value = nullptr;
+  if (Status* status =
+          call<Status*>(g_api, kKernelContextGetOutput, context_, index,
+                        static_cast<const int64_t*>(shape.data()), shape.size(), &value))
     return status;
   void* y = nullptr;
-  Status* status = call<Status*>(g_api, kGetTensorMutableData, output, &y);
-  out.y = static_cast<float*>(y);
+  Status* status = call<Status*>(g_api, kGetTensorMutableData, value, &y);
+  *data = static_cast<float*>(y);
   return status;
+}
+
+Status* Call::count_outputs(size_t* count) const {
+  return call<Status*>(g_api, kKernelContextGetOutputCount,
+                       static_cast<const KernelContext*>(context_), count);
 }
 
 treeq_parallel parallel_of(KernelContext* context) {

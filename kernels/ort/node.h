@@ -45,14 +45,31 @@ class Node {
 
 Status* read_tensor(const Value* value, Tensor& out);
 
-/* x (..., in_features) and y (..., out_features) of a call. */
-struct Call {
-  const float* x;
-  float* y;
-  int64_t m;
+/* A call of a kernel. */
+class Call {
+ public:
+  Call(KernelContext* context, const std::string& name) : context_(context), name_(name) {}
+  /* Input 0, x (..., in_features). */
+  Status* open(int64_t in_features);
+  /* Input `index` with the shape that is expected; data stays null where the input is left out. */
+  Status* input(size_t index, const char* what, const std::vector<int64_t>& shape,
+                const float** data) const;
+  /* y (..., columns). */
+  Status* output(size_t index, int64_t columns, float** data) const;
+  Status* count_outputs(size_t* count) const;
+
+  const float* x() const { return x_; }
+  int64_t m() const { return m_; }            // all rows
+  int64_t images() const { return images_; }  // first axis, 1 where x has one axis only
+  const std::vector<int64_t>& shape() const { return shape_; }
+
+ private:
+  KernelContext* context_;
+  const std::string& name_;
+  const float* x_ = nullptr;
+  int64_t m_ = 0, images_ = 1;
+  std::vector<int64_t> shape_;
 };
-Status* open_call(KernelContext* context, const std::string& name, int64_t in_features,
-                  int64_t out_features, Call& out);
 
 /* ONNX Runtime's own threads. */
 treeq_parallel parallel_of(KernelContext* context);

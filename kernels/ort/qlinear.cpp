@@ -1,10 +1,14 @@
-/* treeq::QLinear and treeq::Monarch, version 1, as custom ops of ONNX Runtime:
+/* treeq::QLinear, treeq::FusedQLinear and treeq::Monarch, version 1, as custom ops of ONNX Runtime:
  *
  *   session_options.register_custom_ops_library("libtreeq_ort.so")
  *
- * QLinear: x, planes, weight_scale, bias?, branch_R?, branch_L? -> y. Monarch: x, R, L -> y.
- * All inputs but x are initializers: they are repacked when the session is made, and their pages are
- * given back to the system.
+ *   QLinear       x, planes, weight_scale, bias? -> y
+ *   FusedQLinear  x, planes, weight_scale, bias?, branch_R?, branch_L?, norm_scale?, norm_shift?,
+ *                 gate?, residual? -> y, y2?, y3?      what qlinear.h calls a fusion
+ *   Monarch       x, R, L -> y
+ *
+ * Planes, scales, bias and factors are initializers: they are repacked when the session is made, and
+ * the pages of the planes are given back to the system.
  */
 #include <sys/mman.h>
 #include <unistd.h>
@@ -20,6 +24,7 @@ struct Layer {
   std::string name;
   treeq_qlinear* handle = nullptr;
   int64_t in_features, out_features;
+  treeq_fusion fusion = {nullptr, nullptr, 0.0f, TREEQ_ACTIVATION_NONE, nullptr, nullptr, 1, 1};
   ~Layer() { treeq_qlinear_destroy(handle); }
 };
 
@@ -175,13 +180,64 @@ Status* create_kernel(const CustomOp*, ApiTable, const KernelInfo* info, void** 
   return nullptr;
 }
 
-template <typename Kernel, auto run>
-Status* compute_kernel(void* kernel, KernelContext* context) {
-  const Kernel& k = *static_cast<const Kernel*>(kernel);
-  Call c;
-  if (Status* status = open_call(context, k.name, k.in_features, k.out_features, c)) return status;
+Status* make_fused(const Node& node, Layer& layer) {
+  std::string activation;
+  if (Status* status = node.read("activation", activation)) return status;
+  if (Status* status = node.read("norm_epsilon", layer.fusion.norm_epsilon)) return status;
+  if (activation == "gelu_tanh")
+    layer.fusion.activation = TREEQ_ACTIVATION_GELU_TANH;
+  else if (activation != "none")
+    return node.error("attribute activation is \"" + activation + "\", expected gelu_tanh or none");
+  return make_layer(node, layer);
+}
+
+Status* compute_layer(void* kernel, KernelContext* context) {
+  const Layer& k = *static_cast<const Layer*>(kernel);
+  Call c(context, k.name);
+  if (Status* status = c.open(k.in_features)) return status;
+  float* y = nullptr;
+  if (Status* status = c.output(0, k.out_features, &y)) return status;
   const treeq_parallel parallel = parallel_of(context);
-  return status_of(run(k.handle, c.x, c.m, c.y, &parallel), k.name);
+  return status_of(treeq_qlinear_run(k.handle, c.x(), c.m(), y, &parallel), k.name);
+}
+
+Status* read_fusion(const Layer& k, const Call& c, treeq_fusion& f) {
+  f = k.fusion;
+  size_t count = 1;
+  if (Status* status = c.count_outputs(&count)) return status;
+  f.num_outputs = int32_t(count);
+  f.tokens = c.images() > 0 && c.m() > 0 ? c.m() / c.images() : 1;
+  std::vector<int64_t> full = c.shape();
+  full.back() = k.out_features;
+  const std::vector<int64_t> norm = {c.images(), k.in_features}, gate = {c.images(), k.out_features};
+  if (Status* status = c.input(6, "norm_scale", norm, &f.norm_scale)) return status;
+  if (Status* status = c.input(7, "norm_shift", norm, &f.norm_shift)) return status;
+  if (Status* status = c.input(8, "gate", gate, &f.gate)) return status;
+  return c.input(9, "residual", full, &f.residual);
+}
+
+Status* compute_fused(void* kernel, KernelContext* context) {
+  const Layer& k = *static_cast<const Layer*>(kernel);
+  Call c(context, k.name);
+  if (Status* status = c.open(k.in_features)) return status;
+  treeq_fusion fusion;
+  if (Status* status = read_fusion(k, c, fusion)) return status;
+  float* y[TREEQ_MAX_OUTPUTS] = {};
+  for (int32_t i = 0; i < fusion.num_outputs; ++i)
+    if (Status* status = c.output(size_t(i), k.out_features / fusion.num_outputs, &y[i]))
+      return status;
+  const treeq_parallel parallel = parallel_of(context);
+  return status_of(treeq_qlinear_run_fused(k.handle, c.x(), c.m(), y, &fusion, &parallel), k.name);
+}
+
+Status* compute_branch(void* kernel, KernelContext* context) {
+  const Branch& k = *static_cast<const Branch*>(kernel);
+  Call c(context, k.name);
+  if (Status* status = c.open(k.in_features)) return status;
+  float* y = nullptr;
+  if (Status* status = c.output(0, k.out_features, &y)) return status;
+  const treeq_parallel parallel = parallel_of(context);
+  return status_of(treeq_monarch_run(k.handle, c.x(), c.m(), y, &parallel), k.name);
 }
 
 template <typename Kernel>
@@ -210,14 +266,27 @@ CustomOp common_op() {
 CustomOp qlinear_op() {
   CustomOp op = common_op();
   op.get_name = [](const CustomOp*) { return "QLinear"; };
-  op.get_input_count = [](const CustomOp*) { return size_t(6); };
+  op.get_input_count = [](const CustomOp*) { return size_t(4); };
   op.get_input_type = [](const CustomOp*, size_t i) { return i == 1 ? kInt32 : kFloat; };
   op.get_input_characteristic = [](const CustomOp*, size_t i) {
     return i < 3 ? kRequired : kOptional;
   };
   op.create_kernel_v2 = create_kernel<Layer, make_layer>;
-  op.compute_v2 = compute_kernel<Layer, treeq_qlinear_run>;
+  op.compute_v2 = compute_layer;
   op.destroy = destroy_kernel<Layer>;
+  return op;
+}
+
+CustomOp fused_op() {
+  CustomOp op = qlinear_op();
+  op.get_name = [](const CustomOp*) { return "FusedQLinear"; };
+  op.get_input_count = [](const CustomOp*) { return size_t(10); };
+  op.get_output_count = [](const CustomOp*) { return size_t(TREEQ_MAX_OUTPUTS); };
+  op.get_output_characteristic = [](const CustomOp*, size_t i) {
+    return i < 1 ? kRequired : kOptional;
+  };
+  op.create_kernel_v2 = create_kernel<Layer, make_fused>;
+  op.compute_v2 = compute_fused;
   return op;
 }
 
@@ -228,7 +297,7 @@ CustomOp monarch_op() {
   op.get_input_type = [](const CustomOp*, size_t) { return kFloat; };
   op.get_input_characteristic = [](const CustomOp*, size_t) { return kRequired; };
   op.create_kernel_v2 = create_kernel<Branch, make_branch>;
-  op.compute_v2 = compute_kernel<Branch, treeq_monarch_run>;
+  op.compute_v2 = compute_branch;
   op.destroy = destroy_kernel<Branch>;
   return op;
 }
@@ -246,10 +315,10 @@ extern "C" TREEQ_API treeq::ort::Status* RegisterCustomOps(treeq::ort::SessionOp
     return fail(std::string("libtreeq_ort.so needs ONNX Runtime 1.18 or newer, this is ") +
                 base->get_version());
   }
-  static const CustomOp qlinear = qlinear_op(), monarch = monarch_op();
+  static const CustomOp qlinear = qlinear_op(), fused = fused_op(), monarch = monarch_op();
   Domain* domain = nullptr;
   if (Status* status = call<Status*>(g_api, kCreateCustomOpDomain, "treeq", &domain)) return status;
-  for (const CustomOp* op : {&qlinear, &monarch})
+  for (const CustomOp* op : {&qlinear, &fused, &monarch})
     if (Status* status = call<Status*>(g_api, kCustomOpDomainAdd, domain, op)) return status;
   return call<Status*>(g_api, kAddCustomOpDomain, options, domain);
 }

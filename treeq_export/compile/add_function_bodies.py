@@ -5,22 +5,22 @@ Rules:
 2. A QLinear body unpacks the planes and then is the form of compile/body.py. It ends in
    DequantizeLinear + MatMul, which ONNX Runtime folds to INT8 weights and runs as integers.
 3. A Monarch body is the batched form of compile/lower_monarch.py.
+4. A FusedQLinear body is those two, and what is fused in standard operators. The functions of its
+   QLinear and Monarch are added beside it and named by attributes of the node, for who cuts the
+   linear out (runners/plain_layer.py). It does not call them: ONNX Runtime does not find overloads
+   from inside of a function.
 
 Runs last: optimizers inline model-local functions. A runtime with our kernels takes those instead.
 """
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from treeq_export.compile.body import (
-    BodyWriter,
-    write_function_scale,
-    write_qlinear,
-    write_unpacked_weight,
-)
+from treeq_export.compile.body import BodyWriter, write_packed
+from treeq_export.compile.fused import BRANCH_L, BRANCH_R, FUSED, input_of
+from treeq_export.compile.fused_body import make_fused_function, monarch_overload, read_form
 from treeq_export.compile.lower_monarch import write_monarch
 from treeq_export.compile.signature import (
     DOMAIN,
@@ -30,7 +30,7 @@ from treeq_export.compile.signature import (
     nodes_of,
     read_signature,
 )
-from treeq_export.quant.rotation import hadamard
+from treeq_export.runners.plain_layer import BRANCH_FUNCTION, LINEAR_FUNCTION
 
 OPSET = 21
 
@@ -46,14 +46,33 @@ class AddFunctionBodies(InPlacePass):
             _add(model, signature.overload, QLINEAR, lambda s=signature: make_qlinear_function(s))
         for node in nodes_of(model, MONARCH):
             shapes = [tuple(_static_shape(node.inputs[index])) for index in (1, 2)]
-            node.overload = "_".join("x".join(str(d) for d in shape) for shape in shapes)
+            node.overload = monarch_overload(*shapes)
             _add(
                 model,
                 node.overload,
                 MONARCH,
                 lambda o=node.overload, s=shapes: make_monarch_function(o, s[0], s[1]),
             )
+        for node in nodes_of(model, FUSED):
+            _add_fused(model, node)
         return PassResult(model, bool(model.functions))
+
+
+def _add_fused(model: ir.Model, node: ir.Node) -> None:
+    """Add the body of a FusedQLinear, and those of its parts."""
+    signature = read_signature(node)
+    _add(model, signature.overload, QLINEAR, lambda: make_qlinear_function(signature))
+    node.attributes.add(ir.AttrString(LINEAR_FUNCTION, signature.overload))
+    shapes = None
+    if input_of(node, BRANCH_R) is not None:
+        r, l_factor = (tuple(_static_shape(node.inputs[i])) for i in (BRANCH_R, BRANCH_L))
+        shapes = (r, l_factor)
+        name = monarch_overload(r, l_factor)
+        _add(model, name, MONARCH, lambda: make_monarch_function(name, r, l_factor))
+        node.attributes.add(ir.AttrString(BRANCH_FUNCTION, name))
+    form = read_form(node, signature, shapes)
+    node.overload = form.overload
+    _add(model, form.overload, FUSED, lambda: make_fused_function(form))
 
 
 def _static_shape(value: ir.Value | None) -> list[int]:
@@ -87,15 +106,8 @@ def make_qlinear_function(signature: QLinearSignature) -> ir.Function:
     names = ["x", "planes", "weight_scale", *(["bias"] if signature.has_bias else [])]
     inputs = [ir.Value(name=name) for name in names]
     writer = BodyWriter()
-    y = write_qlinear(
-        writer,
-        inputs[0],
-        write_unpacked_weight(writer, inputs[1], signature),
-        write_function_scale(writer, inputs[2], signature),
-        inputs[3] if signature.has_bias else None,
-        signature,
-        hadamard(signature.rotation_group).astype(np.float32),
-    )
+    bias = inputs[3] if signature.has_bias else None
+    y = write_packed(writer, *inputs[:3], bias, signature)
     return _function(QLINEAR, signature.overload, writer, inputs, y)
 
 

@@ -5,8 +5,10 @@ INT8 initializer with the layer's codes, whatever name constant folding gave it.
 multiplies it has to be one of the integer operators. Names and counts in the source graph would
 prove nothing: the runtime may silently fall back to float.
 
-The `ort` target is audited twice: with our custom-op library every layer has to be left as
-`treeq::QLinear`, without it the function body has to become integer arithmetic as well.
+The `ort` target is audited twice: with our custom-op library every layer has to be left as a packed
+node, and without it each kind of function body has to become integer arithmetic as well. One layer
+of each kind stands for the others: at the size of DiT-XL/2 ONNX Runtime would need more than 10 GB
+to unpack all of them at once.
 """
 
 import hashlib
@@ -20,11 +22,13 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from treeq_export.compile.signature import DOMAIN, QLINEAR, layer_name, nodes_of
+from treeq_export.compile.fused import packed_nodes
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
+from treeq_export.runners.compiled import PACKED, read_layers, uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.plain_layer import cut_packed
 
 # Integer matrix products of ONNX Runtime's CPU provider.
 INTEGER_OPS = frozenset(
@@ -85,33 +89,61 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     return [_audit_layer(layer, tensors[f"{layer.name}.codes"], consumers) for layer in plan.layers]
 
 
-def audit_kernels(path: Path, body: list[AuditLayer]) -> list[AuditLayer]:
-    """Say which layers our kernels run, and what they become without.
+def audit_packed(
+    path: Path, model: ir.Model, tensors: Mapping[str, NDArray[Any]], plan: Plan
+) -> list[AuditLayer]:
+    """Say what every layer of the `ort` target became, with our kernels and without.
 
     Args:
-        path: The compiled model of the `ort` target.
-        body: Its audit without our library.
+        path: The compiled model.
+        model: The same, loaded.
+        tensors: The plan's tensors, for the codes.
+        plan: Its plan.
 
     Returns:
-        One entry per layer, in execution order.
+        One entry per layer, in execution order; without our library on this machine, what the
+        function bodies became.
 
     Raises:
-        CompileError: ONNX Runtime refuses the model with our library.
+        CompileError: ONNX Runtime refuses the model.
     """
+    sites = read_layers(model)
+    nodes = {node.name: node for node in packed_nodes(model)}
+    bodies: dict[tuple[str, ...], AuditLayer] = {}
+    entries: list[AuditLayer] = []
+    for site in sites:
+        key = nodes[site.node].op_identifier()
+        if key not in bodies:
+            names = [other.name for other in sites if other.node == site.node]
+            codes = np.concatenate([tensors[f"{name}.codes"] for name in names])
+            bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), codes)
+        entries.append(bodies[key].model_copy(update={"name": site.name}))
+    if not uses_kernels(PACKED):
+        return entries
     with tempfile.TemporaryDirectory() as folder:
-        model = optimized_graph(path, Path(folder), use_kernels=True)
-        packed = {layer_name(node) for node in nodes_of(model, QLINEAR)}
-    kernels = f"{DOMAIN}::{QLINEAR}"
+        optimized = optimized_graph(path, Path(folder), use_kernels=True)
+        left = {node.name: f"{node.domain}::{node.op_type}" for node in packed_nodes(optimized)}
     return [
         entry.model_copy(
             update={
-                "op_type": kernels if entry.name in packed else _MISSING,
-                "integer": entry.integer and entry.name in packed,
+                "op_type": left.get(site.node, _MISSING),
+                "integer": entry.integer and site.node in left,
                 "without_kernels": entry.op_type,
             }
         )
-        for entry in body
+        for site, entry in zip(sites, entries, strict=True)
     ]
+
+
+def _audit_body(
+    model: ir.Model, node: ir.Node, layer: LayerPlan, codes: NDArray[np.int8]
+) -> AuditLayer:
+    cut = cut_packed(model, node, as_functions=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        ir.save(cut, path)
+        consumers = _consumers_by_digest(optimized_graph(path, Path(folder)).graph)
+    return _audit_layer(layer, codes, consumers)
 
 
 def check_audit(target: str, audit: list[AuditLayer]) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from treeq_export.compile.signature import QLinearSignature
 from treeq_export.quant.numerics import SCALE_FLOOR, code_range
+from treeq_export.quant.rotation import hadamard
 from treeq_export.quant.spec import PACK_WORD
 
 
@@ -54,21 +55,33 @@ class BodyWriter:
         value.name = name
         return value
 
+    def split(self, value: ir.Value, count: int) -> list[ir.Value]:
+        """Append a Split of the last axis into equal parts."""
+        attributes = {"axis": -1, "num_outputs": count}
+        name = f"{self.prefix}Split"
+        return list(
+            self.tape.op_multi_out("Split", [value], attributes, num_outputs=count, name=name)
+        )
+
     def constant(self, array: Any, dtype: Any, label: str = "") -> ir.Value:
         """Append a Constant node."""
         tensor = ir.tensor(np.asarray(array, dtype=dtype))
         return self.op("Constant", label=label, value=tensor)
 
     def hadamard(self, matrix: NDArray[np.float32]) -> ir.Value:
-        """Return the rotation matrix, shared between layers where the graph allows it."""
-        if self._shared is None:
-            return self.constant(matrix, np.float32, "hadamard")
-        return self._shared(f"treeq.hadamard_{len(matrix)}", matrix)
+        """Return the rotation matrix, shared between layers where the graph allows it.
+
+        A function body holds its signs as INT8, a quarter of the size, for a runtime to fold.
+        """
+        if self._shared is not None:
+            return self._shared(f"treeq.hadamard_{len(matrix)}", matrix)
+        signs = self.op("Cast", self.constant(np.sign(matrix), np.int8), to=ir.DataType.FLOAT.value)
+        return self.op("Mul", signs, self.constant(matrix[0, 0], np.float32), label="hadamard")
 
 
-def _reshape(writer: BodyWriter, x: ir.Value, *shape: int) -> ir.Value:
+def _reshape(writer: BodyWriter, x: ir.Value, *shape: int, label: str = "") -> ir.Value:
     """Append a Reshape; 0 copies an axis."""
-    return writer.op("Reshape", x, writer.constant(shape, np.int64))
+    return writer.op("Reshape", x, writer.constant(shape, np.int64), label=label)
 
 
 def write_rotation(
@@ -173,22 +186,54 @@ def write_float_product(
     return writer.op("MatMul", rotated, w, label="product")
 
 
+_BYTE_BITS = 8
+_BYTES = PACK_WORD // _BYTE_BITS
+
+
+def plane_table(plane: int, bits: int) -> NDArray[np.int8]:
+    """Return what a byte of a plane adds to the codes of its eight weights.
+
+    Or-ing the entries of all planes gives the code in two's complement: the highest plane brings
+    the sign extension where its bit is 0.
+
+    Args:
+        plane: 0..bits - 1.
+        bits: Bits per code.
+
+    Returns:
+        (256, 8) int8.
+
+    >>> plane_table(1, 2)[0b01].tolist()
+    [0, -2, -2, -2, -2, -2, -2, -2]
+    """
+    set_bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    if plane == bits - 1:
+        return np.where(set_bits, 0, -(1 << plane)).astype(np.int8)
+    return (set_bits << plane).astype(np.int8)
+
+
 def write_unpacked_weight(
     writer: BodyWriter, planes: ir.Value, signature: QLinearSignature
 ) -> ir.Value:
-    """Append the unpacking of bit planes (bits, N, K/32) to INT8 (K, N), or (G, K/G, N)."""
+    """Append the unpacking of bit planes (bits, N, K/32) to INT8 (K, N), or (G, K/G, N).
+
+    A byte of a plane is looked up in a table of eight codes. No value takes more than four bytes a
+    weight, so a runtime that folds all layers at load, or unpacks at each call, can afford it.
+    """
     bits, k = signature.weight_bits, signature.in_features
-    masks = np.left_shift(np.uint32(1), np.arange(PACK_WORD, dtype=np.uint32)).view(np.int32)
-    words = writer.op("Unsqueeze", planes, writer.constant([-1], np.int64))
-    masked = writer.op("BitwiseAnd", words, writer.constant(masks, np.int32))
-    set_bits = writer.op("Cast", masked, to=ir.DataType.BOOL.value)
-    ones = writer.op("Cast", set_bits, to=ir.DataType.INT32.value)
-    weights = (1 << np.arange(bits)).reshape(bits, 1, 1, 1)
-    valued = writer.op("Mul", ones, writer.constant(weights, np.int32))
-    unsigned = writer.op(
-        "ReduceSum", valued, writer.constant([0], np.int64), keepdims=0
-    )  # (N, words, 32)
-    codes = writer.op("Sub", unsigned, writer.constant(1 << (bits - 1), np.int32))
+    words = writer.op("Cast", planes, to=ir.DataType.UINT32.value)
+    column = writer.op("Unsqueeze", words, writer.constant([-1], np.int64))
+    shifts = writer.constant(np.arange(_BYTES) * _BYTE_BITS, np.uint32)
+    shifted = writer.op("BitShift", column, shifts, direction="RIGHT")
+    masked = writer.op("BitwiseAnd", shifted, writer.constant(255, np.uint32))
+    index = writer.op("Cast", masked, to=ir.DataType.INT32.value)  # (bits, N, words, 4)
+    codes = None
+    for plane in range(bits):
+        bytes_ = writer.op("Gather", index, writer.constant(plane, np.int64), axis=0)
+        table = writer.constant(plane_table(plane, bits), np.int8)
+        part = writer.op("Gather", table, bytes_, axis=0)  # (N, words, 4, 8)
+        codes = part if codes is None else writer.op("BitwiseOr", codes, part)
+    assert codes is not None
     flat = _reshape(writer, codes, 0, -1)
     if k % PACK_WORD:
         flat = writer.op(
@@ -198,10 +243,13 @@ def write_unpacked_weight(
             writer.constant([k], np.int64),
             writer.constant([1], np.int64),
         )
-    turned = writer.op("Transpose", flat, perm=[1, 0])
+    perm = [1, 0]
     if signature.num_groups > 1:
-        turned = _reshape(writer, turned, signature.num_groups, signature.group_size, -1)
-    return writer.op("Cast", turned, to=ir.DataType.INT8.value, label="weight_quantized")
+        turned = writer.op("Transpose", flat, perm=perm)
+        return _reshape(
+            writer, turned, signature.num_groups, signature.group_size, -1, label="weight_quantized"
+        )
+    return writer.op("Transpose", flat, perm=perm, label="weight_quantized")
 
 
 def write_function_scale(
@@ -246,3 +294,32 @@ def write_qlinear(
             product = write_group_product(writer, codes, weight, weight_scale, signature)
         y = writer.op("Mul", product, scale)
     return y if bias is None else writer.op("Add", y, bias)
+
+
+def write_packed(
+    writer: BodyWriter,
+    x: ir.Value,
+    planes: ir.Value,
+    weight_scale: ir.Value,
+    bias: ir.Value | None,
+    signature: QLinearSignature,
+) -> ir.Value:
+    """Append a layer whose weight comes as bit planes, and return y: the body of `treeq::QLinear`.
+
+    Args:
+        writer: Where to.
+        x: (..., K) float32.
+        planes: (bits, N, ceil(K / 32)) INT32.
+        weight_scale: (N, G) float32.
+        bias: (N,) or None.
+        signature: The layer's.
+    """
+    return write_qlinear(
+        writer,
+        x,
+        write_unpacked_weight(writer, planes, signature),
+        write_function_scale(writer, weight_scale, signature),
+        bias,
+        signature,
+        hadamard(signature.rotation_group).astype(np.float32),
+    )

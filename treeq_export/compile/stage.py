@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
-from treeq_export.compile.audit import audit_graph, audit_kernels, check_audit, check_metadata
+from treeq_export.compile.audit import audit_graph, audit_packed, check_audit, check_metadata
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.targets import FP32, lower
 from treeq_export.errors import CompileError
@@ -18,7 +18,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
-from treeq_export.runners.compiled import MODEL_FILE, model_path, uses_kernels
+from treeq_export.runners.compiled import MODEL_FILE, PACKED, model_path
 
 RECORD_FILE = "compile.json"
 DATA_FILE = "model.onnx.data"
@@ -87,12 +87,11 @@ def compile_target(
     audit: list[AuditLayer] = []
     with atomic_folder(final.parent) as folder:
         save_model(model, folder / MODEL_FILE, external_data)
-        if target != FP32:
+        if target == PACKED:
+            audit = audit_packed(folder / MODEL_FILE, model, tensors, plan)
+        elif target != FP32:
             audit = audit_graph(folder / MODEL_FILE, plan, tensors)
-            check_audit(target, audit)
-        if uses_kernels(target):
-            audit = audit_kernels(folder / MODEL_FILE, audit)
-            check_audit(target, audit)
+        check_audit(target, audit)
     return CompiledTarget(
         target=target,
         path=str(final.relative_to(run)),

@@ -6,10 +6,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.compile.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.clean_metadata import CleanMetadata
+from treeq_export.compile.fuse_branch import FuseBranch
+from treeq_export.compile.fuse_modulate import FuseModulate
+from treeq_export.compile.fuse_output import FuseOutput
 from treeq_export.compile.lower_monarch import LowerMonarch
 from treeq_export.compile.lower_qlinear import LowerQLinear
+from treeq_export.compile.merge_siblings import MergeSiblings
 from treeq_export.compile.name_layers import NameLayers
 from treeq_export.compile.repair_squeeze import RepairSqueeze
+from treeq_export.compile.share_subgraphs import ShareSubgraphs
 
 TARGET_KEY = "treeq.target"
 FP32 = "fp32"
@@ -29,6 +34,11 @@ PASSES: dict[str, tuple[InPlacePass, ...]] = {
         NameLayers(),
         CleanMetadata(),
         RepairSqueeze(),
+        ShareSubgraphs(),
+        FuseBranch(),
+        MergeSiblings(),
+        FuseModulate(),
+        FuseOutput(),
         RemoveUnusedNodesPass(),
         AddFunctionBodies(),
     ),

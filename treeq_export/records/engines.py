@@ -57,7 +57,8 @@ class LayerParity(Record):
         max_abs_error: Of the same.
         equal_code_fraction: Equal activation codes on the reference's input; None if not quantized.
         accumulators_equal: int32 sums equal, given equal codes; None if not quantized.
-        propagated_sqnr_db: The layer's output inside the whole network.
+        propagated_sqnr_db: The layer's output inside the whole network; None where that value is
+            inside a fused node.
         quantization_sqnr_db: Output of the quantized layer against the full-precision layer.
     """
 
@@ -66,7 +67,7 @@ class LayerParity(Record):
     max_abs_error: float
     equal_code_fraction: float | None
     accumulators_equal: bool | None
-    propagated_sqnr_db: float
+    propagated_sqnr_db: float | None
     quantization_sqnr_db: float
 
 

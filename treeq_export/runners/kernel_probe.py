@@ -1,6 +1,6 @@
 """One layer of the `ort` target in our kernels, fed with the reference's input.
 
-The output comes from ONNX Runtime, which runs the layer's own nodes with the custom-op library. The
+The output comes from ONNX Runtime, which runs the layer's node with the custom-op library. The
 codes and the int32 sums, which no node gives out, come from the same kernels through their C ABI,
 made from the same initializers.
 """
@@ -16,8 +16,12 @@ from treeq_export.quant.spec import ActivationFormat
 from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.cpu_kernels import CpuQLinear
 from treeq_export.runners.ort_runner import OrtRunner
-
-_PACKED_OP = "QLinear"
+from treeq_export.runners.plain_layer import (
+    INPUT,
+    cut_packed,
+    find_packed_node,
+    own_channels,
+)
 
 
 class KernelProbe:
@@ -26,14 +30,18 @@ class KernelProbe:
     Args:
         model: The compiled graph.
         site: The layer's place in it.
+
+    Raises:
+        RunnerError: The graph has no such node.
     """
 
     def __init__(self, model: ir.Model, site: LayerSite) -> None:
         self.site = site
-        graph = ir.convenience.extract(model.graph, [site.input], [site.output])
-        graph.name = site.name
-        functions = [function.clone() for function in model.functions.values()]
-        self._model = ir.Model(graph, ir_version=model.ir_version, functions=functions)
+        node = find_packed_node(model, site)
+        if node is None:
+            raise RunnerError(f"{site.name}: no treeq node in the graph. Compile again.")
+        self._node = node
+        self._model = cut_packed(model, node, as_functions=False)
 
     def run_output(self, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Return y (..., N) and the codes (..., K) int8, None for weight-only layers.
@@ -43,7 +51,7 @@ class KernelProbe:
         """
         serialized = ir.to_proto(self._model).SerializeToString()
         with OrtRunner(serialized, threads=1) as runner:
-            y = runner.run({self.site.input: x})
+            y = own_channels(self.site, runner.run({INPUT: x}))
         return y, None if self._is_weight_only() else self._inspect(x)[0].reshape(x.shape)
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
@@ -54,15 +62,8 @@ class KernelProbe:
         """
         if self._is_weight_only():
             return None
-        sums = self._inspect(x)[1]
+        sums = own_channels(self.site, self._inspect(x)[1])
         return sums.reshape(*x.shape[:-1], *sums.shape[1:])
-
-    @property
-    def _node(self) -> ir.Node:
-        for node in self._model.graph:
-            if node.op_type == _PACKED_OP:
-                return node
-        raise RunnerError(f"{self.site.name}: no treeq::{_PACKED_OP} in the graph. Compile again.")
 
     def _is_weight_only(self) -> bool:
         return self._node.attributes["act_bits"].as_int() == 0

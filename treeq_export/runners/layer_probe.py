@@ -19,6 +19,13 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 from treeq_export.errors import RunnerError
 from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.plain_layer import (
+    OUTPUT,
+    cut_lowered,
+    cut_packed,
+    find_packed_node,
+    own_channels,
+)
 
 _CODES = "probe_codes"
 _SUMS = "probe_sums"
@@ -47,7 +54,7 @@ class LayerProbe:
         if quantize is not None:
             _add_output(model, quantize.outputs[0], _CODES)
         results = _run(model, x)
-        return results[self.site.output], results.get(_CODES)
+        return own_channels(self.site, results[OUTPUT]), results.get(_CODES)
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
         """Return q_x q_w^T as (..., G, N), None for weight-only layers.
@@ -61,17 +68,18 @@ class LayerProbe:
         grouped = _find(model, "MatMulInteger")
         if grouped is not None:
             _set_only_output(model, grouped.outputs[0])
-            return np.swapaxes(_run(model, x)[_SUMS], -3, -2)
+            return own_channels(self.site, np.swapaxes(_run(model, x)[_SUMS], -3, -2))
         product = _find_product(model, self.site.name)
         _set_weight_scale_to_one(model, product)
         _set_only_output(model, product.outputs[0])
-        return _run(model, x)[_SUMS][..., None, :]
+        return own_channels(self.site, _run(model, x)[_SUMS][..., None, :])
 
     def _cut(self) -> ir.Model:
-        graph = ir.convenience.extract(self._model.graph, [self.site.input], [self.site.output])
-        graph.name = self.site.name
-        functions = [function.clone() for function in self._model.functions.values()]
-        model = ir.Model(graph, ir_version=self._model.ir_version, functions=functions)
+        node = find_packed_node(self._model, self.site)
+        if node is None:
+            model = cut_lowered(self._model, self.site)
+        else:
+            model = cut_packed(self._model, node, as_functions=True)
         InlinePass()(model)
         return model
 

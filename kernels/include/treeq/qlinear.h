@@ -38,7 +38,8 @@ typedef enum {
   TREEQ_BAD_BRANCH = 9,       /* b_in or b_out does not divide, or rank is not positive */
   TREEQ_BAD_ISA = 10,         /* TREEQ_ISA names no instruction set, or one this processor lacks */
   TREEQ_OUT_OF_MEMORY = 11,
-  TREEQ_SUM_OVERFLOW = 12     /* in_features so large that an int32 sum could overflow */
+  TREEQ_SUM_OVERFLOW = 12,    /* in_features so large that an int32 sum could overflow */
+  TREEQ_BAD_FUSION = 13       /* activation or output count unknown, tokens do not divide m */
 } treeq_status;
 
 typedef enum {
@@ -95,6 +96,36 @@ TREEQ_API void treeq_qlinear_destroy(treeq_qlinear* layer);
  * parallel may be null: then the calling thread does everything. */
 TREEQ_API treeq_status treeq_qlinear_run(const treeq_qlinear* layer, const float* x, int64_t m,
                                          float* y, const treeq_parallel* parallel);
+
+typedef enum { TREEQ_ACTIVATION_NONE = 0, TREEQ_ACTIVATION_GELU_TANH = 1 } treeq_activation;
+
+#define TREEQ_MAX_OUTPUTS 3
+
+/* What a Diffusion Transformer does around a linear, done while its data is in the cache:
+ *
+ *   x' = LayerNorm(x) * (1 + norm_scale) + norm_shift      where norm_scale is not null
+ *   y  = activation(linear(x'))
+ *   y  = residual + gate * y                               where gate is not null
+ *
+ * Rows belong to images: norm_scale, norm_shift float32 [m / tokens][in_features] and gate float32
+ * [m / tokens][out_features] hold one row an image. residual is float32 [m][out_features]. With
+ * several outputs the output channels are shared out evenly, as q, k and v of one linear. */
+typedef struct {
+  const float* norm_scale;
+  const float* norm_shift;
+  float norm_epsilon;
+  int32_t activation; /* treeq_activation */
+  const float* gate;
+  const float* residual;
+  int64_t tokens;      /* rows of an image; divides m */
+  int32_t num_outputs; /* 1..TREEQ_MAX_OUTPUTS, divides out_features; gate needs 1 */
+} treeq_fusion;
+
+/* run with a fusion, which may be null; y holds num_outputs arrays. */
+TREEQ_API treeq_status treeq_qlinear_run_fused(const treeq_qlinear* layer, const float* x,
+                                               int64_t m, float* const* y,
+                                               const treeq_fusion* fusion,
+                                               const treeq_parallel* parallel);
 
 /* What run computes on the way, for checks.
  *   codes   int8 [m][in_features]
