@@ -35,7 +35,7 @@ float sum_of_lanes(Floats v) {
 /* One butterfly inside a vector: lane i becomes x[i] + x[i ^ stride], or the difference in the upper
  * lane of a pair. */
 template <int kStride>
-Floats butterfly(Floats x) {
+inline __attribute__((always_inline)) Floats butterfly(Floats x) {
   Ints order;
   Floats sign;
   for (int i = 0; i < kLanes; ++i) {
@@ -46,7 +46,7 @@ Floats butterfly(Floats x) {
   return kFastMultiplyAdd ? multiply_add(x, sign, partner) : partner + x * sign;
 }
 
-Floats butterflies(Floats x, int group) {
+inline __attribute__((always_inline)) Floats butterflies(Floats x, int group) {
   if (group > 1) x = butterfly<1>(x);
   if (group > 2) x = butterfly<2>(x);
   if (group > 4) x = butterfly<4>(x);
@@ -362,6 +362,20 @@ Target find_target(const Run& run, int64_t tile) {
   return {run.y[column / n] + column % n, n, left < kTile ? int(left) : kTile};
 }
 
+/* Asks for the lines that write_rows will need, so that they come while sums are computed: outputs
+ * of a wide layer are in no cache. */
+void prefetch_rows(const Run& run, int64_t tile, int64_t first, int rows) {
+  const Target target = find_target(run, tile);
+  for (int t = 0; t < rows; ++t) {
+    const int64_t at = (first + t) * target.stride;
+    __builtin_prefetch(target.y + at, 1);
+    __builtin_prefetch(target.y + at + kLanes, 1);
+    if (!run.fusion.residual) continue;
+    __builtin_prefetch(run.fusion.residual + at + tile * kTile);
+    __builtin_prefetch(run.fusion.residual + at + tile * kTile + kLanes);
+  }
+}
+
 /* Adds bias, branch and what is fused to a panel's 32 output channels and writes those that exist. */
 void write_rows(const Run& run, int64_t tile, int64_t first, int rows, float* out) {
   const treeq_fusion& fusion = run.fusion;
@@ -499,6 +513,7 @@ void run_integer_tile(const Run& run, int64_t tile, uint8_t* scratch) {
     const int32_t* x = run.codes + first * layer.num_words;
     alignas(kVector) int32_t sums[kMaxRows * kTile];
     float out[kMaxRows * kTile];
+    prefetch_rows(run, tile, first, rows);
     for (int64_t g = 0; g < layer.num_groups; ++g) {
       const int32_t* xg = x + g * layer.group_words * rows;
       if (packed)

@@ -6,6 +6,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.compile.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.clean_metadata import CleanMetadata
+from treeq_export.compile.fuse_attention import FuseAttention
 from treeq_export.compile.fuse_branch import FuseBranch
 from treeq_export.compile.fuse_modulate import FuseModulate
 from treeq_export.compile.fuse_output import FuseOutput
@@ -39,6 +40,7 @@ PASSES: dict[str, tuple[InPlacePass, ...]] = {
         MergeSiblings(),
         FuseModulate(),
         FuseOutput(),
+        FuseAttention(),
         RemoveUnusedNodesPass(),
         AddFunctionBodies(),
     ),

@@ -47,7 +47,9 @@ def cut_lowered(model: ir.Model, site: LayerSite) -> ir.Model:
     graph = ir.convenience.extract(model.graph, [site.input], [site.output])
     graph.name = site.name
     graph.inputs[0].name, graph.outputs[0].name = INPUT, OUTPUT
-    return ir.Model(graph, ir_version=model.ir_version, functions=_clone_functions(model))
+    cut = ir.Model(graph, ir_version=model.ir_version, functions=_clone_functions(model))
+    ir.external_data.load_to_model(cut)
+    return cut
 
 
 def cut_packed(model: ir.Model, node: ir.Node, *, as_functions: bool) -> ir.Model:
@@ -85,7 +87,9 @@ def cut_packed(model: ir.Model, node: ir.Node, *, as_functions: bool) -> ir.Mode
         name=node.name,
     )
     functions = _clone_functions(model) if as_functions else []
-    return ir.Model(graph, ir_version=model.ir_version, functions=functions)
+    cut = ir.Model(graph, ir_version=model.ir_version, functions=functions)
+    ir.external_data.load_to_model(cut)
+    return cut
 
 
 def _as_functions(
