@@ -439,7 +439,7 @@ class TestMemory:
         width = 2**18
         path = write_graph(tmp_path / "model.onnx", width=width, external=True)
         weight_bytes = 2 * SIZE * width * 4
-        what = {"onnx": str(path), "use_kernels": False}
+        what = {"onnx": str(path), "options": {"use_kernels": False}}
         entry = measure_memory("portable", what, make_inputs(2), threads=1)
         assert entry.target == "portable"
         assert weight_bytes * 0.9 < entry.after_load_bytes < weight_bytes * 6
@@ -448,7 +448,7 @@ class TestMemory:
         assert weight_bytes < entry.file_bytes < weight_bytes * 1.01
 
     def test_failing_child_is_one_line(self, tmp_path: Path) -> None:
-        what = {"onnx": str(tmp_path / "absent.onnx"), "use_kernels": True}
+        what = {"onnx": str(tmp_path / "absent.onnx"), "options": {}}
         with pytest.raises(RunnerError, match=r"ort: .*status 1: .*absent\.onnx") as caught:
             measure_memory("ort", what, make_inputs(1), threads=1)
         assert "\n" not in str(caught.value)
@@ -465,7 +465,7 @@ class TestMemory:
         save_file(inputs, tmp_path / "inputs.safetensors")
         what: dict[str, Any] = {"onnx": str(path), "torch": section.model_dump(mode="json")}
         order = {
-            "what": {kind: what[kind], "use_kernels": True},
+            "what": {kind: what[kind], "options": {}},
             "input_names": list(inputs),
             "inputs": str(tmp_path / "inputs.safetensors"),
             "threads": 1,

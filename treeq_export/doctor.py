@@ -2,11 +2,15 @@
 
 import importlib.util
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from treeq_export import __version__
 from treeq_export.bench.environment import count_cores, read_cpu, version_of
+from treeq_export.errors import RunnerError
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
+from treeq_export.runners.ort_runner import check_version
 
 # Module, package, what it is for, how to install it.
 PACKAGES = (
@@ -55,8 +59,22 @@ def examine() -> list[Finding]:
         if importlib.util.find_spec(module) is not None:
             found = version_of(package) or version_of(f"{package}-gpu") or "unknown version"
         findings.append(Finding(package, found, purpose, remedy, required=module in REQUIRED))
+    findings.append(_examine_kernels())
     findings.append(_examine_gpu())
     return findings
+
+
+def _examine_kernels() -> Finding:
+    """Say which instruction set the CPU kernels use, and where the custom-op library lies."""
+    found = None
+    library = find_library(ORT_LIBRARY)
+    if library is not None:
+        with suppress(RunnerError):
+            check_version(library)
+            found = f"{read_isa()}, {library}"
+    remedy = "pip install --force-reinstall treeq-export"
+    purpose = "packed low bits in ONNX Runtime; TREEQ_ISA forces an instruction set"
+    return Finding("cpu kernels", found, purpose, remedy, required=False)
 
 
 def _examine_gpu() -> Finding:

@@ -44,6 +44,7 @@ from treeq_export.runners.compiled import (
     model_path,
     open_target,
     read_layers,
+    runner_options,
     uses_kernels,
     ways_to_run,
 )
@@ -171,7 +172,8 @@ def run_with_layers(
             model.graph.outputs.append(values[site.output])
     ir.external_data.load_to_model(model)
     serialized = ir.to_proto(model).SerializeToString()
-    with OrtRunner(serialized, use_kernels=uses_kernels(target)) as runner:
+    options = runner_options(model_path(run, target), target)
+    with OrtRunner(serialized, **options) as runner:
         return runner.run_all(trace.inputs)
 
 

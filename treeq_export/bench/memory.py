@@ -41,8 +41,8 @@ def measure_memory(
 
     Args:
         target: Its name in the record.
-        what: {"onnx": path of the model file, "use_kernels": bool} or {"torch": the recipe's model
-            section as a dict}.
+        what: {"onnx": path of the model file, "options": of OrtRunner} or {"torch": the recipe's
+            model section as a dict}.
         inputs: Inputs of one call by name.
         threads: Threads of the runtime.
 

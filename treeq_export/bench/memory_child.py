@@ -84,7 +84,7 @@ def measure(
 
 
 def prepare_onnx(
-    path: Path, threads: int, use_kernels: bool
+    path: Path, threads: int, runner_options: Mapping[str, bool]
 ) -> tuple[Callable[[], AbstractContextManager[Any]], list[Path]]:
     """Import ONNX Runtime; return how to load the graph, and its files."""
     import onnxruntime
@@ -92,7 +92,7 @@ def prepare_onnx(
     from treeq_export.runners.ort_runner import OrtRunner
 
     onnxruntime.get_available_providers()
-    return lambda: OrtRunner(path, threads=threads, use_kernels=use_kernels), model_files(path)
+    return lambda: OrtRunner(path, threads=threads, **runner_options), model_files(path)
 
 
 def prepare_torch(
@@ -120,7 +120,7 @@ def main(text: str) -> None:
     order = json.loads(text)
     what = order["what"]
     if "onnx" in what:
-        load, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["use_kernels"])
+        load, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["options"])
     else:
         section = ModelSection.model_validate(what["torch"])
         load, files = prepare_torch(section, order["threads"])

@@ -172,10 +172,11 @@ def _open(
         from treeq_export.runners.torch_runner import TorchRunner
 
         return TorchRunner(denoiser, threads=threads)
-    from treeq_export.runners.compiled import uses_kernels
+    from treeq_export.runners.compiled import runner_options
     from treeq_export.runners.ort_runner import OrtRunner
 
-    return OrtRunner(paths[target], threads=threads, use_kernels=uses_kernels(target))
+    path = paths[target]
+    return OrtRunner(path, threads=threads, **runner_options(path, target))
 
 
 def _time_batch(
@@ -210,7 +211,8 @@ def _describe_load(
     target: str, paths: Mapping[str, Path], model: ModelSection | None
 ) -> dict[str, Any] | None:
     if target != TORCH:
-        from treeq_export.runners.compiled import uses_kernels
+        from treeq_export.runners.compiled import runner_options
 
-        return {"onnx": str(paths[target]), "use_kernels": uses_kernels(target)}
+        path = paths[target]
+        return {"onnx": str(path), "options": runner_options(path, target)}
     return None if model is None else {"torch": model.model_dump(mode="json")}

@@ -20,6 +20,7 @@ from treeq_export.runners.ort_runner import OrtRunner
 MODEL_FILE = "model.onnx"
 PACKED = "ort"
 _BODY = "_body"
+_FOLD_BELOW_BYTES = 100_000_000
 LAYERS_KEY = "treeq.layers"
 
 
@@ -63,6 +64,23 @@ def ways_to_run(targets: Sequence[str]) -> list[str]:
     return [way for target in targets for way in (both if target == PACKED else [target])]
 
 
+def runner_options(path: Path, target: str) -> dict[str, bool]:
+    """Return the options of OrtRunner for a compiled target.
+
+    Args:
+        path: Its model file.
+        target: As `ways_to_run` names it.
+
+    Returns:
+        use_kernels and fold_constants. Constants are folded but for a packed model of more than
+        100 MB that runs without our kernels.
+    """
+    kernels = uses_kernels(target)
+    packed = target.removesuffix(_BODY) == PACKED
+    small = sum(file.stat().st_size for file in path.parent.glob("*")) < _FOLD_BELOW_BYTES
+    return {"use_kernels": kernels, "fold_constants": kernels or not packed or small}
+
+
 def open_target(run: Path, target: str, *, threads: int | None = None) -> OrtRunner:
     """Return the runner of a compiled target.
 
@@ -72,7 +90,7 @@ def open_target(run: Path, target: str, *, threads: int | None = None) -> OrtRun
         threads: Threads inside an operator; None lets ONNX Runtime choose.
     """
     path = model_path(run, target)
-    return OrtRunner(path, threads=threads, use_kernels=uses_kernels(target))
+    return OrtRunner(path, threads=threads, **runner_options(path, target))
 
 
 def load_compiled(run: Path, target: str) -> ir.Model:
