@@ -2,6 +2,7 @@
 # make demo   a Diffusion Transformer trained on digits: plan, calibrate, compile, validate, bench,
 #             evaluate, report; ends with runs/digits/report.html
 # make test   all tests, with branch coverage
+# make apt    Debian packages for the tests of the ARM kernels, where root can install them
 # make check  format, lint, types, import order, then make test: the one gate
 # make wheel  build the wheel and try it in an empty environment
 
@@ -14,7 +15,14 @@ KERNELS := kernels/CMakeLists.txt $(wildcard kernels/*/*.[ch]* kernels/*/*.inl k
 DEMO_OUT ?= runs/digits
 WHEEL_ENV ?= build/wheel-env
 
-.PHONY: venv demo test check wheel clean
+.PHONY: apt venv demo test check wheel clean
+
+# What the kernels' tests need beside the compiler: an ARM compiler and an emulator.
+apt:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { apt-get update -qq; apt-get install -y -qq g++ g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
+	  echo "apt: not installed; the test of the ARM kernels is skipped"; fi
 
 venv: $(VENV)/.installed
 
@@ -29,7 +37,7 @@ demo: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term
 
-check: venv
+check: apt venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -3,6 +3,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+
 namespace treeq {
 namespace {
 
@@ -17,6 +24,9 @@ int list_kernels(const Kernels* out[4]) {
       __builtin_cpu_supports("avx512vnni"))
     out[count++] = avx512vnni_kernels();
   if (avx2) out[count++] = avx2_kernels();
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) out[count++] = neon_kernels();
 #endif
   out[count++] = portable_kernels();
   return count;
