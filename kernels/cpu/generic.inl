@@ -333,8 +333,9 @@ Floats exponential(Floats x) {
 /* x / 2 * (1 + tanh(u)) = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3). */
 Floats gelu_tanh(Floats x) {
   const Floats cubic = multiply_add(x * x * x, splat(0.044715f), x);
-  const Floats y = x / (exponential(cubic * -1.59576912f) + 1.0f);
-  return x == x ? y : x;
+  const Floats exponent = cubic * -1.59576912f;
+  const Floats y = x / (exponential(exponent) + 1.0f);
+  return exponent > 88.0f ? x * 0.0f : y;  // e^88 is the largest that is computed
 }
 
 /* Two vectors of which `width` floats exist. */
@@ -500,43 +501,60 @@ void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* w
   }
 }
 
-void run_integer_tile(const Run& run, int64_t tile, uint8_t* scratch) {
+/* The sums and the outputs of one panel and one tile, whose codes are unpacked, or null. */
+void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
   const Layer& layer = *run.layer;
   const int bits = layer.config.weight_bits;
   const int64_t chunks = layer.group_words * kInputs / kChunk;
+  const int64_t first = first_row(run.panels, p);
+  const int rows = num_rows(run.panels, p);
   const uint8_t* stream = layer.stream + size_t(tile) * layer.tile_bytes;
-  const bool packed = can_multiply_packed(run.panels.m);
-  if (!packed) unpack_tile(stream, bits, chunks * layer.num_groups, scratch);
-  for (int64_t p = 0; p < run.panels.count; ++p) {
-    const int64_t first = first_row(run.panels, p);
-    const int rows = num_rows(run.panels, p);
-    const int32_t* x = run.codes + first * layer.num_words;
-    alignas(kVector) int32_t sums[kMaxRows * kTile];
-    float out[kMaxRows * kTile];
-    prefetch_rows(run, tile, first, rows);
-    for (int64_t g = 0; g < layer.num_groups; ++g) {
-      const int32_t* xg = x + g * layer.group_words * rows;
-      if (packed)
-        multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), bits, xg, rows, chunks, sums);
-      else
-        multiply_panel(scratch + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.config,
-                       sums);
-      scale_sums(run, tile, g, first, rows, sums, out);
-    }
-    write_rows(run, tile, first, rows, out);
+  const int32_t* x = run.codes + first * layer.num_words;
+  alignas(kVector) int32_t sums[kMaxRows * kTile];
+  float out[kMaxRows * kTile];
+  prefetch_rows(run, tile, first, rows);
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    const int32_t* xg = x + g * layer.group_words * rows;
+    if (codes)
+      multiply_panel(codes + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.config,
+                     sums);
+    else
+      multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), bits, xg, rows, chunks, sums);
+    scale_sums(run, tile, g, first, rows, sums, out);
   }
+  write_rows(run, tile, first, rows, out);
 }
 
-void run_tile(const Run& run, int64_t tile, uint8_t* scratch) {
-  if (!run.layer) {
-    for (int64_t p = 0; p < run.panels.count; ++p)
-      write_rows(run, tile, first_row(run.panels, p), num_rows(run.panels, p), nullptr);
-    return;
-  }
+void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scratch) {
   const Layer& layer = *run.layer;
-  if (layer.config.act_bits) return run_integer_tile(run, tile, scratch);
+  const size_t codes = size_t(layer.num_words) * kTile * kInputs;
+  const bool packed = can_multiply_packed(run.panels.m);
+  for (int64_t tile = begin; tile < end && !packed; ++tile)
+    unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
+                layer.num_words * kInputs / kChunk, scratch + size_t(tile - begin) * codes);
+  for (int64_t p = 0; p < run.panels.count; ++p)
+    for (int64_t tile = begin; tile < end; ++tile)
+      run_panel(run, tile, p, packed ? nullptr : scratch + size_t(tile - begin) * codes);
+}
+
+void run_branch_tile(const Run& run, int64_t tile) {
+  for (int64_t p = 0; p < run.panels.count; ++p)
+    write_rows(run, tile, first_row(run.panels, p), num_rows(run.panels, p), nullptr);
+}
+
+void run_weight_only_tile(const Run& run, int64_t tile, uint8_t* scratch) {
+  const Layer& layer = *run.layer;
   const size_t codes = size_t(layer.num_words) * kTile * kInputs;
   unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
               layer.num_words * kInputs / kChunk, scratch);
   run_float_tile(run, tile, scratch, reinterpret_cast<float*>(scratch + codes));
+}
+
+void run_tiles(const Run& run, int64_t task, uint8_t* scratch) {
+  const int64_t n = run.layer ? run.layer->config.out_features : run.branch->out_features;
+  const int64_t tiles = (n + kTile - 1) / kTile, begin = task * kTilesPerTask;
+  const int64_t end = begin + kTilesPerTask < tiles ? begin + kTilesPerTask : tiles;
+  if (run.layer && run.layer->config.act_bits) return run_integer_tiles(run, begin, end, scratch);
+  for (int64_t tile = begin; tile < end; ++tile)
+    run.layer ? run_weight_only_tile(run, tile, scratch) : run_branch_tile(run, tile);
 }

@@ -12,6 +12,8 @@ namespace treeq {
 
 constexpr int kLanes = 16;      // floats of a vector; the order of every float sum follows from it
 constexpr int kMaxRows = 12;    // tokens of a panel: 12 x 2 sums fill 24 of 32 vector registers
+constexpr int kTilesPerTask = 2;  // beside each other: a panel is read once for both, and 256 bytes of
+                                  // an output row are written at a time
 constexpr int kInputs = 4;      // input channels of one 32-bit word of codes
 
 /* A Monarch branch, its factors padded to whole vectors. */
@@ -76,8 +78,8 @@ struct Kernels {
   const char* name;
   /* Rotates and quantizes a panel, and does the first half of its branch. scratch: prepare_bytes. */
   void (*prepare_panel)(const Run&, int64_t panel, uint8_t* scratch);
-  /* All tokens of 32 output channels. scratch: tile_bytes. */
-  void (*run_tile)(const Run&, int64_t tile, uint8_t* scratch);
+  /* All tokens of kTilesPerTask tiles of output channels. scratch: tile_scratch_bytes. */
+  void (*run_tiles)(const Run&, int64_t task, uint8_t* scratch);
   int32_t (*peak)(int64_t iterations, int64_t* num_operations);
 };
 
@@ -95,7 +97,7 @@ static inline size_t prepare_scratch_bytes(int64_t in_features, bool is_normalis
 }
 static inline size_t tile_scratch_bytes(const Layer& layer) {
   const size_t codes = size_t(layer.num_words) * kTile * kInputs;
-  return layer.config.act_bits ? codes : codes * (1 + sizeof(float));
+  return layer.config.act_bits ? codes * kTilesPerTask : codes * (1 + sizeof(float));
 }
 
 const Kernels* portable_kernels();

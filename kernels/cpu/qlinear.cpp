@@ -86,7 +86,7 @@ void run_task(void* argument, size_t i) {
   Phase& phase = *static_cast<Phase*>(argument);
   try {
     const Lease scratch(phase.scratch_bytes);
-    (phase.is_tile ? phase.kernels->run_tile : phase.kernels->prepare_panel)(
+    (phase.is_tile ? phase.kernels->run_tiles : phase.kernels->prepare_panel)(
         *phase.run, int64_t(i), scratch.get());
   } catch (const std::bad_alloc&) {
     __atomic_store_n(&phase.failed, true, __ATOMIC_RELAXED);
@@ -101,7 +101,8 @@ treeq_status run_phases(const Kernels* kernels, const Run& run, int64_t num_tile
   on.parallel_for(on.context, run_task, size_t(run.panels.count), &prepare);
   if (prepare.failed) return TREEQ_OUT_OF_MEMORY;
   Phase tiles = {kernels, &run, tile_bytes, true, false};
-  on.parallel_for(on.context, run_task, size_t(num_tiles), &tiles);
+  const int64_t tasks = (num_tiles + kTilesPerTask - 1) / kTilesPerTask;
+  on.parallel_for(on.context, run_task, size_t(tasks), &tiles);
   return tiles.failed ? TREEQ_OUT_OF_MEMORY : TREEQ_OK;
 }
 

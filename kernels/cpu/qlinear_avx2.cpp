@@ -131,7 +131,7 @@ int32_t peak(int64_t iterations, int64_t* num_operations) {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", prepare_panel, run_tile, peak};
+  static const Kernels kernels = {"avx2", prepare_panel, run_tiles, peak};
   return &kernels;
 }
 

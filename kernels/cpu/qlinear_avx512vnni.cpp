@@ -219,7 +219,7 @@ int32_t peak(int64_t iterations, int64_t* num_operations) {
 }  // namespace
 
 const Kernels* avx512vnni_kernels() {
-  static const Kernels kernels = {"avx512vnni", prepare_panel, run_tile, peak};
+  static const Kernels kernels = {"avx512vnni", prepare_panel, run_tiles, peak};
   return &kernels;
 }
 

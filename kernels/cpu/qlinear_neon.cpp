@@ -103,7 +103,7 @@ int32_t peak(int64_t iterations, int64_t* num_operations) {
 }  // namespace
 
 const Kernels* neon_kernels() {
-  static const Kernels kernels = {"neon", prepare_panel, run_tile, peak};
+  static const Kernels kernels = {"neon", prepare_panel, run_tiles, peak};
   return &kernels;
 }
 

@@ -55,7 +55,7 @@ int32_t peak(int64_t iterations, int64_t* num_operations) {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", prepare_panel, run_tile, peak};
+  static const Kernels kernels = {"portable", prepare_panel, run_tiles, peak};
   return &kernels;
 }
 

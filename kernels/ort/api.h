@@ -53,6 +53,7 @@ enum Entry : size_t {
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelInfoGetInputCount = 230,
+  kKernelInfoGetInputName = 232,
   kKernelInfoGetNodeName = 244,
   kKernelInfoGetConstantInputTensor = 249,
   kKernelContextParallelFor = 274,

@@ -65,21 +65,26 @@ Status* Node::read(const char* attribute, std::string& out) const {
   return nullptr;
 }
 
+bool Node::has_input(size_t index) const {
+  if (index >= num_inputs_) return false;
+  size_t size = 0;
+  Status* status =
+      call<Status*>(g_api, kKernelInfoGetInputName, info_, index, static_cast<char*>(nullptr), &size);
+  if (status) call<void>(g_api, kReleaseStatus, status);
+  return !status && size > 1;
+}
+
 Status* Node::read(size_t index, const char* what, size_t rank, bool is_required,
                    Tensor& out) const {
-  if (index >= num_inputs_)
+  if (!has_input(index))
     return is_required ? error(std::string("input ") + what + " is missing") : nullptr;
   int is_constant = 0;
   const Value* value = nullptr;
   Status* status = call<Status*>(g_api, kKernelInfoGetConstantInputTensor, info_, index,
                                  &is_constant, &value);
-  if (status && !is_required) {
-    call<void>(g_api, kReleaseStatus, status);  // an optional input whose name is empty
-    return nullptr;
-  }
   const std::string message = name_ + ": input " + what + " has to be an initializer";
   if (status) return replace(status, message);
-  if (!is_constant || !value) return is_required ? fail(message) : nullptr;
+  if (!is_constant || !value) return fail(message);
   if (Status* failed = read_tensor(value, out)) return failed;
   if (out.shape.size() == rank) return nullptr;
   return error(std::string("input ") + what + " has shape " + shape_text(out.shape) +

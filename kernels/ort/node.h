@@ -38,6 +38,9 @@ class Node {
   Status* error(const std::string& message) const { return fail(name_ + ": " + message); }
 
  private:
+  /* Whether an optional input is there: its name is not empty. */
+  bool has_input(size_t index) const;
+
   const KernelInfo* info_;
   std::string name_;
   size_t num_inputs_ = 0;

@@ -101,8 +101,9 @@ Status* expect(const Node& node, const char* what, const std::vector<int64_t>& s
 }
 
 /* The shapes of the branch's factors; fills in its grid. */
-Status* check_branch(const Node& node, int64_t in_features, int64_t out_features, const Tensor& r,
-                     const Tensor& l, int64_t& b_in, int64_t& b_out, int64_t& rank) {
+Status* check_branch(const Node& node, const char* const names[2], int64_t in_features,
+                     int64_t out_features, const Tensor& r, const Tensor& l, int64_t& b_in,
+                     int64_t& b_out, int64_t& rank) {
   b_in = r.dimension(0);
   b_out = l.dimension(0);
   if (b_in < 1 || b_out < 1 || r.dimension(2) % b_out || in_features % b_in || out_features % b_out)
@@ -110,9 +111,9 @@ Status* check_branch(const Node& node, int64_t in_features, int64_t out_features
                       " does not fit " + std::to_string(in_features) + " x " +
                       std::to_string(out_features));
   rank = r.dimension(2) / b_out;
-  if (Status* status = expect(node, "R", r.shape, {b_in, in_features / b_in, b_out * rank}))
+  if (Status* status = expect(node, names[0], r.shape, {b_in, in_features / b_in, b_out * rank}))
     return status;
-  return expect(node, "L", l.shape, {b_out, b_in * rank, out_features / b_out});
+  return expect(node, names[1], l.shape, {b_out, b_in * rank, out_features / b_out});
 }
 
 Status* check_shapes(const Node& node, treeq_qlinear_config& c, const Arrays& a, int64_t words) {
@@ -128,8 +129,11 @@ Status* check_shapes(const Node& node, treeq_qlinear_config& c, const Arrays& a,
     return status;
   if (a.bias.data)
     if (Status* status = expect(node, "bias", a.bias.shape, {c.out_features})) return status;
+  if (!a.r.data && a.l.data) return node.error("input branch_R is missing, branch_L is there");
   if (!a.r.data) return nullptr;
-  return check_branch(node, k, c.out_features, a.r, a.l, c.branch_in, c.branch_out, c.branch_rank);
+  static const char* const kNames[] = {"branch_R", "branch_L"};
+  return check_branch(node, kNames, k, c.out_features, a.r, a.l, c.branch_in, c.branch_out,
+                      c.branch_rank);
 }
 
 Status* make_layer(const Node& node, Layer& layer) {
@@ -153,11 +157,12 @@ Status* make_branch(const Node& node, Branch& branch) {
   Tensor r, l;
   if (Status* status = node.read(1, "R", 3, true, r)) return status;
   if (Status* status = node.read(2, "L", 3, true, l)) return status;
+  static const char* const kNames[] = {"R", "L"};
   int64_t b_in, b_out, rank;
   branch.in_features = r.dimension(0) * r.dimension(1);
   branch.out_features = l.dimension(0) * l.dimension(2);
   if (Status* status =
-          check_branch(node, branch.in_features, branch.out_features, r, l, b_in, b_out, rank))
+          check_branch(node, kNames, branch.in_features, branch.out_features, r, l, b_in, b_out, rank))
     return status;
   branch.name = node.name();
   return status_of(

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ROOT / "tests" / "kernels" / "test_cpu_qlinear.py"
+TESTS = [
+    str(ROOT / "tests" / "kernels" / name)
+    for name in ("test_cpu_qlinear.py", "test_fused_kernels.py")
+]
 # Linked statically into the library, but the address sanitizer has to be first in the process.
 RUNTIMES = ("libasan.so", "libubsan.so")
 
@@ -57,7 +60,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_are_clean(sanitized: Path):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-cov"]
     done = subprocess.run(
-        [*command, "-p", "no:xdist", str(TESTS)],
+        [*command, "-p", "no:xdist", *TESTS],
         env=environment(sanitized),
         cwd=ROOT,
         capture_output=True,

@@ -23,6 +23,7 @@ KERNELS_LIBRARY = "libtreeq_kernels.so"
 ORT_LIBRARY = "libtreeq_ort.so"
 ABI_VERSION = 1
 ACT_SCALES = {"none": 0, "token_rms": 1, "token_absmax": 2, "tensor_static": 3}
+ACTIVATIONS = {"none": 0, "gelu_tanh": 1}
 
 
 def find_library(name: str) -> Path | None:
@@ -55,6 +56,19 @@ class _Config(ctypes.Structure):
         ("branch_in", ctypes.c_int64),
         ("branch_out", ctypes.c_int64),
         ("branch_rank", ctypes.c_int64),
+    )
+
+
+class _Fusion(ctypes.Structure):
+    _fields_ = (
+        ("norm_scale", ctypes.c_void_p),
+        ("norm_shift", ctypes.c_void_p),
+        ("norm_epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("gate", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("num_outputs", ctypes.c_int32),
     )
 
 
@@ -101,6 +115,7 @@ def load_kernels(path: Path | None = None) -> ctypes.CDLL:
         "treeq_qlinear_create": (ctypes.c_int, (pointer(_Config), *[void] * 5, pointer(void))),
         "treeq_qlinear_destroy": (None, (void,)),
         "treeq_qlinear_run": (ctypes.c_int, (void, void, size, void, void)),
+        "treeq_qlinear_run_fused": (ctypes.c_int, (void, void, size, *[void] * 3)),
         "treeq_qlinear_inspect": (ctypes.c_int, (void, void, size, void, void, void)),
         "treeq_qlinear_bytes": (ctypes.c_size_t, (void,)),
         "treeq_monarch_create": (ctypes.c_int, (*[size] * 5, void, void, pointer(void))),
@@ -246,6 +261,68 @@ class CpuQLinear:
         _check(status, self.name)
         return y
 
+    def run_fused(
+        self,
+        x: NDArray[np.float32],
+        *,
+        norm_scale: NDArray[np.float32] | None = None,
+        norm_shift: NDArray[np.float32] | None = None,
+        norm_epsilon: float = 1e-6,
+        activation: str = "none",
+        gate: NDArray[np.float32] | None = None,
+        residual: NDArray[np.float32] | None = None,
+        tokens: int | None = None,
+        num_outputs: int = 1,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """Return activation(linear(x')) for x' = LayerNorm(x) (1 + norm_scale) + norm_shift.
+
+        With a gate, residual + gate * that. A step whose arrays are None is left out.
+
+        Args:
+            x: Activations (M, K), float32.
+            norm_scale: One row an image, (M / tokens, K), float32.
+            norm_shift: As norm_scale, and given exactly where that is.
+            norm_epsilon: Added to the variance.
+            activation: "none" or "gelu_tanh".
+            gate: One row an image, (M / tokens, N), float32; needs a single output.
+            residual: (M, N), float32; given exactly where gate is.
+            tokens: Rows of an image, a divisor of M; None for M.
+            num_outputs: 1..3; several share N evenly, in multiples of 32.
+            pool: Threads to compute on.
+
+        Returns:
+            num_outputs arrays (M, N / num_outputs), float32.
+
+        Raises:
+            RunnerError: An array has a wrong type or shape, or the kernels refuse the fusion.
+        """
+        x = self._check_input(x)
+        m, k, n = len(x), self.in_features, self.out_features
+        tokens = m if tokens is None else tokens
+        images = m // max(tokens, 1)
+        arrays = {
+            "norm_scale": (norm_scale, (images, k)),
+            "norm_shift": (norm_shift, (images, k)),
+            "gate": (gate, (images, n)),
+            "residual": (residual, (m, n)),
+        }
+        kept = {what: self._check_array(what, *given) for what, given in arrays.items()}
+        fusion = _Fusion(
+            **{what: _pointer(array) for what, array in kept.items()},
+            norm_epsilon=norm_epsilon,
+            activation=ACTIVATIONS.get(activation, -1),
+            tokens=tokens,
+            num_outputs=num_outputs,
+        )
+        outputs = [np.empty((m, n // num_outputs), np.float32) for _ in range(num_outputs)]
+        y = (ctypes.c_void_p * num_outputs)(*map(_pointer, outputs))
+        parallel = _parallel(pool)
+        extras = (ctypes.byref(fusion), None if parallel is None else ctypes.byref(parallel))
+        status = load_kernels().treeq_qlinear_run_fused(self._layer, _pointer(x), m, y, *extras)
+        _check(status, self.name)
+        return outputs
+
     def inspect(
         self, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
@@ -265,6 +342,17 @@ class CpuQLinear:
                 f"{self.name}: x is {x.dtype} {x.shape}, expected float32 (m, {self.in_features})."
             )
         return np.ascontiguousarray(x)
+
+    def _check_array(
+        self, what: str, array: NDArray[np.float32] | None, shape: tuple[int, int]
+    ) -> NDArray[np.float32] | None:
+        if array is None:
+            return None
+        if array.shape != shape or array.dtype != np.float32:
+            raise RunnerError(
+                f"{self.name}: {what} is {array.dtype} {array.shape}, expected float32 {shape}."
+            )
+        return np.ascontiguousarray(array)
 
 
 class CpuMonarch:
