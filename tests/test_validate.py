@@ -96,7 +96,10 @@ def test_parity_holds_for_every_layer(bits: int, validated: Make):
             assert layer.equal_code_fraction >= 0.999
             assert layer.accumulators_equal is True
             assert layer.sqnr_db > 60
-            assert layer.propagated_sqnr_db > 40
+            inside = layer.propagated_sqnr_db
+            # None where the value is inside a fused node: the MLP's and the gated outputs.
+            assert (inside is None) == (entry.target != "portable" and is_fused_away(layer.name))
+            assert inside is None or inside > 40
             # The quantization itself costs far more than the runtime does.
             assert layer.quantization_sqnr_db < 50 < layer.sqnr_db
     assert load_record(tiny.run / "parity.json", ParityRecord, "validate") == record
@@ -188,7 +191,14 @@ def test_tampering_is_found_where_it_is(target: str, kind: str, compiled_dit: An
         assert layer.equal_code_fraction is not None
         assert layer.equal_code_fraction >= 0.999
         # Errors travel forward only.
-        assert (layer.propagated_sqnr_db > 100) == (index < position or is_conditioning(layer.name))
+        inside = layer.propagated_sqnr_db
+        unharmed = index < position or is_conditioning(layer.name)
+        assert inside is None or (inside > 100) == unharmed
+
+
+def is_fused_away(name: str) -> bool:
+    """Whether a layer's output is followed by GELU, or by a gate and the residual."""
+    return any(part in name for part in (".ff.net.", ".to_out."))
 
 
 def is_conditioning(name: str) -> bool:

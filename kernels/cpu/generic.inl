@@ -54,9 +54,9 @@ inline __attribute__((always_inline)) Floats butterflies(Floats x, int group) {
   return x;
 }
 
-/* Unnormalised transform of kCount vectors in registers: strides 1..8, then 16, 32, 64. */
+/* Transform of kCount vectors in registers, times norm: strides 1..8, then 16, 32, 64. */
 template <int kCount>
-void transform_block(const float* x, float* out) {
+void transform_block(const float* x, float* out, Floats norm) {
   Floats v[kCount];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) v[i] = butterflies(load(x + i * kLanes), kLanes);
@@ -71,46 +71,54 @@ void transform_block(const float* x, float* out) {
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) store(out + i * kLanes, v[i]);
+  for (int i = 0; i < kCount; ++i) store(out + i * kLanes, v[i] * norm);
 }
 
-void transform_group(const float* x, int64_t group, float* out) {
+void transform_group(const float* x, int64_t group, float* out, Floats norm) {
   constexpr int64_t kBlock = 8 * kLanes;
-  if (group == kLanes) return transform_block<1>(x, out);
-  if (group == 2 * kLanes) return transform_block<2>(x, out);
-  if (group == 4 * kLanes) return transform_block<4>(x, out);
-  for (int64_t k = 0; k < group; k += kBlock) transform_block<8>(x + k, out + k);
-  for (int64_t stride = kBlock; stride < group; stride *= 2)
+  if (group == kLanes) return transform_block<1>(x, out, norm);
+  if (group == 2 * kLanes) return transform_block<2>(x, out, norm);
+  if (group == 4 * kLanes) return transform_block<4>(x, out, norm);
+  if (group == kBlock) return transform_block<8>(x, out, norm);
+  for (int64_t k = 0; k < group; k += kBlock) transform_block<8>(x + k, out + k, splat(1.0f));
+  for (int64_t stride = kBlock; stride < group; stride *= 2) {
+    const Floats factor = 2 * stride == group ? norm : splat(1.0f);
     for (int64_t first = 0; first < group; first += 2 * stride)
       for (int64_t k = first; k < first + stride; k += kLanes) {
         const Floats a = load(out + k), b = load(out + k + stride);
-        store(out + k, a + b);
-        store(out + k + stride, a - b);
+        store(out + k, (a + b) * factor);
+        store(out + k + stride, (a - b) * factor);
       }
+  }
 }
 
 /* x' = x H_g, with zeros behind it up to a whole vector. x itself is returned where nothing has to
  * be done. */
 const float* rotate_token(const float* x, int64_t k, int group, float* out) {
   const int64_t padded = padded_features(k);
+  const Floats norm = splat(1.0f / __builtin_sqrtf(float(group)));
   if (group == 1 && k == padded) return x;
   if (group < kLanes) {
     for (int64_t i = 0; i < k; ++i) out[i] = x[i];
     for (int64_t i = k; i < padded; ++i) out[i] = 0.0f;
     if (group == 1) return out;
-    for (int64_t i = 0; i < padded; i += kLanes) store(out + i, butterflies(load(out + i), group));
+    for (int64_t i = 0; i < padded; i += kLanes)
+      store(out + i, butterflies(load(out + i), group) * norm);
   } else {
-    for (int64_t i = 0; i < k; i += group) transform_group(x + i, group, out + i);
+    for (int64_t i = 0; i < k; i += group) transform_group(x + i, group, out + i, norm);
   }
-  const Floats norm = splat(1.0f / __builtin_sqrtf(float(group)));
-  for (int64_t i = 0; i < padded; i += kLanes) store(out + i, load(out + i) * norm);
   return out;
 }
 
 float root_mean_square(const float* x, int64_t k) {
-  Floats sum{};
-  for (int64_t i = 0; i < k; i += kLanes) sum += load(x + i) * load(x + i);
-  return __builtin_sqrtf(sum_of_lanes(sum) / float(k));
+  Floats even{}, odd{};  // two chains of additions, for their latency
+  int64_t i = 0;
+  for (; i + kLanes < k; i += 2 * kLanes) {
+    even += load(x + i) * load(x + i);
+    odd += load(x + i + kLanes) * load(x + i + kLanes);
+  }
+  if (i < k) even += load(x + i) * load(x + i);
+  return __builtin_sqrtf(sum_of_lanes(even + odd) / float(k));
 }
 
 /* max |x|, NaN where there is one: above infinity as integers. */
@@ -140,13 +148,18 @@ float activation_scale(const treeq_qlinear_config& config, const float* x) {
   return scale < kScaleFloor ? kScaleFloor : scale;  // NaN stays
 }
 
-/* Codes of one token into its column of a panel, and their sum per group. */
-void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel, int32_t* sums) {
+void sum_groups(const Layer& layer, const int8_t* q, int32_t* sums) {
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < layer.group_size; ++k) sum += q[g * layer.group_size + k];
+    sums[g] = sum;
+  }
+}
+
+/* Codes of one token into its column of a panel. */
+void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel) {
   for (int64_t g = 0; g < layer.num_groups; ++g) {
     const int8_t* codes = q + g * layer.group_size;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < layer.group_size; ++k) sum += codes[k];
-    sums[g] = sum;
     const int64_t whole = layer.group_size / kInputs;
     int32_t* out = panel + g * layer.group_words * rows;
     for (int64_t w = 0; w < whole; ++w) __builtin_memcpy(out + w * rows, codes + w * kInputs, 4);
@@ -171,12 +184,22 @@ void quantize_token(const Run& run, const float* source, int64_t row, int column
   const Floats inverse = splat(1.0f / scale);
   const float high = float((1 << (config.act_bits - 1)) - 1);
   const Floats highs = splat(high), lows = splat(-high - 1.0f);
+  Ints sum{};
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const Bytes codes = narrow(round_clamped(load(x + i) * inverse, lows, highs));
+    const Ints v = round_clamped(load(x + i) * inverse, lows, highs);
+    const Bytes codes = narrow(v);
     __builtin_memcpy(q + i, &codes, sizeof codes);
+    sum += v;  // zeros behind the last input have the code 0
   }
   run.scales[row] = scale;
-  scatter_codes(layer, q, rows, panel + column, run.row_sums + row * layer.num_groups);
+  int32_t* sums = run.row_sums + row * layer.num_groups;
+  if (layer.num_groups > 1) {
+    sum_groups(layer, q, sums);
+  } else {
+    *sums = 0;
+    for (int lane = 0; lane < kLanes; ++lane) *sums += sum[lane];
+  }
+  scatter_codes(layer, q, rows, panel + column);
 }
 
 /* ---- the branch ---- */
@@ -377,75 +400,86 @@ void prefetch_rows(const Run& run, int64_t tile, int64_t first, int rows) {
   }
 }
 
-/* Adds bias, branch and what is fused to a panel's 32 output channels and writes those that exist. */
-void write_rows(const Run& run, int64_t tile, int64_t first, int rows, float* out) {
+/* A panel's 32 output channels before bias: what multiplies floats leaves in `floats`, or the last
+ * group's sums with the earlier groups' in `floats`. */
+struct Products {
+  const float* floats;   // [rows][32], or null where there is one group
+  const int32_t* sums;   // [rows][32], or null where activations are not quantized
+};
+
+/* (sum of codes) * s_w of one token, one group and half h of a tile. */
+inline __attribute__((always_inline)) Floats scaled_sum(const Run& run, int64_t tile, int64_t group,
+                                                        int64_t row, int h, const int32_t* sums) {
+  const Layer& layer = *run.layer;
+  Ints v;
+  __builtin_memcpy(&v, sums + h * kLanes, sizeof v);
+  v -= run.row_sums[row * layer.num_groups + group] * (1 << (layer.config.weight_bits - 1));
+  if (__builtin_expect(run.sums != nullptr, 0)) {
+    const int64_t n = layer.config.out_features, column = tile * kTile + h * kLanes;
+    int32_t* target = run.sums + (row * layer.num_groups + group) * n + column;
+    for (int i = 0; i < kLanes && column + i < n; ++i) target[i] = v[i];
+  }
+  const float* scale = layer.weight_scale + (tile * layer.num_groups + group) * kTile;
+  return __builtin_convertvector(v, Floats) * load(scale + h * kLanes);
+}
+
+/* Adds up all groups but the last in `out`. */
+void add_group(const Run& run, int64_t tile, int64_t group, int64_t first, int rows,
+               const int32_t* sums, float* out) {
+  for (int t = 0; t < rows; ++t)
+    for (int h = 0; h < 2; ++h) {
+      float* at = out + t * kTile + h * kLanes;
+      const Floats y = scaled_sum(run, tile, group, first + t, h, sums + t * kTile);
+      store(at, group ? y + load(at) : y);
+    }
+}
+
+/* One vector of outputs: products, scale, bias, branch, activation. */
+inline __attribute__((always_inline)) Floats finish(const Run& run, int64_t tile, int64_t row,
+                                                    int h, int at, const Products& products,
+                                                    const float* branch) {
+  Floats y;
+  if (products.sums) {
+    y = scaled_sum(run, tile, run.layer->num_groups - 1, row, h, products.sums + at - h * kLanes);
+    if (products.floats) y += load(products.floats + at);
+    y *= run.scales[row];
+  } else {
+    y = load((products.floats ? products.floats : branch) + at);
+  }
+  if (run.layer && run.layer->bias) y += load(run.layer->bias + tile * kTile + h * kLanes);
+  if (run.layer && branch) y += load(branch + at);
+  return run.fusion.activation == TREEQ_ACTIVATION_GELU_TANH ? gelu_tanh(y) : y;
+}
+
+/* Finishes a panel's 32 output channels and writes those that exist. */
+void write_rows(const Run& run, int64_t tile, int64_t first, int rows, const Products& products) {
   const treeq_fusion& fusion = run.fusion;
   const Target target = find_target(run, tile);
-  float extra[kMaxRows * kTile];
+  float expanded[kMaxRows * kTile];
+  const float* branch = run.branch ? expanded : nullptr;
   if (run.branch)
     expand_panel(*run.branch, tile, run.z + first * run.branch->num_out * run.branch->depth, rows,
-                 extra);
-  const float* bias = run.layer && run.layer->bias ? run.layer->bias + tile * kTile : nullptr;
+                 expanded);
   for (int t = 0; t < rows; ++t) {
     const int64_t row = first + t;
-    Floats y[2], gate[2], residual[2];
-    for (int h = 0; h < 2; ++h) {
-      const int at = t * kTile + h * kLanes;
-      y[h] = run.layer ? load(out + at) : load(extra + at);
-      if (bias) y[h] += load(bias + h * kLanes);
-      if (run.layer && run.branch) y[h] += load(extra + at);
-      if (fusion.activation == TREEQ_ACTIVATION_GELU_TANH) y[h] = gelu_tanh(y[h]);
-    }
+    Floats y0 = finish(run, tile, row, 0, t * kTile, products, branch);
+    Floats y1 = finish(run, tile, row, 1, t * kTile + kLanes, products, branch);
     if (fusion.gate) {
       const int64_t column = tile * kTile;
+      Floats gate[2], residual[2];
       load_part(fusion.gate + row / fusion.tokens * target.stride + column, target.width, gate);
       load_part(fusion.residual + row * target.stride + column, target.width, residual);
-      for (int h = 0; h < 2; ++h) y[h] = residual[h] + gate[h] * y[h];
+      y0 = residual[0] + gate[0] * y0;
+      y1 = residual[1] + gate[1] * y1;
     }
     float* to = target.y + row * target.stride;
     if (target.width == kTile) {
-      store(to, y[0]);
-      store(to + kLanes, y[1]);
+      store(to, y0);
+      store(to + kLanes, y1);
     } else {
-      __builtin_memcpy(to, y, size_t(target.width) * sizeof(float));
+      const Floats both[2] = {y0, y1};
+      __builtin_memcpy(to, both, size_t(target.width) * sizeof(float));
     }
-  }
-}
-
-/* (sum of codes) * s_w, added up over groups in `out`; times s_x after the last one. */
-void scale_sums(const Run& run, int64_t tile, int64_t group, int64_t first, int rows, int32_t* sums,
-                float* out) {
-  const Layer& layer = *run.layer;
-  const int32_t offset = 1 << (layer.config.weight_bits - 1);
-  const float* scale = layer.weight_scale + (tile * layer.num_groups + group) * kTile;
-  const Floats s0 = load(scale), s1 = load(scale + kLanes);
-  const bool last = group + 1 == layer.num_groups;
-  for (int t = 0; t < rows; ++t) {
-    const int32_t shift = offset * run.row_sums[(first + t) * layer.num_groups + group];
-    Ints a, b;
-    __builtin_memcpy(&a, sums + t * kTile, sizeof a);
-    __builtin_memcpy(&b, sums + t * kTile + kLanes, sizeof b);
-    a -= shift;
-    b -= shift;
-    if (run.sums) {
-      const int64_t n = layer.config.out_features, left = n - tile * kTile;
-      const int32_t* both[2] = {reinterpret_cast<int32_t*>(&a), reinterpret_cast<int32_t*>(&b)};
-      int32_t* target = run.sums + ((first + t) * layer.num_groups + group) * n + tile * kTile;
-      for (int i = 0; i < kTile && i < left; ++i) target[i] = both[i / kLanes][i % kLanes];
-    }
-    Floats y0 = __builtin_convertvector(a, Floats) * s0;
-    Floats y1 = __builtin_convertvector(b, Floats) * s1;
-    float* row = out + t * kTile;
-    if (group) {
-      y0 += load(row);
-      y1 += load(row + kLanes);
-    }
-    if (last) {
-      y0 *= run.scales[first + t];
-      y1 *= run.scales[first + t];
-    }
-    store(row, y0);
-    store(row + kLanes, y1);
   }
 }
 
@@ -497,7 +531,7 @@ void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* w
       multiply_floats<4>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
     for (; t < rows; ++t)
       multiply_floats<1>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
-    write_rows(run, tile, first, rows, out);
+    write_rows(run, tile, first, rows, {out, nullptr});
   }
 }
 
@@ -520,9 +554,9 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
                      sums);
     else
       multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), bits, xg, rows, chunks, sums);
-    scale_sums(run, tile, g, first, rows, sums, out);
+    if (g + 1 < layer.num_groups) add_group(run, tile, g, first, rows, sums, out);
   }
-  write_rows(run, tile, first, rows, out);
+  write_rows(run, tile, first, rows, {layer.num_groups > 1 ? out : nullptr, sums});
 }
 
 void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scratch) {
@@ -539,7 +573,7 @@ void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scra
 
 void run_branch_tile(const Run& run, int64_t tile) {
   for (int64_t p = 0; p < run.panels.count; ++p)
-    write_rows(run, tile, first_row(run.panels, p), num_rows(run.panels, p), nullptr);
+    write_rows(run, tile, first_row(run.panels, p), num_rows(run.panels, p), {nullptr, nullptr});
 }
 
 void run_weight_only_tile(const Run& run, int64_t tile, uint8_t* scratch) {

@@ -34,9 +34,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     model = DiTTransformer2DModel(**CONFIG | {"num_layers": arguments.layers})
-    first = model.transformer_blocks[0].norm1.emb.state_dict()
-    for block in model.transformer_blocks[1:]:
-        block.norm1.emb.load_state_dict(first)
+    embedders = [
+        model.get_submodule(f"transformer_blocks.{i}.norm1.emb") for i in range(arguments.layers)
+    ]
+    for embedder in embedders[1:]:
+        embedder.load_state_dict(embedders[0].state_dict())
     model.save_pretrained(arguments.out, max_shard_size="100GB")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {arguments.out}: {num_parameters / 1e6:.0f} M parameters")

@@ -107,7 +107,7 @@ def make_qlinear_function(signature: QLinearSignature) -> ir.Function:
     inputs = [ir.Value(name=name) for name in names]
     writer = BodyWriter()
     bias = inputs[3] if signature.has_bias else None
-    y = write_packed(writer, *inputs[:3], bias, signature)
+    y = write_packed(writer, inputs[0], inputs[1], inputs[2], bias, signature)
     return _function(QLINEAR, signature.overload, writer, inputs, y)
 
 

@@ -154,13 +154,18 @@ def check_audit(target: str, audit: list[AuditLayer]) -> None:
     """
     failed = [entry for entry in audit if not entry.integer and not entry.weight_only]
     if failed:
-        listed = ", ".join(f"{entry.name} ({entry.op_type})" for entry in failed[:8])
+        listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
         more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
         raise CompileError(
             f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
             f"integer arithmetic in ONNX Runtime {onnxruntime.__version__}: {listed}{more}. "
             "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
         )
+
+
+def _describe(entry: AuditLayer) -> str:
+    body = entry.without_kernels
+    return entry.op_type if body is None else f"{entry.op_type}, function body: {body}"
 
 
 def check_metadata(model: ir.Model) -> None:

@@ -71,7 +71,12 @@ def find_attention(softmax: ir.Node) -> Attention | None:
     if y is None or any(head is None for head in heads):
         return None
     (q_in, n), (k_in, n_k), (v_in, n_v) = (head for head in heads if head is not None)
-    return Attention(q_in, k_in, v_in, y, n, q_scale * k_scale) if n == n_k == n_v else None
+    assert q_in.shape is not None
+    assert v_in.shape is not None
+    expected = [*q_in.shape[:2], v_in.shape[2]]
+    if n != n_k or n != n_v or y.shape is None or list(y.shape) != expected:
+        return None
+    return Attention(q_in, k_in, v_in, y, n, q_scale * k_scale)
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

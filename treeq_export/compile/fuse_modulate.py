@@ -37,7 +37,7 @@ class FuseModulate(InPlacePass):
         fused = set()
         for node in packed_nodes(model):
             found = find_modulation(input_of(node, X))
-            if found is None:
+            if found is None or input_of(node, NORM_SCALE) is not None:
                 continue
             inputs = {X: found.x, NORM_SCALE: found.scale, NORM_SHIFT: found.shift}
             name, outputs = node.name, list(node.outputs)
@@ -76,6 +76,8 @@ def find_modulation(value: ir.Value | None) -> Modulation | None:
             if norm is not None and scale_row is not None:
                 x = norm.inputs[0]
                 assert x is not None
+                if not (is_row_of(scale_row, x) and is_row_of(shift_row, x)):
+                    continue
                 epsilon = norm.attributes.get_float("epsilon", 1e-5)
                 return Modulation(x, scale_row, shift_row, epsilon)
     return None
@@ -119,6 +121,13 @@ def unsqueezed(value: ir.Value | None) -> ir.Value | None:
         if source is not None and source.shape is not None and len(source.shape) == 2
         else None
     )
+
+
+def is_row_of(row: ir.Value, x: ir.Value) -> bool:
+    """Whether a row has one entry for each image and channel of x (batch, tokens, channels)."""
+    if row.shape is None or x.shape is None or len(x.shape) != _RANK:
+        return False
+    return list(row.shape) == [x.shape[0], x.shape[-1]]
 
 
 def _one_plus(value: ir.Value | None) -> ir.Value | None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from treeq_export.compile.fuse_modulate import both_ways, unsqueezed
+from treeq_export.compile.fuse_modulate import both_ways, is_row_of, unsqueezed
 from treeq_export.compile.fused import (
     GATE,
     RESIDUAL,
@@ -46,7 +46,7 @@ class FuseOutput(InPlacePass):
 
 
 def _fuse_gelu(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    if len(node.outputs) > 1 or activation_of(node) != "none":
+    if len(node.outputs) > 1 or activation_of(node) != "none" or input_of(node, GATE) is not None:
         return None
     gelu = only_user(node.outputs[0])
     if gelu is None or gelu.op_type != "Gelu" or gelu.domain:
@@ -68,6 +68,6 @@ def _fuse_gate(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if not gates or gates[0] is None or total is None or total.op_type != "Add":
         return None
     residual = next(v for value, v in both_ways(total) if value is product.outputs[0])
-    if residual is None or residual.shape != y.shape:
+    if residual is None or residual.shape != y.shape or not is_row_of(gates[0], y):
         return None
     return widen(graph, node, {GATE: gates[0], RESIDUAL: residual}, [total.outputs[0]])

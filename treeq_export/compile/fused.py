@@ -73,6 +73,7 @@ def widen(
     node: ir.Node,
     inputs: Mapping[int, ir.Value | None],
     outputs: list[ir.Value],
+    at: ir.Node | None = None,
     **attributes: Any,
 ) -> ir.Node:
     """Put a FusedQLinear in the place of a packed node.
@@ -83,6 +84,8 @@ def widen(
         inputs: Inputs to set, by position; the others stay.
         outputs: The values that the new node computes from now on; their producers are removed by
             RemoveUnusedNodes, and they keep name, type and shape.
+        at: Before which node the new one goes; None is the producer of the last output, because
+            everything that the new node reads is computed there.
         **attributes: Attributes to set; the others stay.
 
     Returns:
@@ -104,11 +107,11 @@ def widen(
         num_outputs=len(outputs),
         name=node.name,
     )
-    last = outputs[-1].producer() or node  # everything it reads is computed there
+    place = at or outputs[-1].producer() or node
     names = [value.name for value in outputs]
     for old, new in zip(outputs, fused.outputs, strict=True):
         new.type, new.shape = old.type, old.shape
-    graph.insert_before(last, fused)
+    graph.insert_before(place, fused)
     ir.convenience.replace_all_uses_with(outputs, list(fused.outputs), replace_graph_outputs=True)
     for value, name in zip(fused.outputs, names, strict=True):
         value.name = name

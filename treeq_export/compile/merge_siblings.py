@@ -23,7 +23,9 @@ from treeq_export.compile.fused import (
     BIAS,
     BRANCH_L,
     BRANCH_R,
+    GATE,
     MAX_OUTPUTS,
+    NORM_SCALE,
     PLANES,
     WEIGHT_SCALE,
     X,
@@ -38,6 +40,13 @@ from treeq_export.runners.compiled import read_layers, write_layers
 _TILE = 32
 # How the siblings' arrays are joined: axis of the output channels.
 _AXES = {PLANES: 1, WEIGHT_SCALE: 0, BIAS: 0, BRANCH_R: 2, BRANCH_L: 0}
+_NAMES = {
+    PLANES: "planes",
+    WEIGHT_SCALE: "weight_scale",
+    BIAS: "bias",
+    BRANCH_R: "branch.R",
+    BRANCH_L: "branch.L",
+}
 
 
 class MergeSiblings(InPlacePass):
@@ -67,6 +76,8 @@ def _format(node: ir.Node) -> tuple[Any, ...] | None:
     """Return what siblings have to agree in; None where the node cannot be merged."""
     if node.attributes["out_features"].as_int() % _TILE or len(node.outputs) > 1:
         return None
+    if any(input_of(node, position) is not None for position in (NORM_SCALE, GATE)):
+        return None  # those are one's own
     shapes = tuple(
         None if (value := input_of(node, position)) is None else tuple(constant_of(value).shape)
         for position in _AXES
@@ -85,12 +96,13 @@ def _merge(model: ir.Model, nodes: list[ir.Node]) -> None:
         if values[0] is None:
             continue
         joined = np.concatenate([constant_of(value) for value in values], axis=axis)
-        suffix = (values[0].name or "").removeprefix("model.").removeprefix(nodes[0].name or "")
-        inputs[position] = add_initializer(model.graph, f"model.{name}{suffix}", joined)
+        value = f"model.{name}.{_NAMES[position]}"
+        inputs[position] = add_initializer(model.graph, value, joined)
     size = nodes[0].attributes["out_features"].as_int()
     outputs = [node.outputs[0] for node in nodes]
-    first = nodes[0]
-    merged = widen(model.graph, first, inputs, outputs, out_features=size * len(nodes))
+    first = nodes[0]  # what reads its output may stand before the other siblings
+    out_features = size * len(nodes)
+    merged = widen(model.graph, first, inputs, outputs, at=first, out_features=out_features)
     merged.name = name
     offsets = {node.name: index * size for index, node in enumerate(nodes)}
     sites = [
