@@ -67,16 +67,21 @@ def _draw_layers(
         ("propagated through the network", "propagated_sqnr_db", THIRD, "-"),
         ("own error", "sqnr_db", OURS, "none"),
     )
-    values = {key: [getattr(layer, key) for layer in layers] for _, key, _, _ in series}
-    finite = [v for column in values.values() for v in column if math.isfinite(v)]
+    # A value inside a fused node has no propagated error: the line goes on to the next that has.
+    values: dict[str, dict[int, float]] = {
+        key: {x: v for x, layer in enumerate(layers) if (v := getattr(layer, key)) is not None}
+        for _, key, _, _ in series
+    }
+    finite = [v for column in values.values() for v in column.values() if math.isfinite(v)]
     limits = [limit_db] if math.isfinite(limit_db) else []
     top = max([*finite, *limits, 0.0]) + HEADROOM_DB
     bottom = min([*finite, 0.0]) - HEADROOM_DB
     small = 4.5 if len(layers) <= 80 else 2.6
     for label, key, color, style in series:
-        drawn = [_drawable(value, top, bottom) for value in values[key]]
-        inside = [y if bottom < y < top else math.nan for y in drawn]
+        drawn = {x: _drawable(value, top, bottom) for x, value in values[key].items()}
+        inside = [y if bottom < y < top else math.nan for y in drawn.values()]
         axes.plot(
+            list(drawn),
             inside,
             marker="o",
             markersize=small * 0.55 if style == "-" else small,
@@ -86,14 +91,14 @@ def _draw_layers(
             label=label,
         )
         for edge, marker in ((top, "^"), (bottom, "x")):
-            places = [x for x, y in enumerate(drawn) if y == edge]
+            places = [x for x, y in drawn.items() if y == edge]
             axes.plot(places, [edge] * len(places), marker, color=color, markersize=small)
-    missed = [x for x, value in enumerate(values["sqnr_db"]) if bottom < value < limit_db]
+    missed = [x for x, value in values["sqnr_db"].items() if bottom < value < limit_db]
     axes.plot(missed, [values["sqnr_db"][x] for x in missed], "o", color=ALARM, markersize=small)
     for limit in limits:
         label = f"gate on own error, {format_limit(limit)} dB"
         axes.axhline(limit, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
-    _label_levels(axes, top, bottom, [y for column in values.values() for y in column])
+    _label_levels(axes, top, bottom, [y for column in values.values() for y in column.values()])
     _mark_blocks(axes, [blocks.get(layer.name) for layer in layers])
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, fontsize=8)
 
