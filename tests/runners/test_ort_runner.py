@@ -1,3 +1,4 @@
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import onnxruntime
 import pytest
 import torch
 
+from treeq_export.doctor import examine
 from treeq_export.errors import RunnerError
+from treeq_export.runners.compiled import open_target, runner_options, uses_kernels, ways_to_run
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY
 from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]
@@ -127,3 +131,63 @@ def test_threads_reach_the_session(two_outputs: Path, monkeypatch: pytest.Monkey
         with OrtRunner(two_outputs, threads=threads) as runner:
             np.testing.assert_array_equal(runner.run({"a": GOOD, "b": GOOD}), 2 * GOOD)
     assert seen == [0, 1, 2]
+
+
+def put_library(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a library of that C source be the custom-op library."""
+    code = folder / "other.c"
+    code.write_text(source)
+    command = ["gcc", "-shared", "-fPIC", str(code), "-o", str(folder / ORT_LIBRARY)]
+    subprocess.run(command, check=True)
+    monkeypatch.setenv("TREEQ_LIBRARIES", str(folder))
+
+
+def test_library_of_another_version_is_refused(
+    two_outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = 'const char* treeq_version(void) { return "9.9.9"; }'
+    put_library(tmp_path, source, monkeypatch)
+    with pytest.raises(RunnerError, match=r"version 9\.9\.9, expected .* Reinstall") as caught:
+        OrtRunner(two_outputs).__enter__()
+    assert "\n" not in str(caught.value)
+    with OrtRunner(two_outputs, use_kernels=False) as runner:
+        assert runner.output_names == ("y", "z")
+    [finding] = [finding for finding in examine() if finding.name == "cpu kernels"]
+    assert finding.found is None
+    assert finding.remedy
+
+
+def test_a_library_that_is_not_ours_is_refused(
+    two_outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put_library(tmp_path, "int nothing;", monkeypatch)
+    with pytest.raises(RunnerError, match="no library of ours"):
+        OrtRunner(two_outputs).__enter__()
+
+
+def test_without_the_library_bodies_run(
+    compiled_dit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TREEQ_LIBRARIES", str(tmp_path))
+    assert not uses_kernels("ort")
+    assert ways_to_run(["portable", "ort"]) == ["portable", "ort"]
+    inputs = compiled_dit.denoiser.make_example_inputs(2, 0)
+    with open_target(compiled_dit.run, "ort") as runner:
+        y = runner.run(inputs)
+    monkeypatch.delenv("TREEQ_LIBRARIES")
+    assert ways_to_run(["portable", "ort"]) == ["portable", "ort", "ort_body"]
+    with open_target(compiled_dit.run, "ort_body") as runner:
+        np.testing.assert_array_equal(runner.run(inputs), y)
+
+
+def test_large_packed_models_are_not_folded_without_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(bytes(10))
+    assert runner_options(path, "ort_body") == {"use_kernels": False, "fold_constants": True}
+    with path.open("wb") as file:
+        file.truncate(200_000_000)
+    assert runner_options(path, "ort_body") == {"use_kernels": False, "fold_constants": False}
+    assert runner_options(path, "ort") == {"use_kernels": True, "fold_constants": True}
+    assert runner_options(path, "portable") == {"use_kernels": False, "fold_constants": True}

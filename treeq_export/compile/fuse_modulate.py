@@ -19,12 +19,12 @@ from treeq_export.compile.fused import (
     NORM_SHIFT,
     X,
     constant_of,
+    forget_values,
     input_of,
     only_user,
     packed_nodes,
     widen,
 )
-from treeq_export.runners.compiled import read_layers, write_layers
 
 _RANK = 3  # (batch, tokens, K)
 
@@ -44,10 +44,7 @@ class FuseModulate(InPlacePass):
             new = widen(model.graph, node, inputs, outputs, norm_epsilon=found.epsilon)
             new.name = name
             fused.add(name)
-        sites = [
-            site._replace(input="") if site.node in fused else site for site in read_layers(model)
-        ]
-        write_layers(model, sites)
+        forget_values(model, fused, input="")
         RemoveUnusedNodesPass()(model)  # what was fused still reads its inputs
         return PassResult(model, bool(fused))
 

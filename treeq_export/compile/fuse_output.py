@@ -17,12 +17,12 @@ from treeq_export.compile.fused import (
     GATE,
     RESIDUAL,
     activation_of,
+    forget_values,
     input_of,
     only_user,
     packed_nodes,
     widen,
 )
-from treeq_export.runners.compiled import read_layers, write_layers
 
 
 class FuseOutput(InPlacePass):
@@ -37,10 +37,7 @@ class FuseOutput(InPlacePass):
             gated = _fuse_gate(model.graph, activated or node)
             if activated or gated:
                 fused.add(name)
-        sites = [
-            site._replace(output="") if site.node in fused else site for site in read_layers(model)
-        ]
-        write_layers(model, sites)
+        forget_values(model, fused, output="")
         RemoveUnusedNodesPass()(model)  # what was fused still reads its inputs
         return PassResult(model, bool(fused))
 

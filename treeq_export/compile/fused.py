@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from treeq_export.compile.signature import DOMAIN, QLINEAR
+from treeq_export.runners.compiled import read_layers, write_layers
 
 FUSED = "FusedQLinear"
 MAX_OUTPUTS = 3
@@ -116,3 +117,15 @@ def widen(
     for value, name in zip(fused.outputs, names, strict=True):
         value.name = name
     return fused
+
+
+def forget_values(model: ir.Model, names: set[str | None], **value: str) -> None:
+    """Let sites say that a value of theirs became part of a fused node.
+
+    Args:
+        model: Holds the sites.
+        names: Of the fused nodes.
+        **value: input="" or output="".
+    """
+    sites = read_layers(model)
+    write_layers(model, [site._replace(**value) if site.node in names else site for site in sites])
