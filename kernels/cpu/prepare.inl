@@ -1,0 +1,65 @@
+/* The first phase of a run: a panel of tokens is normalised, quantized, and multiplied by R. */
+
+/* Adds x[i] - mean, or its square, to the lanes; those behind k add nothing. */
+template <bool kSquare>
+Floats add_deviations(const float* x, int64_t k, float mean) {
+  Floats sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    const Floats d = load(x + i) - mean;
+    sum += kSquare ? d * d : d;
+  }
+  for (int lane = 0; i + lane < k; ++lane) {
+    const float d = x[i + lane] - mean;
+    sum[lane] += kSquare ? d * d : d;
+  }
+  return sum;
+}
+
+/* LayerNorm(x) * (1 + scale) + shift of one token. */
+void normalise_token(const float* x, int64_t k, float epsilon, const float* scale,
+                     const float* shift, float* out) {
+  const float mean = sum_of_lanes(add_deviations<false>(x, k, 0.0f)) / float(k);
+  const float variance = sum_of_lanes(add_deviations<true>(x, k, mean)) / float(k);
+  const float inverse = 1.0f / __builtin_sqrtf(variance + epsilon);
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes)
+    store(out + i, (load(x + i) - mean) * inverse * (load(scale + i) + 1.0f) + load(shift + i));
+  for (; i < k; ++i) out[i] = (x[i] - mean) * inverse * (scale[i] + 1.0f) + shift[i];
+}
+
+void prepare_layer(const Run& run, int64_t first, int rows, const float* x, uint8_t* scratch) {
+  const Layer& layer = *run.layer;
+  const int64_t k = layer.config.in_features, padded = padded_features(k);
+  for (int t = 0; t < rows; ++t) {
+    const int64_t row = first + t;
+    if (layer.config.act_bits) {
+      quantize_token(run, x + t * k, row, t, rows, run.codes + first * layer.num_words, scratch);
+      continue;
+    }
+    float* out = run.rotated + row * padded;
+    const float* rotated = rotate_token(x + t * k, k, layer.config.rotation_group, out);
+    if (rotated != out) __builtin_memcpy(out, rotated, size_t(k) * sizeof(float));
+  }
+}
+
+void prepare_panel(const Run& run, int64_t p, uint8_t* scratch) {
+  const int64_t first = first_row(run.panels, p);
+  const int rows = num_rows(run.panels, p);
+  const int64_t k = run.layer ? run.layer->config.in_features : run.branch->in_features;
+  const float* x = run.x + first * k;
+  const treeq_fusion& fusion = run.fusion;
+  if (fusion.norm_scale) {
+    float* normalised = reinterpret_cast<float*>(scratch);
+    for (int t = 0; t < rows; ++t) {
+      const int64_t image = (first + t) / fusion.tokens * k;
+      normalise_token(x + t * k, k, fusion.norm_epsilon, fusion.norm_scale + image,
+                      fusion.norm_shift + image, normalised + t * k);
+    }
+    x = normalised;
+    scratch += round_up(kMaxRows * size_t(k) * sizeof(float), kVector);
+  }
+  if (run.layer) prepare_layer(run, first, rows, x, scratch);
+  if (run.branch)
+    reduce_panel(*run.branch, x, rows, run.z + first * run.branch->num_out * run.branch->depth);
+}

@@ -1,0 +1,189 @@
+/* A token to its codes: rotation, scale, rounding, clipping. */
+
+Floats splat(float value) { return Floats{} + value; }
+
+Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+/* Sum of lanes, in a tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+float sum_of_lanes(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+/* One butterfly inside a vector: lane i becomes x[i] + x[i ^ stride], or the difference in the upper
+ * lane of a pair. */
+template <int kStride>
+inline __attribute__((always_inline)) Floats butterfly(Floats x) {
+  Ints order;
+  Floats sign;
+  for (int i = 0; i < kLanes; ++i) {
+    order[i] = i ^ kStride;
+    sign[i] = i & kStride ? -1.0f : 1.0f;
+  }
+  const Floats partner = __builtin_shuffle(x, order);
+  return kFastMultiplyAdd ? multiply_add(x, sign, partner) : partner + x * sign;
+}
+
+inline __attribute__((always_inline)) Floats butterflies(Floats x, int group) {
+  if (group > 1) x = butterfly<1>(x);
+  if (group > 2) x = butterfly<2>(x);
+  if (group > 4) x = butterfly<4>(x);
+  if (group > 8) x = butterfly<8>(x);
+  return x;
+}
+
+/* Transform of kCount vectors in registers, times norm: strides 1..8, then 16, 32, 64. */
+template <int kCount>
+void transform_block(const float* x, float* out, Floats norm) {
+  Floats v[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) v[i] = butterflies(load(x + i * kLanes), kLanes);
+#pragma GCC unroll 3
+  for (int stride = 1; stride < kCount; stride *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      if (i & stride) continue;
+      const Floats sum = v[i] + v[i + stride];
+      v[i + stride] = v[i] - v[i + stride];
+      v[i] = sum;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) store(out + i * kLanes, v[i] * norm);
+}
+
+void transform_group(const float* x, int64_t group, float* out, Floats norm) {
+  constexpr int64_t kBlock = 8 * kLanes;
+  if (group == kLanes) return transform_block<1>(x, out, norm);
+  if (group == 2 * kLanes) return transform_block<2>(x, out, norm);
+  if (group == 4 * kLanes) return transform_block<4>(x, out, norm);
+  if (group == kBlock) return transform_block<8>(x, out, norm);
+  for (int64_t k = 0; k < group; k += kBlock) transform_block<8>(x + k, out + k, splat(1.0f));
+  for (int64_t stride = kBlock; stride < group; stride *= 2) {
+    const Floats factor = 2 * stride == group ? norm : splat(1.0f);
+    for (int64_t first = 0; first < group; first += 2 * stride)
+      for (int64_t k = first; k < first + stride; k += kLanes) {
+        const Floats a = load(out + k), b = load(out + k + stride);
+        store(out + k, (a + b) * factor);
+        store(out + k + stride, (a - b) * factor);
+      }
+  }
+}
+
+/* x' = x H_g, with zeros behind it up to a whole vector. x itself is returned where nothing has to
+ * be done. */
+const float* rotate_token(const float* x, int64_t k, int group, float* out) {
+  const int64_t padded = padded_features(k);
+  const Floats norm = splat(1.0f / __builtin_sqrtf(float(group)));
+  if (group == 1 && k == padded) return x;
+  if (group < kLanes) {
+    for (int64_t i = 0; i < k; ++i) out[i] = x[i];
+    for (int64_t i = k; i < padded; ++i) out[i] = 0.0f;
+    if (group == 1) return out;
+    for (int64_t i = 0; i < padded; i += kLanes)
+      store(out + i, butterflies(load(out + i), group) * norm);
+  } else {
+    for (int64_t i = 0; i < k; i += group) transform_group(x + i, group, out + i, norm);
+  }
+  return out;
+}
+
+float root_mean_square(const float* x, int64_t k) {
+  Floats even{}, odd{};  // two chains of additions, for their latency
+  int64_t i = 0;
+  for (; i + kLanes < k; i += 2 * kLanes) {
+    even += load(x + i) * load(x + i);
+    odd += load(x + i + kLanes) * load(x + i + kLanes);
+  }
+  if (i < k) even += load(x + i) * load(x + i);
+  return __builtin_sqrtf(sum_of_lanes(even + odd) / float(k));
+}
+
+/* max |x|, NaN where there is one: above infinity as integers. */
+float absolute_maximum(const float* x, int64_t k) {
+  Ints most{};
+  for (int64_t i = 0; i < k; i += kLanes) {
+    Ints v;
+    __builtin_memcpy(&v, x + i, sizeof v);
+    v &= 0x7fffffff;
+    most = v > most ? v : most;
+  }
+  int32_t best = 0;
+  for (int i = 0; i < kLanes; ++i) best = most[i] > best ? most[i] : best;
+  float value;
+  __builtin_memcpy(&value, &best, sizeof value);
+  return value;
+}
+
+constexpr float kScaleFloor = 1e-20f;
+
+float activation_scale(const treeq_qlinear_config& config, const float* x) {
+  float scale = config.act_step;
+  if (config.act_scale == TREEQ_SCALE_TOKEN_RMS)
+    scale *= root_mean_square(x, config.in_features);
+  else if (config.act_scale == TREEQ_SCALE_TOKEN_ABSMAX)
+    scale *= absolute_maximum(x, config.in_features);
+  return scale < kScaleFloor ? kScaleFloor : scale;  // NaN stays
+}
+
+void sum_groups(const Layer& layer, const int8_t* q, int32_t* sums) {
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < layer.group_size; ++k) sum += q[g * layer.group_size + k];
+    sums[g] = sum;
+  }
+}
+
+/* Codes of one token into its column of a panel. */
+void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel) {
+  for (int64_t g = 0; g < layer.num_groups; ++g) {
+    const int8_t* codes = q + g * layer.group_size;
+    const int64_t whole = layer.group_size / kInputs;
+    int32_t* out = panel + g * layer.group_words * rows;
+    for (int64_t w = 0; w < whole; ++w) __builtin_memcpy(out + w * rows, codes + w * kInputs, 4);
+    for (int64_t w = whole; w < layer.group_words; ++w) {
+      int32_t word = 0;
+      const int64_t left = layer.group_size - w * kInputs;
+      if (left > 0) __builtin_memcpy(&word, codes + w * kInputs, size_t(left));
+      out[w * rows] = word;
+    }
+  }
+}
+
+void quantize_token(const Run& run, const float* source, int64_t row, int column, int rows,
+                    int32_t* panel, uint8_t* scratch) {
+  const Layer& layer = *run.layer;
+  const treeq_qlinear_config& config = layer.config;
+  const int64_t k = config.in_features, padded = padded_features(k);
+  float* buffer = reinterpret_cast<float*>(scratch);
+  int8_t* q = reinterpret_cast<int8_t*>(buffer + padded);
+  const float* x = rotate_token(source, k, config.rotation_group, buffer);
+  const float scale = activation_scale(config, x);
+  const Floats inverse = splat(1.0f / scale);
+  const float high = float((1 << (config.act_bits - 1)) - 1);
+  const Floats highs = splat(high), lows = splat(-high - 1.0f);
+  Ints sum{};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Ints v = round_clamped(load(x + i) * inverse, lows, highs);
+    const Bytes codes = narrow(v);
+    __builtin_memcpy(q + i, &codes, sizeof codes);
+    sum += v;  // zeros behind the last input have the code 0
+  }
+  run.scales[row] = scale;
+  int32_t* sums = run.row_sums + row * layer.num_groups;
+  if (layer.num_groups > 1) {
+    sum_groups(layer, q, sums);
+  } else {
+    *sums = 0;
+    for (int lane = 0; lane < kLanes; ++lane) *sums += sum[lane];
+  }
+  scatter_codes(layer, q, rows, panel + column);
+}
