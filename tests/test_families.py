@@ -57,7 +57,8 @@ def test_audit_finds_integers_only(compiled_family: Any):
     num_layers = len(discover_linears(compiled_family.denoiser))
     for entry in record.targets[:2]:
         assert len(entry.audit) == num_layers
-        kernels = {"treeq::QLinear"} if entry.target == "ort" else INTEGER_OPS
+        packed = {"treeq::QLinear", "treeq::FusedQLinear"}
+        kernels = packed if entry.target == "ort" else INTEGER_OPS
         assert {layer.op_type for layer in entry.audit} <= kernels
         assert all(layer.integer for layer in entry.audit)
 
