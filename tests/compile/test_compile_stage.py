@@ -112,6 +112,7 @@ def test_external_data_moves_with_its_folder(
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert entry.size_bytes == sum(sizes.values())
     assert sizes["model.onnx.data"] > 0.5 * entry.size_bytes
+    assert entry.data_sha256 == sha256_of_file(folder / "model.onnx.data")
     moved = folder.rename(tmp_path / "elsewhere")
     elsewhere = tmp_path / "empty"
     elsewhere.mkdir()

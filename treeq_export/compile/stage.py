@@ -92,11 +92,13 @@ def compile_target(
         elif target != FP32:
             audit = audit_graph(folder / MODEL_FILE, plan, tensors)
         check_audit(target, audit)
+    data = final.with_name(DATA_FILE)
     return CompiledTarget(
         target=target,
         path=str(final.relative_to(run)),
         size_bytes=sum(file.stat().st_size for file in final.parent.iterdir()),
         sha256=sha256_of_file(final),
+        data_sha256=sha256_of_file(data) if data.is_file() else None,
         audit=audit,
     )
 

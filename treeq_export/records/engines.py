@@ -32,6 +32,7 @@ class CompiledTarget(Record):
         path: Model file, relative to the run folder.
         size_bytes: Model and external data together.
         sha256: Digest of the model file.
+        data_sha256: Digest of its external data, None where it has none.
         audit: One entry per quantized layer, in execution order.
     """
 
@@ -39,6 +40,7 @@ class CompiledTarget(Record):
     path: str
     size_bytes: int
     sha256: str
+    data_sha256: str | None = None
     audit: list[AuditLayer]
 
 
