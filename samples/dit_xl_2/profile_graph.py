@@ -1,7 +1,7 @@
 """Where a compiled graph spends its time: the profile of ONNX Runtime, by operator.
 
-`python samples/dit_xl_2/profile_graph.py --run runs/xl_w3a3 --out profile.json` runs the `ort` graph
-at batch 2 a few times on two threads and prints a table; times are per call.
+`python samples/dit_xl_2/profile_graph.py --run runs/xl_w3a3 --out profile.json` runs the target
+`ort` a few times at batch 2 on two threads and prints a table; times are per call.
 """
 
 import argparse
