@@ -8,13 +8,6 @@ namespace {
 
 constexpr int kWordBits = 32;
 
-/* Eight bits to eight bytes of 0 or 1. */
-uint64_t spread_bits(uint64_t bits) {
-  bits = (bits | bits << 28) & 0x0000000f0000000full;
-  bits = (bits | bits << 14) & 0x0003000300030003ull;
-  return (bits | bits << 7) & 0x0101010101010101ull;
-}
-
 /* The low bits of eight bytes. */
 uint8_t gather_bits(uint64_t bytes) {
   return uint8_t((bytes & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);

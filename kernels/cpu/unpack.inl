@@ -1,12 +1,5 @@
 /* Unpacking of a tile in plain C++, for instruction sets without mask registers. */
 
-/* Eight bits to eight bytes of 0 or 1. */
-inline uint64_t spread_bits(uint64_t bits) {
-  bits = (bits | bits << 28) & 0x0000000f0000000full;
-  bits = (bits | bits << 14) & 0x0003000300030003ull;
-  return (bits | bits << 7) & 0x0101010101010101ull;
-}
-
 template <int kBits>
 void unpack_chunks(const uint8_t* stream, int64_t chunks, uint8_t* codes) {
   constexpr Parts parts = parts_of(kBits);

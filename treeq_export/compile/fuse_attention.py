@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from treeq_export.compile.fuse_modulate import producer_of
 from treeq_export.compile.fused import constant_of, only_user
 
 DOMAIN = "com.microsoft"
@@ -56,7 +57,7 @@ class Attention(NamedTuple):
 def find_attention(softmax: ir.Node) -> Attention | None:
     """Return the attention around a Softmax, None where it has another form."""
     rank = len(softmax.outputs[0].shape) if softmax.outputs[0].shape is not None else 0
-    scores = _producer(softmax.inputs[0], "MatMul")
+    scores = producer_of(softmax.inputs[0], "MatMul")
     product = only_user(softmax.outputs[0])
     if rank != 4 or softmax.attributes.get_int("axis", -1) not in (-1, 3):
         return None
@@ -79,14 +80,9 @@ def find_attention(softmax: ir.Node) -> Attention | None:
     return Attention(q_in, k_in, v_in, y, n, q_scale * k_scale)
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type and not node.domain else None
-
-
 def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """Return what is multiplied by a constant, and the constant."""
-    node = _producer(value, "Mul")
+    node = producer_of(value, "Mul")
     if node is None:
         return value, 1.0
     for source, factor in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
@@ -102,14 +98,14 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
     The exporter writes the swap as Reshape, Transpose, Reshape over merged leading axes; the shapes
     are put together from that of k.
     """
-    direct = _producer(value, "Transpose")
+    direct = producer_of(value, "Transpose")
     if direct is not None and list(direct.attributes["perm"].as_ints()) == [0, 1, 3, 2]:
         return direct.inputs[0]
-    outer = _producer(value, "Reshape")
-    swap = _producer(outer.inputs[0], "Transpose") if outer is not None else None
+    outer = producer_of(value, "Reshape")
+    swap = producer_of(outer.inputs[0], "Transpose") if outer is not None else None
     if swap is None or list(swap.attributes["perm"].as_ints()) != [0, 2, 1]:
         return None
-    inner = _producer(swap.inputs[0], "Reshape")
+    inner = producer_of(swap.inputs[0], "Reshape")
     source = None if inner is None else inner.inputs[0]
     if outer is None or inner is None or source is None:
         return None
@@ -119,14 +115,14 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
 
 def _is_shape_of(value: ir.Value | None, source: ir.Value) -> bool:
     """Whether a shape is a Concat of Slices of another value's Shape, and constants."""
-    joined = _producer(value, "Concat")
+    joined = producer_of(value, "Concat")
     if joined is None:
         return False
     for part in joined.inputs:
         if constant_of(part) is not None:
             continue
-        piece = _producer(part, "Slice")
-        shape = None if piece is None else _producer(piece.inputs[0], "Shape")
+        piece = producer_of(part, "Slice")
+        shape = None if piece is None else producer_of(piece.inputs[0], "Shape")
         if shape is None or shape.inputs[0] is not source:
             return False
     return True
@@ -134,10 +130,10 @@ def _is_shape_of(value: ir.Value | None, source: ir.Value) -> bool:
 
 def _heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     """Return x (batch, tokens, heads * size) and heads of Transpose(Reshape(x))."""
-    swap = _producer(value, "Transpose")
+    swap = producer_of(value, "Transpose")
     if swap is None or list(swap.attributes["perm"].as_ints()) != _HEADS_FIRST:
         return None
-    reshape = _producer(swap.inputs[0], "Reshape")
+    reshape = producer_of(swap.inputs[0], "Reshape")
     split = swap.inputs[0]
     source = reshape.inputs[0] if reshape is not None else None
     if source is None or split is None or source.shape is None or split.shape is None:

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from treeq_export.compile.signature import DOMAIN, QLINEAR
 from treeq_export.runners.compiled import read_layers, write_layers
+from treeq_export.runners.plain_layer import FUSED
 
-FUSED = "FusedQLinear"
 MAX_OUTPUTS = 3
 # Inputs by position.
 X, PLANES, WEIGHT_SCALE, BIAS, BRANCH_R, BRANCH_L = range(6)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from treeq_export.errors import CompileError
-
-DOMAIN = "treeq"
-QLINEAR = "QLinear"
-MONARCH = "Monarch"
+from treeq_export.runners.plain_layer import DOMAIN as DOMAIN
+from treeq_export.runners.plain_layer import MONARCH as MONARCH
+from treeq_export.runners.plain_layer import QLINEAR as QLINEAR
 
 
 @dataclass(frozen=True)

@@ -40,5 +40,12 @@ static constexpr Parts parts_of(int bits) {
 static constexpr size_t chunk_bytes(int bits) { return size_t(bits) * kChunkCodes / 8; }
 static_assert(chunk_bytes(3) == 64 + 32 && chunk_bytes(8) == kChunkCodes, "exactly b bits a code");
 
+/* Eight bits to eight bytes of 0 or 1. */
+static inline uint64_t spread_bits(uint64_t bits) {
+  bits = (bits | bits << 28) & 0x0000000f0000000full;
+  bits = (bits | bits << 14) & 0x0003000300030003ull;
+  return (bits | bits << 7) & 0x0101010101010101ull;
+}
+
 }  // namespace treeq
 #endif
