@@ -255,7 +255,7 @@ def test_an_unknown_key_is_told_before_other_problems(recipe_path: Path):
         ("sampler.guidance_scale", float("nan"), "sampler.guidance_scale: received nan. Input"),
         ("sampler.steps", 0, "sampler.steps: received 0. Input should be greater"),
         ("compile.targets", [], "compile.targets: received []. List should have at least 1 item"),
-        ("compile.targets", ["tensorrt"], "compile.targets.0: received 'tensorrt'. Input should"),
+        ("compile.targets", ["onnx"], "compile.targets.0: received 'onnx'. Input should"),
         ("compile.max_batch", 1, "compile.max_batch: received 1. Input should be greater"),
         ("bench.rounds", 2, "bench.rounds: received 2. Input should be greater than or equal to 3"),
         ("bench.batch_sizes", [2, 0], "bench.batch_sizes.1: received 0. Input should be greater"),

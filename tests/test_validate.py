@@ -1,5 +1,6 @@
 """Validate: parity that holds, tampering that is found, gates that nan does not pass."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -20,14 +21,27 @@ from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.spec import WeightFormat
-from treeq_export.recipe import ParityGates, ValidateSection
-from treeq_export.records import LayerParity, ParityRecord, TargetParity, load_record
-from treeq_export.runners.compiled import model_path, read_layers
+from treeq_export.recipe import CompileSection, ParityGates, ValidateSection
+from treeq_export.records import (
+    EMULATED,
+    ORT_CPU,
+    LayerParity,
+    ParityRecord,
+    TargetParity,
+    load_record,
+)
+from treeq_export.runners.compiled import (
+    TENSORRT_NATIVE,
+    TENSORRT_TARGETS,
+    model_path,
+    read_layers,
+)
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.validate import (
     Trace,
     compare_layer,
     make_gates,
+    measure_half_rounding,
     reference_codes,
     run_validate,
     sums_equal,
@@ -60,7 +74,9 @@ def compile_bits(make_tiny_run: Make, bits: int) -> Any:
     tiny = make_tiny_run("dit", weight_bits=bits, activation_bits=bits)
     exported = tiny.export()
     for target in TARGETS:
-        compile_target(tiny.run, exported.clone(), target, tiny.plan, tiny.tensors, "auto")
+        compile_target(
+            tiny.run, exported.clone(), target, tiny.plan, tiny.tensors, CompileSection()
+        )
     return tiny
 
 
@@ -425,3 +441,81 @@ def test_sums_have_to_be_equal_to_the_last_bit(
     off[1, 2, 0, 3] += 1
     assert not sums_equal(reference, codes, off)
     assert not sums_equal(reference, codes, sums[..., :-1])
+
+
+@pytest.fixture(scope="module")
+def tensorrt_dit(
+    compiled_dit: Any, exported_dit_for_validate: ir.Model, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The compiled tiny DiT with graphs of TensorRT's targets in a folder of their own."""
+    run = tmp_path_factory.mktemp("tensorrt")
+    for target in TENSORRT_TARGETS:
+        graph = exported_dit_for_validate.clone()
+        section = compiled_dit.recipe.compile
+        compile_target(run, graph, target, compiled_dit.plan, compiled_dit.tensors, section)
+    return dataclasses.replace(compiled_dit, run=run)
+
+
+@pytest.fixture(scope="module")
+def exported_dit_for_validate(compiled_dit: Any) -> ir.Model:
+    """An export of the compiled tiny DiT, before any pass. Read-only."""
+    return compiled_dit.export()
+
+
+def test_tensorrt_targets_say_that_they_are_emulated(tensorrt_dit: Any, tmp_path: Path):
+    shutil.copytree(tensorrt_dit.run / "onnx", tmp_path / "onnx")
+    record = validate(tensorrt_dit, tmp_path, list(TENSORRT_TARGETS))
+    for entry, target in zip(record.targets, TENSORRT_TARGETS, strict=True):
+        assert (entry.target, entry.runtime) == (target, EMULATED)
+        assert entry.passed
+        assert all(gate.name.startswith(f"{target} (emulated): ") for gate in entry.gates)
+        # W4A4: float16 alone takes the reference to about 40 dB.
+        assert 25 < entry.gates[0].limit <= ParityGates().min_end_to_end_sqnr_db
+        assert min(layer.sqnr_db for layer in entry.layers) > 60
+        assert all(layer.accumulators_equal for layer in entry.layers)
+        # The rounding of activations inside the network is not in the own error.
+        for layer in entry.layers:
+            assert layer.propagated_sqnr_db is not None
+            assert layer.propagated_sqnr_db < layer.sqnr_db
+    assert load_record(tmp_path / "parity.json", ParityRecord, "validate") == record
+
+
+@pytest.mark.parametrize("kind", ["code", "scale"])
+@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+def test_tampering_is_found_in_tensorrt_targets(
+    target: str, kind: str, tensorrt_dit: Any, tmp_path: Path
+):
+    change = negate_codes if kind == "code" else lambda scale: scale * np.float32(1.03)
+    like = "portable" if target == TENSORRT_NATIVE else "ort"
+    entry = validate_tampered(tensorrt_dit, tmp_path, target, TENSORS[like, kind], change)
+    assert not entry.passed
+    failed = [gate.name for gate in entry.gates if not gate.passed]
+    assert f"{target} (emulated): own sqnr_db of the worst layer ({TAMPERED})" in failed
+    named = f"{target} (emulated): layers with equal int32 sums (not {TAMPERED})"
+    assert (named in failed) == (kind == "code")
+    assert [layer.name for layer in entry.layers if layer.sqnr_db < 40] == [TAMPERED]
+
+
+def test_other_runtimes_are_named(compiled_dit: Any, tmp_path: Path):
+    shutil.copytree(compiled_dit.run / "onnx" / "portable", tmp_path / "onnx" / "portable")
+    [entry] = validate(compiled_dit, tmp_path, ["portable"]).targets
+    assert entry.runtime == ORT_CPU
+    assert entry.gates[0].limit == ParityGates().min_end_to_end_sqnr_db
+
+
+def test_half_bodies_are_held_to_the_rounded_reference(compiled_dit: Any):
+    quantized = quantize_model(compiled_dit.denoiser, compiled_dit.plan, compiled_dit.tensors)
+    trace = trace_reference(quantized, quantized.make_example_inputs(2, seed=3))
+    rounding = measure_half_rounding(quantized, trace)
+    assert 25 < rounding < 80
+    assert not any(module._forward_hooks for module in quantized.modules())
+    layers = [make_parity("a")]
+
+    def gate(half_rounding_db: float | None) -> float:
+        return make_gates("t", 90.0, layers, ParityGates(), half_rounding_db)[0].limit
+
+    assert gate(None) == 40.0
+    assert gate(30.5) == 24.5
+    assert gate(60.0) == gate(math.inf) == 40.0
+    [failed, _, _, _] = make_gates("t", 90.0, layers, ParityGates(), math.nan)
+    assert not failed.passed

@@ -15,7 +15,12 @@ from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.report import Report, write_report
-from treeq_export.runners.compiled import model_path, open_target, ways_to_run
+from treeq_export.runners.compiled import (
+    TENSORRT_TARGETS,
+    model_path,
+    open_target,
+    ways_to_run,
+)
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
@@ -105,11 +110,13 @@ def _validate(workspace: Workspace, on_step: OnStep) -> None:
 
 def _bench(workspace: Workspace, on_step: OnStep) -> None:
     recipe = workspace.recipe
+    # On the CPU the targets of TensorRT are emulated, which has no speed worth a name.
+    timed = [target for target in recipe.compile.targets if target not in TENSORRT_TARGETS]
     run_bench(
         workspace.run,
         workspace.denoiser,
         recipe.bench,
-        targets=["torch_fp32", "ort_fp32", "ort_int8", *ways_to_run(recipe.compile.targets)],
+        targets=["torch_fp32", "ort_fp32", "ort_int8", *ways_to_run(timed)],
         seed=recipe.seed,
         on_step=on_step,
         model=recipe.model,

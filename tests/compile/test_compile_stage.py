@@ -20,6 +20,7 @@ from treeq_export.compile.stage import (
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 from treeq_export.plan import PLAN_FILE
+from treeq_export.recipe import CompileSection
 from treeq_export.records import CompileRecord, load_record
 from treeq_export.runners.compiled import model_path
 from treeq_export.runners.ort_runner import OrtRunner
@@ -37,7 +38,8 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def compile_again(tiny: Any, exported: ir.Model, run: Path, target: str, **changes: Any) -> Any:
-    arguments = {"plan": tiny.plan, "tensors": tiny.tensors, "external_data": "auto"} | changes
+    section = CompileSection(external_data=changes.pop("external_data", "auto"))
+    arguments = {"plan": tiny.plan, "tensors": tiny.tensors, "section": section} | changes
     return compile_target(run, exported.clone(), target, **arguments)
 
 

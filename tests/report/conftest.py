@@ -18,8 +18,11 @@ from treeq_export.records import (
     BenchMemory,
     BenchRecord,
     BenchRow,
+    BuildRecord,
+    BuiltEngine,
     CompiledTarget,
     CompileRecord,
+    EngineManifest,
     FinetunePoint,
     FinetuneRecord,
     GateResult,
@@ -35,6 +38,7 @@ from treeq_export.records import (
     SeedQuality,
     Speedup,
     TargetParity,
+    VerifierSummary,
     save_record,
 )
 from treeq_export.report import Report, figures, print_report, write_report
@@ -314,6 +318,41 @@ def searched_run(
     save_record(run / "quality.json", quality.model_copy(update=changes))
     (run / "samples" / "baseline.png").write_bytes(PNG)
     return run
+
+
+@pytest.fixture
+def engines(compiled: CompileRecord) -> BuildRecord:
+    """An engine of the present graph "ort" with one layer not as planned, and a stale one."""
+
+    def make(graph: str, num_plugins: int) -> BuiltEngine:
+        manifest = EngineManifest(
+            treeq_version="0.1.0",
+            runtime="tensorrt-rtx",
+            runtime_version="1.7.1",
+            gpu="sm_89",
+            target="ort",
+            key="k",
+            engine_sha256="e5",
+            engine_bytes=278_000_000,
+            graph_sha256=graph,
+            data_sha256=None,
+            plan_sha256="p6",
+            profile={},
+            bits={},
+            plugins=[],
+            build_s=12.34,
+            peak_bytes=10,
+            verifier=VerifierSummary(
+                num_quantized=2,
+                num_plugins=num_plugins,
+                num_int8_gemms=0,
+                num_weight_only=1,
+                num_engine_layers=9,
+            ),
+        )
+        return BuiltEngine(path="engines/x", how="built", manifest=manifest)
+
+    return BuildRecord(engines=[make(compiled.targets[0].sha256, 1), make("d4" * 32, 2)])
 
 
 @pytest.fixture

@@ -50,7 +50,12 @@ def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Build)
         {"name": "blocks.0.ff.up", "sqnr_db": 96.5, "equal_code_fraction": 0.9995},
         {"name": "blocks.1.ff.up", "sqnr_db": 111.5, "equal_code_fraction": None},
     ]
-    parity = {"passed": True, "max_abs_error": 0.0025, "layers": layers}
+    parity = {
+        "runtime": "ONNX Runtime CPU",
+        "passed": True,
+        "max_abs_error": 0.0025,
+        "layers": layers,
+    }
     content = read_strictly(run)
     rows = content["bench"].pop("rows")
     assert content == {
@@ -83,6 +88,7 @@ def test_report_json_has_exactly_the_keys_of_the_design(run: Path, write: Build)
         "stages": {"search": 0.5, "calibrate": 130.0},
         "search": None,
         "finetune": None,
+        "engines": None,
     }
     assert len(rows) == 8
     assert rows[2] == {
@@ -127,7 +133,7 @@ def test_a_section_that_was_not_measured_is_null(run: Path, write: Build, sectio
     report = write()
     content = read_strictly(run)
     missing = [key for key, value in content.items() if value is None]
-    assert missing == [section, "search", "finetune"]
+    assert missing == [section, "search", "finetune", "engines"]
     assert verdict_of(report).state == "incomplete"
     assert verdict_of(report).missing == (section,)
     assert verdict_of(report).headline == f"Incomplete: {section} not measured"

@@ -6,16 +6,33 @@ import pytest
 
 from treeq_export.errors import PlanError
 from treeq_export.runners.compiled import (
+    TENSORRT_TARGETS,
     LayerSite,
     load_compiled,
     model_path,
     read_layers,
+    runner_options,
+    uses_kernels,
+    ways_to_run,
     write_layers,
 )
 
 
 def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
-    assert model_path(tmp_path, "ort") == tmp_path / "onnx" / "ort" / "model.onnx"
+    for target in ("ort", "tensorrt", "tensorrt-native"):
+        assert model_path(tmp_path, target) == tmp_path / "onnx" / target / "model.onnx"
+
+
+@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(target: str, tmp_path: Path):
+    """Of the same domain and names, but with other types."""
+    model_path(tmp_path, target).parent.mkdir(parents=True)
+    assert not uses_kernels(target)
+    assert ways_to_run([target]) == [target]
+    assert runner_options(model_path(tmp_path, target), target) == {
+        "use_kernels": False,
+        "fold_constants": True,
+    }
 
 
 def test_missing_target_names_the_command(tmp_path: Path):

@@ -115,13 +115,19 @@ def _ratio_of_medians(
     return np.median(baseline_ms, axis=axis) / np.median(target_ms, axis=axis)
 
 
-def compare_times(baseline_ms: Sequence[float], target_ms: Sequence[float], seed: int) -> Ratio:
+def compare_times(
+    baseline_ms: Sequence[float],
+    target_ms: Sequence[float],
+    seed: int,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Ratio:
     """Return median(baseline) / median(target) with a percentile bootstrap over paired rounds.
 
     Args:
         baseline_ms: Times of the baseline, one per round.
         target_ms: Times of the target in the same rounds.
         seed: Of the resampling; the same times and seed give the same interval.
+        num_resamples: Of the bootstrap.
 
     Returns:
         The ratio; above 1 the target is faster. The interval always contains it.
@@ -138,7 +144,7 @@ def compare_times(baseline_ms: Sequence[float], target_ms: Sequence[float], seed
         vectorized=True,
         method="percentile",
         confidence_level=CONFIDENCE,
-        n_resamples=NUM_RESAMPLES,
+        n_resamples=num_resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Ratio(ratio, min(ratio, float(interval.low)), max(ratio, float(interval.high)))

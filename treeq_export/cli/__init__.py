@@ -3,7 +3,14 @@
 Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not met.
 """
 
-from treeq_export.cli import compare, inspect, search, stages  # each adds its commands
+from treeq_export.cli import (
+    bisect,
+    build,
+    compare,
+    inspect,
+    search,
+    stages,
+)  # each adds its commands
 from treeq_export.cli.console import main
 
-__all__ = ["compare", "inspect", "main", "search", "stages"]
+__all__ = ["bisect", "build", "compare", "inspect", "main", "search", "stages"]

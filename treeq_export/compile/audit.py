@@ -9,6 +9,8 @@ The `ort` target is audited twice: with our custom-op library every layer has to
 node, and without it each kind of function body has to become integer arithmetic as well. One layer
 of each kind stands for the others: at the size of DiT-XL/2 ONNX Runtime would need more than 10 GB
 to unpack all of them at once.
+
+The targets of TensorRT are audited without a runtime, see compile/audit_tensorrt.py.
 """
 
 import hashlib
@@ -26,7 +28,12 @@ from treeq_export.compile.fused import packed_nodes
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import PACKED, read_layers, uses_kernels
+from treeq_export.runners.compiled import (
+    PACKED,
+    TENSORRT_TARGETS,
+    read_layers,
+    uses_kernels,
+)
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.plain_layer import cut_packed
 
@@ -35,6 +42,7 @@ INTEGER_OPS = frozenset(
     {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"}
 )
 _MISSING = "not found"
+_REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
 
 
 def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> ir.Model:
@@ -156,10 +164,12 @@ def check_audit(target: str, audit: list[AuditLayer]) -> None:
     if failed:
         listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
         more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+        where, remedy = f"in ONNX Runtime {onnxruntime.__version__}", _REMEDY
+        if target in TENSORRT_TARGETS:
+            where, remedy = "in the compiled file", "Exclude them by search.exclude."
         raise CompileError(
             f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
-            f"integer arithmetic in ONNX Runtime {onnxruntime.__version__}: {listed}{more}. "
-            "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
+            f"integer arithmetic {where}: {listed}{more}. {remedy}"
         )
 
 

@@ -67,7 +67,7 @@ def find_attention(softmax: ir.Node) -> Attention | None:
         return None
     q, q_scale = _scaled(scores.inputs[0])
     k, k_scale = _scaled(scores.inputs[1])
-    heads = [_heads(q), _heads(_untransposed(k)), _heads(product.inputs[1])]
+    heads = [_heads(q), _heads(swapped_source(k)), _heads(product.inputs[1])]
     y = _joined(product.outputs[0])
     if y is None or any(head is None for head in heads):
         return None
@@ -92,7 +92,7 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return value, 1.0
 
 
-def _untransposed(value: ir.Value | None) -> ir.Value | None:
+def swapped_source(value: ir.Value | None) -> ir.Value | None:
     """Return k (batch, heads, tokens, size) where this is k with its last two axes swapped.
 
     The exporter writes the swap as Reshape, Transpose, Reshape over merged leading axes; the shapes

@@ -20,7 +20,7 @@ class FuseBranch(InPlacePass):
         """Change the graph in place."""
         modified = False
         for node in nodes_of(model, QLINEAR):
-            monarch = _find_branch(node)
+            monarch = find_branch(node)
             if monarch is not None:
                 add = only_user(node.outputs[0])
                 assert add is not None
@@ -31,7 +31,8 @@ class FuseBranch(InPlacePass):
         return PassResult(model, modified)
 
 
-def _find_branch(node: ir.Node) -> ir.Node | None:
+def find_branch(node: ir.Node) -> ir.Node | None:
+    """Return the Monarch of a layer's input whose sum with the layer is all that is read."""
     add = only_user(node.outputs[0])
     if add is None or add.op_type != "Add":
         return None

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.compile.audit import audit_graph, audit_packed, check_audit, check_metadata
+from treeq_export.compile.audit_tensorrt import audit_tensorrt
+from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.targets import FP32, lower
 from treeq_export.errors import CompileError
@@ -18,7 +20,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
-from treeq_export.runners.compiled import MODEL_FILE, PACKED, model_path
+from treeq_export.runners.compiled import MODEL_FILE, PACKED, TENSORRT_TARGETS, model_path
 
 RECORD_FILE = "compile.json"
 DATA_FILE = "model.onnx.data"
@@ -62,33 +64,38 @@ def compile_target(
     target: str,
     plan: Plan,
     tensors: Mapping[str, NDArray[Any]],
-    external_data: str,
+    section: CompileSection,
 ) -> CompiledTarget:
     """Lower, write and audit one target; its folder appears only when the audit has passed.
 
     Args:
         run: The run folder.
         graph: The exported graph; it is changed.
-        target: "portable", "ort" or "fp32".
+        target: A target of the recipe, or "fp32".
         plan: The plan.
         tensors: The plan's tensors.
-        external_data: See `save_model`.
+        section: The recipe's compile section.
 
     Returns:
         What was written.
 
     Raises:
-        CompileError: A layer did not become integer arithmetic, or local paths are left.
+        CompileError: A layer did not become integer arithmetic, has a format that the target does
+            not have, or local paths are left.
     """
     model = lower(graph, target)
+    if target in TENSORRT_TARGETS:
+        write_batch_profile(model, section.opt_batch, section.max_batch)
     model.metadata_props[PLAN_KEY] = hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
     check_metadata(model)
     final = model_path(run, target)
     audit: list[AuditLayer] = []
     with atomic_folder(final.parent) as folder:
-        save_model(model, folder / MODEL_FILE, external_data)
+        save_model(model, folder / MODEL_FILE, section.external_data)
         if target == PACKED:
             audit = audit_packed(folder / MODEL_FILE, model, tensors, plan)
+        elif target in TENSORRT_TARGETS:
+            audit = audit_tensorrt(folder / MODEL_FILE, plan, tensors)
         elif target != FP32:
             audit = audit_graph(folder / MODEL_FILE, plan, tensors)
         check_audit(target, audit)
@@ -134,12 +141,12 @@ def run_compile(
     for index, target in enumerate(section.targets, start=2):
         last = target == section.targets[-1]
         graph = exported if last else exported.clone()
-        done.append(compile_target(run, graph, target, plan, tensors, section.external_data))
+        done.append(compile_target(run, graph, target, plan, tensors, section))
         on_step(index / steps)
     del exported
     graph = export_graph(denoiser, section.max_batch)
     on_step((steps - 1) / steps)
-    done.append(compile_target(run, graph, FP32, plan, tensors, section.external_data))
+    done.append(compile_target(run, graph, FP32, plan, tensors, section))
     record = CompileRecord(targets=done)
     save_record(run / RECORD_FILE, record)
     on_step(1.0)

@@ -4,18 +4,30 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from treeq_export.compile.add_branch import AddBranch
 from treeq_export.compile.add_function_bodies import AddFunctionBodies
+from treeq_export.compile.add_plugin_bodies import AddPluginBodies
+from treeq_export.compile.check_formats import CheckFormats
+from treeq_export.compile.check_patterns import CheckPatterns
 from treeq_export.compile.clean_metadata import CleanMetadata
 from treeq_export.compile.fuse_attention import FuseAttention
 from treeq_export.compile.fuse_branch import FuseBranch
 from treeq_export.compile.fuse_modulate import FuseModulate
 from treeq_export.compile.fuse_output import FuseOutput
+from treeq_export.compile.half_body import HalfBody
 from treeq_export.compile.lower_monarch import LowerMonarch
+from treeq_export.compile.lower_native import LowerNative
 from treeq_export.compile.lower_qlinear import LowerQLinear
+from treeq_export.compile.lower_weight_only import LowerWeightOnly
+from treeq_export.compile.mark_plugins import MarkPlugins
 from treeq_export.compile.merge_siblings import MergeSiblings
+from treeq_export.compile.merge_transposes import MergeTransposes
 from treeq_export.compile.name_layers import NameLayers
+from treeq_export.compile.narrow_inputs import NarrowInputs
 from treeq_export.compile.repair_squeeze import RepairSqueeze
+from treeq_export.compile.rewrite_einsum import RewriteEinsum
 from treeq_export.compile.share_subgraphs import ShareSubgraphs
+from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE
 
 TARGET_KEY = "treeq.target"
 FP32 = "fp32"
@@ -43,6 +55,41 @@ PASSES: dict[str, tuple[InPlacePass, ...]] = {
         FuseAttention(),
         RemoveUnusedNodesPass(),
         AddFunctionBodies(),
+    ),
+    # `treeq` ops as plugins in a float16 body.
+    TENSORRT: (
+        NameLayers(),
+        CleanMetadata(),
+        RepairSqueeze(),
+        CheckFormats(native=False),
+        ShareSubgraphs(),
+        RewriteEinsum(),
+        MergeTransposes(),
+        NarrowInputs(),
+        HalfBody(),
+        LowerWeightOnly(),
+        AddBranch(),
+        MarkPlugins(),
+        RemoveUnusedNodesPass(),
+        CheckPatterns(),
+        AddPluginBodies(),
+    ),
+    # Q/DQ only, in a float16 body.
+    TENSORRT_NATIVE: (
+        NameLayers(),
+        CleanMetadata(),
+        RepairSqueeze(),
+        CheckFormats(native=True),
+        ShareSubgraphs(),
+        RewriteEinsum(),
+        MergeTransposes(),
+        NarrowInputs(),
+        HalfBody(),
+        LowerWeightOnly(),
+        LowerMonarch(),
+        LowerNative(),
+        RemoveUnusedNodesPass(),
+        CheckPatterns(),
     ),
 }
 

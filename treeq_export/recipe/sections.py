@@ -9,6 +9,7 @@ from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, strict=False)]
+Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
 
 
@@ -237,20 +238,40 @@ class CompileSection(Section):
     """Which graphs are written.
 
     Attributes:
-        targets: "portable" (standard ONNX) and "ort" (packed op with a function body).
+        targets: "portable" (standard ONNX), "ort" (packed op with a function body), "tensorrt"
+            (packed op as a plugin, float16 body), "tensorrt-native" (Q/DQ only, float16 body).
         external_data: "auto" writes a .data file above 1.5 GB of weights.
         max_batch: Upper end of the dynamic batch.
+        opt_batch: Batch that TensorRT engines are tuned for (guidance of one image is two).
     """
 
-    targets: Annotated[list[Literal["portable", "ort"]], Field(min_length=1)] = ["portable", "ort"]
+    targets: Annotated[list[Target], Field(min_length=1)] = ["portable", "ort"]
     external_data: Literal["auto", "always", "never"] = "auto"
     max_batch: Annotated[int, Field(ge=2)] = 256
+    opt_batch: Positive = 2
+
+    @model_validator(mode="after")
+    def _opt_batch_is_a_batch(self) -> Self:
+        if self.opt_batch > self.max_batch:
+            raise ValueError(f"opt_batch {self.opt_batch} is above max_batch {self.max_batch}")
+        return self
 
 
 class ParityGates(Section):
-    """Least parity of every target."""
+    """Least parity of every target.
+
+    Attributes:
+        min_end_to_end_sqnr_db: Of the network's output.
+        half_margin_db: A float16 body moves codes that lie near a rounding border, more the fewer
+            the bits. Where the reference itself, with all outputs of its modules rounded to
+            float16, does not reach min_end_to_end_sqnr_db, a target with such a body may be this
+            much below the reference so rounded.
+        min_equal_code_fraction: Of every layer on the reference's input.
+        min_layer_sqnr_db: Of every layer on the reference's input.
+    """
 
     min_end_to_end_sqnr_db: Annotated[float, Field(strict=False)] = 40.0
+    half_margin_db: Annotated[float, Field(ge=0, strict=False)] = 6.0
     min_equal_code_fraction: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.999
     min_layer_sqnr_db: Annotated[float, Field(strict=False)] = 40.0
 

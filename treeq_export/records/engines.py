@@ -4,6 +4,9 @@ from typing import Any
 
 from treeq_export.records.base import GateResult, Record
 
+ORT_CPU = "ONNX Runtime CPU"
+EMULATED = f"{ORT_CPU} (emulates the engine)"
+
 
 class AuditLayer(Record):
     """What a quantized layer became in the runtime's optimized graph.
@@ -74,9 +77,20 @@ class LayerParity(Record):
 
 
 class TargetParity(Record):
-    """Parity of one target; `sqnr_db` and `max_abs_error` are end to end."""
+    """Parity of one target; `sqnr_db` and `max_abs_error` are end to end.
+
+    Attributes:
+        target: The target, and how it was run where there are several ways.
+        runtime: What ran it; EMULATED where that is not the runtime that the target is made for.
+        passed: Whether all gates are met.
+        sqnr_db: Of the network's output.
+        max_abs_error: Of the same.
+        layers: One entry per quantized layer.
+        gates: What was required.
+    """
 
     target: str
+    runtime: str = ORT_CPU
     passed: bool
     sqnr_db: float
     max_abs_error: float

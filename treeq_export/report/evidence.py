@@ -9,6 +9,8 @@ from treeq_export.plan import FINETUNE_FILE, PLAN_FILE, Plan, load_plan
 from treeq_export.recipe import Recipe
 from treeq_export.records import (
     BenchRecord,
+    BuildRecord,
+    BuiltEngine,
     CompileRecord,
     FinetuneRecord,
     GateResult,
@@ -42,6 +44,7 @@ class Evidence:
         quality: Result of evaluate; None if it has not run.
         search: How the search went; None where search.json is missing.
         finetune: Result of finetune; None if nothing was trained.
+        build: Result of build; None if no engine was built.
         commands: Command lines that repeat the run.
     """
 
@@ -55,6 +58,7 @@ class Evidence:
     quality: QualityRecord | None
     search: SearchRecord | None
     finetune: FinetuneRecord | None
+    build: BuildRecord | None
     commands: tuple[str, ...]
 
     @property
@@ -70,6 +74,13 @@ class Evidence:
         names = [entry.target for entry in self.compiled.targets if entry.target != FP32]
         runner = self.quality.runner if self.quality else None
         return sorted(names, key=lambda name: name != runner)
+
+    @property
+    def engines(self) -> list[BuiltEngine]:
+        """The engines that were built from the graphs as they are now."""
+        current = {entry.sha256 for entry in self.compiled.targets}
+        built = self.build.engines if self.build else []
+        return [engine for engine in built if engine.manifest.graph_sha256 in current]
 
     @property
     def missing(self) -> list[str]:
@@ -117,6 +128,7 @@ def read_evidence(run: Path, recipe: Recipe, commands: list[str]) -> Evidence:
         quality=_read_optional(run / "quality.json", QualityRecord, "evaluate"),
         search=_read_optional(run / "search.json", SearchRecord, "search"),
         finetune=_read_optional(run / FINETUNE_FILE, FinetuneRecord, "finetune"),
+        build=_read_optional(run / "build.json", BuildRecord, "build"),
         commands=tuple(commands),
     )
 

@@ -18,6 +18,7 @@ from treeq_export.report.quantities import (
     format_limit,
     format_number,
     format_ratio,
+    name_with_runtime,
 )
 from treeq_export.report.svg import (
     ALARM,
@@ -54,7 +55,7 @@ def draw_parity(targets: Sequence[TargetParity], blocks: Mapping[str, int], limi
     def draw(figure: Figure) -> None:
         for axes, target in zip(make_panels(figure, len(targets)), targets, strict=True):
             _draw_layers(axes, target.layers, blocks, limit_db)
-            axes.set_title(target.target)
+            axes.set_title(name_with_runtime(target.target, target.runtime))
 
     return to_svg("parity", 3.3 * len(targets), draw)
 

@@ -117,6 +117,7 @@ def make_environment(*packages: str) -> Environment:
     )
     environment.filters.update(
         {
+            "runtime": quantities.name_with_runtime,
             "number": quantities.format_number,
             "limit": quantities.format_limit,
             "fixed": quantities.format_fixed,

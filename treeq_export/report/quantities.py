@@ -8,10 +8,21 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from treeq_export.records import Spread
+from treeq_export.records import ORT_CPU, Spread
 
 DASH = "-"
 INFINITY = "inf"
+
+
+def name_with_runtime(target: str, runtime: str) -> str:
+    """Return a target's name, with what ran it where that is not ONNX Runtime as such.
+
+    >>> name_with_runtime("ort", "ONNX Runtime CPU")
+    'ort'
+    >>> name_with_runtime("tensorrt", "ONNX Runtime CPU (emulates the engine)")
+    'tensorrt, ONNX Runtime CPU (emulates the engine)'
+    """
+    return target if runtime == ORT_CPU else f"{target}, {runtime}"
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

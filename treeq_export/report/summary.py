@@ -9,7 +9,7 @@ strict JSON: a number that is not finite is one of the strings "Infinity", "-Inf
                     against the first baseline of bench.json; at the first batch size timed
     quality         means over the seeds of quality.json; `seed` is the first of them
     size.fp32_bytes the float32 graph of the same exporter; 4 bytes a parameter if none was written
-    search          null where there is no search.json; likewise finetune and quality.baseline
+    search          null where there is no search.json; likewise finetune, quality.baseline, engines
 """
 
 import json
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 from treeq_export.records import (
     BaselineQuality,
     BenchRecord,
+    BuiltEngine,
     FinetuneRecord,
     LayerParity,
     ParityRecord,
@@ -131,8 +132,9 @@ Layer = TypeVar("Layer", LayerSummary, LayerParity)
 
 
 class ParitySummary(Summary):
-    """Parity of one target; sqnr_db and max_abs_error are end to end."""
+    """Parity of one target; sqnr_db and max_abs_error are end to end, runtime is what ran it."""
 
+    runtime: str
     passed: bool
     sqnr_db: float
     max_abs_error: float
@@ -164,6 +166,19 @@ class BenchSummary(Summary):
     environment: dict[str, Any]
 
 
+class EngineSummary(Summary):
+    """One engine: the layers that it has to run in integers, and those that it does."""
+
+    runtime: str
+    runtime_version: str
+    gpu: str
+    target: str
+    engine_bytes: int
+    build_s: float
+    num_quantized: int
+    num_verified: int
+
+
 class Report(Summary):
     """The content of report.json.
 
@@ -177,6 +192,7 @@ class Report(Summary):
         stages: Seconds per stage.
         search: How the search went; None where there is no record of it.
         finetune: What training gained; None where nothing was trained.
+        engines: Built and verified, not run; None where there is none of the present graphs.
         evidence: What it was made of; not part of the file, None when read back from it.
     """
 
@@ -189,6 +205,7 @@ class Report(Summary):
     stages: dict[str, float]
     search: SearchSummary | None = None
     finetune: FinetuneSummary | None = None
+    engines: list[EngineSummary] | None = None
     evidence: InstanceOf[Evidence] | None = Field(default=None, exclude=True, repr=False)
 
 
@@ -218,6 +235,7 @@ def summarize(evidence: Evidence, stages: dict[str, float]) -> Report:
         stages=stages,
         search=_summarize_search(evidence.search),
         finetune=_summarize_finetune(evidence.finetune),
+        engines=_summarize_engines(evidence.engines),
         evidence=evidence,
     )
 
@@ -279,11 +297,27 @@ def _summarize_finetune(record: FinetuneRecord | None) -> FinetuneSummary | None
     return FinetuneSummary(**record.model_dump(include=set(names)))
 
 
+def _summarize_engines(engines: list[BuiltEngine]) -> list[EngineSummary] | None:
+    names = EngineSummary.model_fields.keys() - {"num_quantized", "num_verified"}
+    summaries: list[EngineSummary] = []
+    for engine in engines:
+        verified = engine.manifest.verifier
+        summaries.append(
+            EngineSummary(
+                **engine.manifest.model_dump(include=set(names)),
+                num_quantized=verified.num_quantized,
+                num_verified=verified.num_plugins + verified.num_int8_gemms,
+            )
+        )
+    return summaries or None
+
+
 def _summarize_parity(record: ParityRecord | None) -> dict[str, ParitySummary] | None:
     if record is None:
         return None
     return {
         target.target: ParitySummary(
+            runtime=target.runtime,
             passed=target.passed,
             sqnr_db=target.sqnr_db,
             max_abs_error=target.max_abs_error,

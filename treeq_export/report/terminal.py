@@ -143,7 +143,8 @@ def _print_parity(
         return
     for name, target in parity.items():
         title = (
-            f"Parity of {name} with the quantized PyTorch reference: "
+            f"Parity of {quantities.name_with_runtime(name, target.runtime)} with the quantized "
+            "PyTorch reference: "
             f"{quantities.format_db(target.sqnr_db)} dB end to end, "
             f"max abs error {quantities.format_number(target.max_abs_error)}, "
             f"{'passed' if target.passed else 'FAILED'}"

@@ -10,6 +10,7 @@ from treeq_export.report.quantities import (
     format_fixed,
     format_percent,
     format_ratio,
+    name_with_runtime,
 )
 from treeq_export.report.summary import Report, baseline_speedups
 
@@ -151,11 +152,12 @@ def _tile_parity(report: Report, evidence: Evidence) -> Tile:
     shown = [name for name in evidence.targets if report.parity and name in report.parity]
     if not report.parity or not shown:
         return Tile(label, UNMEASURED, ("run treeq-export validate",), measured=False)
+    names = {name: name_with_runtime(name, report.parity[name].runtime) for name in shown}
     return Tile(
-        f"{label}, {shown[0]}",
+        f"{label}, {names[shown[0]]}",
         f"{format_db(report.parity[shown[0]].sqnr_db)} dB",
         (
-            *(f"{name}: {format_db(report.parity[name].sqnr_db)} dB" for name in shown),
+            *(f"{names[name]}: {format_db(report.parity[name].sqnr_db)} dB" for name in shown),
             "SQNR against the PyTorch reference with the same quantization",
         ),
     )

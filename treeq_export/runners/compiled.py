@@ -4,6 +4,9 @@ A compiled target may be run in two ways, each of which is validated and timed:
 
     ort         `treeq` ops in our custom-op library
     ort_body    the same file without it: ONNX Runtime takes the function bodies
+
+The targets of TensorRT are validated on the CPU: ONNX Runtime runs their Q/DQ nodes and function
+bodies. That shows what the graph says, not what an engine does.
 """
 
 import json
@@ -19,9 +22,13 @@ from treeq_export.runners.ort_runner import OrtRunner
 
 MODEL_FILE = "model.onnx"
 PACKED = "ort"
+TENSORRT, TENSORRT_NATIVE = "tensorrt", "tensorrt-native"
+TENSORRT_TARGETS = (TENSORRT, TENSORRT_NATIVE)
 _BODY = "_body"
 _FOLD_BELOW_BYTES = 100_000_000
 LAYERS_KEY = "treeq.layers"
+# The shapes that an engine is built for, see compile/batch_profile.py.
+PROFILE_KEY = "treeq.batch_profile"
 
 
 class LayerSite(NamedTuple):
@@ -76,7 +83,7 @@ def runner_options(path: Path, target: str) -> dict[str, bool]:
         100 MB that runs without our kernels.
     """
     kernels = uses_kernels(target)
-    packed = target.removesuffix(_BODY) == PACKED
+    packed = target.removesuffix(_BODY) in (PACKED, TENSORRT)
     small = sum(file.stat().st_size for file in path.parent.glob("*")) < _FOLD_BELOW_BYTES
     return {"use_kernels": kernels, "fold_constants": kernels or not packed or small}
 

@@ -7,6 +7,9 @@ The cut graph holds the very nodes of the target, function bodies inlined. Two p
 
 The second runs the same fused integer operator as the model. Its float32 output equals the int32
 sum wherever that is below 2^24, and its float32 rounding above.
+
+A layer in a float16 body takes x in float16; its y is given back as float32. A plugin node of the
+`tensorrt` target is run as its function body.
 """
 
 from typing import Any
@@ -18,6 +21,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from treeq_export.errors import RunnerError
 from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.plain_layer import (
     OUTPUT,
@@ -54,7 +58,8 @@ class LayerProbe:
         if quantize is not None:
             _add_output(model, quantize.outputs[0], _CODES)
         results = _run(model, x)
-        return own_channels(self.site, results[OUTPUT]), results.get(_CODES)
+        y = results[OUTPUT].astype(np.float32)
+        return own_channels(self.site, y), results.get(_CODES)
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
         """Return q_x q_w^T as (..., G, N), None for weight-only layers.
@@ -76,7 +81,8 @@ class LayerProbe:
 
     def _cut(self) -> ir.Model:
         node = find_packed_node(self._model, self.site)
-        if node is None:
+        if node is None or PLUGIN_ATTRIBUTES.keys() <= node.attributes.keys():
+            # Where the branch is an input of the node, both values of the site are in the graph.
             model = cut_lowered(self._model, self.site)
         else:
             model = cut_packed(self._model, node, as_functions=True)
@@ -138,4 +144,5 @@ def _run(model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     assert source.name is not None
     serialized = ir.to_proto(model).SerializeToString()
     with OrtRunner(serialized, threads=1) as runner:
-        return runner.run_all({source.name: x})
+        half = source.dtype == ir.DataType.FLOAT16
+        return runner.run_all({source.name: x.astype(np.float16) if half else x})

@@ -75,6 +75,8 @@ class OrtRunner:
             raise RunnerError(f"{self.model}: missing. Run the compile stage first.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Its default, 4, quantizes the activations of weight-only products silently.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         library = find_library(ORT_LIBRARY) if self.use_kernels else None
@@ -121,10 +123,20 @@ class OrtRunner:
         """
         if self._session is None:
             raise RunnerError("OrtRunner: not entered. Use it in a with statement.")
-        feeds = {name: np.asarray(inputs[name]) for name in self.input_names if name in inputs}
+        feeds = {
+            value.name: _narrowed(np.asarray(inputs[value.name]), value.type)
+            for value in self._session.get_inputs()
+            if value.name in inputs
+        }
         try:
             results = self._session.run(None, feeds)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise RunnerError(f"ONNX Runtime cannot run the model: {reason}") from error
         return dict(zip(self.output_names, results, strict=True))
+
+
+def _narrowed(array: NDArray[Any], wanted: str) -> NDArray[Any]:
+    """Return int64 labels as int32 where a model takes those."""
+    is_wide = wanted == "tensor(int32)" and array.dtype == np.int64
+    return array.astype(np.int32) if is_wide else array

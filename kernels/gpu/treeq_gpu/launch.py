@@ -1,0 +1,347 @@
+"""The kernels as functions of torch tensors: on a GPU, or on the CPU in Triton's interpreter.
+
+Outputs are allocated with torch.empty and nothing waits for the GPU, so a CUDA graph can capture
+every call. Kernels outside the written list are compiled at their first use.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from treeq_gpu import choose
+from treeq_gpu import instantiations as inst
+from treeq_gpu import monarch as monarch_kernels
+from treeq_gpu import qlinear as qlinear_kernels
+from treeq_gpu.instantiations import DType, Instantiation
+from treeq_gpu.interpreter import repair_bf16
+from treeq_gpu.quantize_tokens import quantize_tokens_kernel
+
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}
+KERNELS: dict[str, Any] = {
+    "quantize_tokens_kernel": quantize_tokens_kernel,
+    "qlinear_kernel": qlinear_kernels.qlinear_kernel,
+    "qlinear_partials_kernel": qlinear_kernels.qlinear_partials_kernel,
+    "finish_kernel": qlinear_kernels.finish_kernel,
+    "monarch_in_kernel": monarch_kernels.monarch_in_kernel,
+    "monarch_out_kernel": monarch_kernels.monarch_out_kernel,
+}
+if knobs.runtime.interpret:
+    repair_bf16()
+INTERPRETED_SMS = 4  # so that small shapes in the interpreter take every path
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count  # pragma: no cover
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)  # pragma: no cover
+    return f"sm_{major}{minor}"  # pragma: no cover
+
+
+def launch(instantiation: Instantiation, grid: choose.Grid, *args: Any) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        instantiation: The kernel and its compile-time arguments.
+        grid: Programs in x, y, z.
+        args: Run-time arguments, in the order of its `params`.
+    """
+    options = instantiation.options(_architecture(args[0].device))
+    KERNELS[instantiation.kernel][grid](*args, **instantiation.constants, **options)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name}: received {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            f"{'' if tensor.is_contiguous() else ' (strided)'}, expected {wanted} {shape}, "
+            f"contiguous. Convert it before the call."
+        )
+
+
+def _check_range(name: str, value: int, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: received {value}, expected {expected}. Change the plan's layer.")
+
+
+def quantize_tokens(
+    x: Tensor, *, act_bits: int, act_scale: str, act_step: float, rotation_group: int
+) -> tuple[Tensor, Tensor]:
+    """Rotate and quantize tokens.
+
+    Args:
+        x: (M, K) fp16, bf16 or fp32.
+        act_bits: 2..8.
+        act_scale: "token_rms", "token_absmax" or "tensor_static".
+        act_step: The layer's step.
+        rotation_group: Power of two up to 128 that divides K; 1 is none.
+
+    Returns:
+        Codes (M, KP) int8 in the kernels' column order, and scales (M,) float32.
+
+    Raises:
+        ValueError: Shapes, types or ranges are others.
+    """
+    m, k = x.shape
+    _check("x", x, (m, k), *DTYPE_NAMES)
+    _check_range("act_bits", act_bits, 2 <= act_bits <= 8, "2..8")
+    _check_range("in_features", k, 1 <= k <= inst.MAX_IN_FEATURES, f"1..{inst.MAX_IN_FEATURES}")
+    divides = rotation_group in inst.ROTATION_GROUPS and k % rotation_group == 0
+    _check_range("rotation_group", rotation_group, divides, f"a power of two to 128 dividing {k}")
+    if act_scale not in inst.KINDS:
+        raise ValueError(f"act_scale: received {act_scale}, expected one of {[*inst.KINDS]}.")
+    codes = torch.empty((m, choose.padded(k)), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m == 0:
+        return codes, scale
+    dtype = DTYPE_NAMES[x.dtype]
+    how = choose.choose_quantize(m, k, act_scale, rotation_group, _num_sms(x.device), dtype)
+    qmax = (1 << (act_bits - 1)) - 1
+    launch(
+        inst.quantize(act_scale, rotation_group, dtype),
+        how.grid,
+        *(x, codes, scale, m, k, codes.shape[1], -qmax - 1, qmax),
+        *(float(act_step), how.columns_per_program),
+    )
+    return codes, scale
+
+
+def _check_weights(
+    planes: Tensor, weight_bits: int, group_size: int, in_features: int, out_features: int
+) -> None:
+    _check_range("weight_bits", weight_bits, 2 <= weight_bits <= 8, "2..8")
+    words = choose.ceil_div(in_features, 32)
+    _check("planes", planes, (weight_bits, out_features, words), torch.int32)
+    fits = group_size == 0 or (group_size % 32 == 0 and in_features % group_size == 0)
+    _check_range("group_size", group_size, fits, f"0 or a multiple of 32 dividing {in_features}")
+
+
+def product(
+    codes: Tensor,
+    scale: Tensor,
+    planes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    *,
+    weight_bits: int,
+    group_size: int,
+    in_features: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return (q_x q_w^T * s_w) * s_x + bias + addend of quantized tokens.
+
+    Args:
+        codes: (M, KP) int8, from `quantize_tokens`.
+        scale: (M,) float32, from `quantize_tokens`.
+        planes: (weight_bits, N, KW) int32.
+        weight_scale: (N, G) float32.
+        bias: (N,) float32 or None.
+        addend: (M, N) of out_dtype or None.
+        weight_bits: 2..8.
+        group_size: Channels per weight scale; 0 is all of them.
+        in_features: K.
+        out_dtype: fp16, bf16 or fp32.
+
+    Returns:
+        (M, N) out_dtype.
+
+    Raises:
+        ValueError: Shapes, types or ranges are others.
+    """
+    m, n = len(codes), planes.shape[1]
+    _check_weights(planes, weight_bits, group_size, in_features, n)
+    _check("codes", codes, (m, choose.padded(in_features)), torch.int8)
+    num_groups = in_features // group_size if group_size else 1
+    _check("weight_scale", weight_scale, (n, num_groups), torch.float32)
+    if bias is not None:
+        _check("bias", bias, (n,), torch.float32)
+    if addend is not None:
+        _check("addend", addend, (m, n), out_dtype)
+    y = torch.empty((m, n), dtype=out_dtype, device=codes.device)
+    if m == 0:
+        return y
+    dtype, sms = DTYPE_NAMES[out_dtype], _num_sms(codes.device)
+    kp, kw = codes.shape[1], planes.shape[2]
+    how = choose.choose_qlinear(m, n, in_features, weight_bits, group_size, sms, dtype)
+    epilogue = (
+        *(scale, weight_scale, weight_scale if bias is None else bias),
+        *(y if addend is None else addend, y, m, n),
+    )
+    flags = (int(bias is not None), int(addend is not None))
+    if how.finish_grid is None:
+        kernel = choose.choose_qlinear_instantiation(m, n, weight_bits, group_size, sms, dtype)
+        launch(kernel, how.grid, codes, planes, *epilogue, kp, kw, num_groups, *flags)
+        return y
+    partials = torch.empty((how.split_k, m, n), dtype=torch.int32, device=codes.device)
+    kernel = inst.partials(weight_bits, choose.shape_class_of(m, n, sms))
+    launch(kernel, how.grid, codes, planes, partials, m, n, kp, kw, how.k_per_split)
+    launch(inst.finish(dtype), how.finish_grid, partials, *epilogue, how.split_k, *flags)
+    return y
+
+
+def qlinear(
+    x: Tensor,
+    planes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    *,
+    weight_bits: int,
+    act_bits: int,
+    act_scale: str,
+    act_step: float,
+    rotation_group: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return `treeq::QLinear` of x: the fields are the op's, the tensors its inputs.
+
+    Args:
+        x: (..., K) fp16, bf16 or fp32.
+        planes: (weight_bits, N, KW) int32.
+        weight_scale: (N, G) float32.
+        bias: (N,) float32 or None.
+        addend: (..., N) of out_dtype or None.
+        weight_bits: 2..8.
+        act_bits: 2..8.
+        act_scale: "token_rms", "token_absmax" or "tensor_static".
+        act_step: The layer's step.
+        rotation_group: Power of two up to 128 that divides K; 1 is none.
+        group_size: Channels per weight scale; 0 is all of them.
+        in_features: K.
+        out_features: N.
+        out_dtype: Type of the result; None is that of x.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: Shapes, types or ranges are others.
+    """
+    _check("x", x, (*x.shape[:-1], in_features), *DTYPE_NAMES)
+    _check_weights(planes, weight_bits, group_size, in_features, out_features)
+    codes, scale = quantize_tokens(
+        x.reshape(-1, in_features),
+        act_bits=act_bits,
+        act_scale=act_scale,
+        act_step=act_step,
+        rotation_group=rotation_group,
+    )
+    y = product(
+        codes,
+        scale,
+        planes,
+        weight_scale,
+        bias,
+        None if addend is None else addend.reshape(-1, out_features),
+        weight_bits=weight_bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_dtype=out_dtype or x.dtype,
+    )
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def integer_sums(
+    codes: Tensor,
+    planes: Tensor,
+    *,
+    weight_bits: int,
+    group_size: int,
+    in_features: int,
+    shape_class: str | None = None,
+) -> Tensor:
+    """Return the exact int32 sums, to compare with `numerics.accumulate` bit for bit.
+
+    Args:
+        codes: (M, KP) int8, from `quantize_tokens`.
+        planes: (weight_bits, N, KW) int32.
+        weight_bits: 2..8.
+        group_size: Channels per weight scale; 0 is all of them.
+        in_features: K.
+        shape_class: "token", "small" or "wide"; None chooses as `qlinear` does, without slices.
+
+    Returns:
+        (M, N) int32, or (M, G, N) where grouped.
+
+    Raises:
+        ValueError: Shapes, types or ranges are others.
+    """
+    m, n = len(codes), planes.shape[1]
+    _check_weights(planes, weight_bits, group_size, in_features, n)
+    _check("codes", codes, (m, choose.padded(in_features)), torch.int8)
+    step = choose.group_step(group_size)
+    name = shape_class or choose.shape_class_of(m, n, _num_sms(codes.device))
+    kernel = inst.qlinear(weight_bits, name, "fp16", step, sums=True)
+    num_steps = in_features // step if step else 1
+    sums = torch.empty((m, num_steps, n), dtype=torch.int32, device=codes.device)
+    grid = (choose.num_tiles(m, n, name, step), 1, 1)
+    unused = torch.empty(1, dtype=torch.float32, device=codes.device)
+    half = unused.to(torch.float16)
+    launch(
+        kernel,
+        grid,
+        *(codes, planes, unused, unused, unused, half, sums, m, n, codes.shape[1]),
+        *(planes.shape[2], num_steps, 0, 0),
+    )
+    if not group_size:
+        return sums[:, 0]
+    num_groups = in_features // group_size
+    return sums.reshape(m, num_groups, -1, n).sum(dim=2, dtype=torch.int32)
+
+
+def monarch(x: Tensor, R: Tensor, L: Tensor) -> Tensor:  # noqa: N803  the op's names
+    """Return `treeq::Monarch` of x.
+
+    Args:
+        x: (..., K) fp16, bf16 or fp32.
+        R: (b_in, K/b_in, b_out*r), type of x.
+        L: (b_out, b_in*r, N/b_out), type of x.
+
+    Returns:
+        (..., N), type of x.
+
+    Raises:
+        ValueError: Shapes or types are others.
+    """
+    b_in, block_in, width = R.shape
+    b_out, inner, block_out = L.shape
+    if width * b_in != inner * b_out or width % b_out:
+        raise ValueError(
+            f"R, L: received {tuple(R.shape)}, {tuple(L.shape)}, expected (b_in, K/b_in, b_out*r) "
+            f"and (b_out, b_in*r, N/b_out). Take both from one plan."
+        )
+    rank = width // b_out
+    _check("x", x, (*x.shape[:-1], b_in * block_in), *DTYPE_NAMES)
+    _check("R", R, (b_in, block_in, width), x.dtype)
+    _check("L", L, (b_out, inner, block_out), x.dtype)
+    m = x.numel() // (b_in * block_in)
+    y = torch.empty((*x.shape[:-1], b_out * block_out), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return y
+    dtype = DTYPE_NAMES[x.dtype]
+    how = choose.choose_monarch(m, block_in, b_in, b_out, rank, block_out, dtype)
+    z = torch.empty((m, b_out, inner), dtype=x.dtype, device=x.device)
+    first = inst.monarch("in", choose.monarch_class(m), dtype)
+    second = inst.monarch("out", choose.monarch_class(m), dtype)
+    launch(first, how.grid_in, x, R, z, m, block_in, b_in, b_out, rank)
+    launch(second, how.grid_out, z, L, y, m, inner, block_out, b_out)
+    return y

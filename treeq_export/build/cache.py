@@ -1,0 +1,144 @@
+"""Finished builds by the digest of all that they depend on.
+
+    CACHE/<key>/model.engine layers.txt entry.json
+
+A folder appears as a whole or not at all, so that an interrupted build leaves nothing. Engines of a
+run are links to these files where the file system has links, so that they take no space twice.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.build.engine import (
+    BUILD_FILE,
+    ENGINE_FILE,
+    LAYERS_FILE,
+    BuildOrder,
+    build_engine,
+)
+from treeq_export.records import Record, save_record
+from treeq_export.records.build import PluginReference, ShapeRange
+
+ENTRY_FILE = "entry.json"
+BUILDER_VERSION = 1  # raise it when the builder's options change
+
+
+class EngineInputs(Record):
+    """All that an engine depends on.
+
+    Attributes:
+        graph_sha256: Of the ONNX file.
+        data_sha256: Of its external data; None where it has none.
+        runtime: "tensorrt" or "tensorrt-rtx".
+        runtime_version: Its version.
+        gpu: Such as "sm_89".
+        profile: Shapes by input.
+        plugins: Plugins with their versions.
+        builder_version: Of the builder's options.
+    """
+
+    graph_sha256: str
+    data_sha256: str | None
+    runtime: str
+    runtime_version: str
+    gpu: str
+    profile: dict[str, ShapeRange]
+    plugins: list[PluginReference]
+    builder_version: int = BUILDER_VERSION
+
+    @property
+    def key(self) -> str:
+        """Digest of everything."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CacheEntry(Record):
+    """A finished build.
+
+    Attributes:
+        inputs: What it depends on.
+        engine_sha256: Of the engine file.
+        engine_bytes: Its size.
+        build_s: Seconds of parsing and building.
+        peak_bytes: Largest resident size of the building process.
+        num_layers: Layers of the parsed network.
+    """
+
+    inputs: EngineInputs
+    engine_sha256: str
+    engine_bytes: int
+    build_s: float
+    peak_bytes: int
+    num_layers: int
+
+
+def read_entry(folder: Path) -> CacheEntry | None:
+    """Return a cache folder's entry, None where there is none or it is malformed."""
+    try:
+        return CacheEntry.model_validate_json((folder / ENTRY_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def find(cache: Path, inputs: EngineInputs) -> CacheEntry | None:
+    """Return the finished build of these inputs; one whose engine has changed is none."""
+    folder = cache / inputs.key
+    entry, engine = read_entry(folder), folder / ENGINE_FILE
+    if entry is None or entry.inputs != inputs or not (folder / LAYERS_FILE).is_file():
+        return None
+    if not engine.is_file() or sha256_of_file(engine) != entry.engine_sha256:
+        return None
+    return entry
+
+
+def expected_seconds(cache: Path, inputs: EngineInputs) -> float | None:
+    """Return how long the same graph took for another GPU or version; None if it never was."""
+    found = [read_entry(path.parent) for path in cache.glob(f"*/{ENTRY_FILE}")]
+    same = [e for e in found if e is not None and e.inputs.graph_sha256 == inputs.graph_sha256]
+    return max((entry.build_s for entry in same), default=None)
+
+
+def build_into(
+    cache: Path, inputs: EngineInputs, order: BuildOrder, on_step: Callable[[float], None]
+) -> CacheEntry:
+    """Build and keep an engine.
+
+    Args:
+        cache: The cache's folder.
+        inputs: What the engine depends on.
+        order: The same for the builder; its folder is replaced.
+        on_step: Called with the fraction done, 0..1.
+
+    Raises:
+        RunnerError: The builder refuses the graph.
+        OutputError: The cache cannot be written to.
+    """
+    with atomic_folder(cache / inputs.key) as folder:
+        here = order.model_copy(update={"folder": str(folder.absolute())})
+        result = build_engine(here, expected_seconds(cache, inputs), on_step)
+        (folder / BUILD_FILE).unlink()
+        engine = folder / ENGINE_FILE
+        entry = CacheEntry(
+            inputs=inputs,
+            engine_sha256=sha256_of_file(engine),
+            engine_bytes=engine.stat().st_size,
+            **result.model_dump(),
+        )
+        save_record(folder / ENTRY_FILE, entry)
+    return entry
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

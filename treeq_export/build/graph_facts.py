@@ -1,0 +1,128 @@
+"""What a build needs to know of a compiled graph: profile, plugins, and whose product is where.
+
+The engine's layer list names ONNX nodes. Of each planned layer the node of its matrix product is
+
+1. the `treeq::QLinear` node that the metadata's layer list gives it, or
+2. every MatMul or Gemm that the constant `<layer>.weight_quantized` reaches through nodes that only
+   change its scale, type or shape.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from treeq_export.errors import CompileError
+from treeq_export.records.build import PluginReference, ShapeRange
+from treeq_export.runners.compiled import PROFILE_KEY, read_layers
+from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, QLINEAR_OP, VERSION
+
+PLAN_KEY = "treeq.plan_sha256"
+WEIGHT_SUFFIX = ".weight_quantized"
+_BRANCH_SUFFIX = "/branch"
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
+_PASSES_ON = frozenset({"DequantizeLinear", "Cast", "Reshape", "Transpose", "Mul", "Unsqueeze"})
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """Facts of one compiled graph.
+
+    Attributes:
+        products: Names of the nodes of its matrix product, by quantized layer.
+        branches: Names of the Monarch plugin nodes, with their layer.
+        all_products: Names of every node that is a product or a plugin.
+        profile: Shapes by input.
+        plan_sha256: Digest of the plan; "" where the metadata has none.
+        plugins: Plugins that its nodes ask for.
+    """
+
+    products: dict[str, frozenset[str]]
+    branches: dict[str, str]
+    all_products: frozenset[str]
+    profile: dict[str, ShapeRange]
+    plan_sha256: str
+    plugins: tuple[PluginReference, ...]
+
+
+def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
+    """Read a compiled graph.
+
+    Args:
+        path: The model file.
+        max_batch: Largest batch, for graphs whose metadata has no profile.
+        opt_batch: Batch to tune for, likewise.
+
+    Raises:
+        CompileError: An input's shape is not known.
+    """
+    model = ir.load(path)
+    sites = {site.name: site.node or site.name for site in read_layers(model)}
+    packed = {node.name or "" for node in model.graph if _is(node, QLINEAR_OP.name)}
+    weights = {
+        name.removesuffix(WEIGHT_SUFFIX): value
+        for name, value in model.graph.initializers.items()
+        if name.endswith(WEIGHT_SUFFIX)
+    }
+    products = {}
+    for layer, node in sites.items():
+        if node in packed:
+            products[layer] = frozenset({node})
+        elif layer in weights:
+            products[layer] = frozenset(_products_of(weights[layer]))
+        else:
+            products[layer] = frozenset()
+    return GraphFacts(
+        products=products,
+        branches={
+            name: name.removesuffix(_BRANCH_SUFFIX)
+            for name in (node.name or "" for node in model.graph if _is(node, MONARCH_OP.name))
+        },
+        all_products=frozenset(
+            node.name or ""
+            for node in model.graph
+            if node.domain == NAMESPACE or (not node.domain and node.op_type in _PRODUCTS)
+        ),
+        profile=_read_profile(path, model, opt_batch, max_batch),
+        plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
+        plugins=tuple(
+            PluginReference(name=name, version=VERSION, namespace=NAMESPACE)
+            for name in sorted({node.op_type for node in model.graph if node.domain == NAMESPACE})
+        ),
+    )
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return node.domain == NAMESPACE and node.op_type == op_type
+
+
+def _products_of(value: ir.Value) -> Iterator[str]:
+    """Yield the names of the products that a weight reaches."""
+    for use in value.uses():
+        if use.node.op_type in _PRODUCTS:
+            yield use.node.name or ""
+        elif use.node.op_type in _PASSES_ON:
+            yield from _products_of(use.node.outputs[0])
+
+
+def _read_profile(
+    path: Path, model: ir.Model, opt_batch: int, max_batch: int
+) -> dict[str, ShapeRange]:
+    """Return the metadata's profile, or the batch put in for the dynamic axes."""
+    text = model.metadata_props.get(PROFILE_KEY)
+    if text is not None:
+        return {name: ShapeRange(**shapes) for name, shapes in json.loads(text).items()}
+    profile = {}
+    for value in model.graph.inputs:
+        if value.shape is None or value.name is None:
+            raise CompileError(
+                f"{path}: input {value.name} has no shape. Run `treeq-export compile` again."
+            )
+        shapes = {
+            key: [dim if isinstance(dim, int) else batch for dim in value.shape]
+            for key, batch in (("min", 1), ("opt", min(opt_batch, max_batch)), ("max", max_batch))
+        }
+        profile[value.name] = ShapeRange(**shapes)
+    return profile

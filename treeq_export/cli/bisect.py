@@ -1,0 +1,65 @@
+"""The command that names the first layer out of bounds."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from treeq_export.cli.console import json_option, main, make_stdout, run_option, stage_progress
+from treeq_export.errors import GateError
+
+
+@main.command()
+@run_option
+@click.option(
+    "--target",
+    required=True,
+    metavar="TARGET",
+    help="A compiled target, such as ort or tensorrt; ort_body; or cuda.",
+)
+@click.option(
+    "--threshold-db",
+    type=float,
+    help="Least SQNR of a layer  [default: the recipe's validate.gates.min_layer_sqnr_db]",
+)
+@json_option
+def bisect(run: Path, target: str, threshold_db: float | None, as_json: bool) -> None:
+    """Name the first layer of a target that is out of bounds; status 3 if there is one."""
+    from treeq_export.bisect import run_bisect
+    from treeq_export.workspace import Workspace
+
+    with Workspace.reopen(run) as workspace, stage_progress() as progress:
+        record = run_bisect(
+            workspace.run,
+            workspace.denoiser,
+            workspace.plan,
+            workspace.tensors,
+            target,
+            workspace.recipe.validate_,
+            workspace.recipe.seed,
+            progress.start("bisect", False),
+            min_sqnr_db=threshold_db,
+        )
+    if as_json:
+        click.echo(record.model_dump_json(indent=2))
+    else:
+        _print(record)
+    if record.layer is not None:
+        raise GateError(record.sentence())
+
+
+def _print(record: Any) -> None:
+    if record.layer is None:
+        make_stdout().print(record.sentence(), highlight=False, soft_wrap=True)
+        return
+    table = Table(title=f"{record.target}: first layer out of bounds", show_header=False)
+    table.add_row("layer", record.layer)
+    for reason in record.reasons:
+        table.add_row("out of bounds", reason)
+    table.add_row("looked at", f"{record.num_examined} of {record.num_layers} layers")
+    inside = record.parity.propagated_sqnr_db
+    shown = "inside a fused node" if inside is None else f"{inside:.1f} dB"
+    table.add_row("inside the network", shown)
+    table.add_row("departs first there", record.departed or "no layer up to this one")
+    make_stdout().print(table)

@@ -1,0 +1,52 @@
+"""The optimization profile that an engine is built with, in the model's metadata.
+
+`treeq.batch_profile` is JSON: {input: {"min": shape, "opt": shape, "max": shape}}, one entry per
+graph input, with the batch put in for the dynamic axes.
+"""
+
+import json
+
+import onnx_ir as ir
+
+from treeq_export.errors import CompileError
+from treeq_export.runners.compiled import PROFILE_KEY
+
+_MIN_BATCH = 1
+
+
+def write_batch_profile(model: ir.Model, opt_batch: int, max_batch: int) -> None:
+    """Put the profile of a model's inputs into its metadata.
+
+    Args:
+        model: Its dynamic axes all are the batch.
+        opt_batch: Batch that the engine is tuned for.
+        max_batch: Largest batch.
+
+    Raises:
+        CompileError: An input's rank is not known.
+    """
+    batches = {"min": _MIN_BATCH, "opt": opt_batch, "max": max_batch}
+    profile: dict[str, dict[str, list[int]]] = {}
+    for value in model.graph.inputs:
+        if value.shape is None or value.name is None:
+            raise CompileError(f"{value.name}: the exported graph does not say its shape.")
+        dims = list(value.shape)
+        profile[value.name] = {
+            key: [dim if isinstance(dim, int) else batch for dim in dims]
+            for key, batch in batches.items()
+        }
+    model.metadata_props[PROFILE_KEY] = json.dumps(profile)
+
+
+def read_batch_profile(model: ir.Model) -> dict[str, dict[str, list[int]]]:
+    """Return {input: {"min", "opt", "max": shape}} of a compiled model.
+
+    Raises:
+        CompileError: The model has none.
+    """
+    try:
+        return json.loads(model.metadata_props[PROFILE_KEY])
+    except KeyError:
+        raise CompileError(
+            "the compiled graph has no batch profile. Run `treeq-export compile` again."
+        ) from None

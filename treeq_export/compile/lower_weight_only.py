@@ -1,0 +1,86 @@
+"""Pass `LowerWeightOnly`: layers whose activation stays in floating point, for TensorRT.
+
+Rules:
+1. A `treeq::QLinear` with act_bits 0 becomes x H -> MatMul(DequantizeLinear(w)) -> + bias, all in
+   float16: the form that TensorRT fuses to one weight-only kernel.
+2. The weight is INT4 up to 4 bits, INT8 above, (K, N), read by nothing but its DequantizeLinear.
+3. Scales are float16: (N,) with axis 1, or (K / block, N) with axis 0 and block_size. A scale that
+   float16 rounds to zero belongs to codes that hardly count and becomes its least number, because
+   TensorRT takes positive scales only.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.body import BodyWriter, write_rotation
+from treeq_export.compile.half_body import half_array
+from treeq_export.compile.lower_qlinear import add_initializer, initializer_array, replace_node
+from treeq_export.compile.signature import (
+    QLINEAR,
+    QLinearSignature,
+    layer_name,
+    nodes_of,
+    read_signature,
+)
+from treeq_export.quant.packing import unpack
+from treeq_export.quant.rotation import hadamard
+
+_INT4_BITS = 4
+_LEAST_HALF = np.float16(2.0**-24)
+
+
+class LowerWeightOnly(InPlacePass):
+    """Lower weight-only layers; ensures that every QLinear left has quantized activations."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change the graph in place."""
+        nodes = [
+            node for node in nodes_of(model, QLINEAR) if not node.attributes["act_bits"].as_int()
+        ]
+        for node in nodes:
+            _lower(model.graph, node)
+        return PassResult(model, bool(nodes))
+
+
+def stored_weight(graph: ir.Graph, node: ir.Node, signature: QLinearSignature) -> ir.Value:
+    """Return a layer's codes as an initializer (K, N): INT4 up to 4 bits, INT8 above."""
+    codes = np.ascontiguousarray(unpack(initializer_array(node.inputs[1]), signature.in_features).T)
+    if signature.weight_bits <= _INT4_BITS:
+        codes = codes.astype(ml_dtypes.int4)
+    return add_initializer(graph, f"{layer_name(node)}.weight_quantized", codes)
+
+
+def _lower(graph: ir.Graph, node: ir.Node) -> None:
+    signature, name = read_signature(node), layer_name(node)
+
+    def shared_half(key: str, array: NDArray[Any]) -> ir.Value:
+        return add_initializer(graph, f"{key}/half", array.astype(np.float16))
+
+    writer = BodyWriter(f"{name}/", shared_half)
+    x = node.inputs[0]
+    assert x is not None
+    matrix = hadamard(signature.rotation_group).astype(np.float32)
+    rotated = write_rotation(writer, x, signature, matrix)
+    weight = stored_weight(graph, node, signature)
+    scales = np.ascontiguousarray(initializer_array(node.inputs[2]).T).astype(np.float16)
+    scales = np.maximum(scales, _LEAST_HALF)
+    is_blocked = signature.num_groups > 1
+    scale = add_initializer(
+        graph, f"{name}.weight_quantized_scale", scales if is_blocked else scales[0]
+    )
+    form: dict[str, Any] = {"axis": 1}
+    if is_blocked:
+        form = {"axis": 0, "block_size": signature.group_size}
+    dequantized = writer.op("DequantizeLinear", weight, scale, **form)
+    y = writer.op("MatMul", rotated, dequantized, label="product")
+    if signature.has_bias:
+        assert node.inputs[3] is not None
+        assert node.inputs[3].const_value is not None
+        bias = half_array(node.inputs[3].const_value)
+        y = writer.op("Add", y, add_initializer(graph, f"{name}.bias/half", bias))
+    replace_node(graph, node, writer, y)

@@ -1,0 +1,134 @@
+"""Records of built engines: manifest.json and layers.json beside each, build.json of a run."""
+
+from typing import Literal
+
+from treeq_export.records.base import Record
+
+Planned = Literal["quantized", "weight-only", "floating-point"]
+
+
+class VerifiedLayer(Record):
+    """What became of one layer in an engine.
+
+    Attributes:
+        name: The layer as in the checkpoint; of a planned floating-point layer, its ONNX node.
+        planned: What the plan wants.
+        became: "plugin", "int8 gemm", or type and data types of what was found instead.
+        engine_layers: Names of the engine's layers that do it.
+        passed: Whether the engine obeys the plan.
+    """
+
+    name: str
+    planned: Planned
+    became: str
+    engine_layers: list[str]
+    passed: bool
+
+
+class VerifierSummary(Record):
+    """The verifier's table in numbers.
+
+    Attributes:
+        num_quantized: Layers whose weight and activation the plan quantizes.
+        num_plugins: Of them, layers that are plugins.
+        num_int8_gemms: Of them, layers that are Int8 gemms.
+        num_weight_only: Layers of which only the weight is quantized.
+        num_engine_layers: Layers of the engine.
+    """
+
+    num_quantized: int
+    num_plugins: int
+    num_int8_gemms: int
+    num_weight_only: int
+    num_engine_layers: int
+
+    @property
+    def passed_fraction(self) -> float:
+        """Part of the quantized layers that are a plugin or an Int8 gemm; 1 if there are none."""
+        done = self.num_plugins + self.num_int8_gemms
+        return done / self.num_quantized if self.num_quantized else 1.0
+
+
+class VerifierTable(Record):
+    """Content of layers.json: every planned layer and what became of it."""
+
+    summary: VerifierSummary
+    layers: list[VerifiedLayer]
+
+
+class PluginReference(Record):
+    """A plugin that has to be registered before an engine is loaded."""
+
+    name: str
+    version: str
+    namespace: str
+
+
+class ShapeRange(Record):
+    """Smallest, tuned-for and largest shape of one input."""
+
+    min: list[int]
+    opt: list[int]
+    max: list[int]
+
+
+class EngineManifest(Record):
+    """What an engine is, and where it may be loaded.
+
+    Attributes:
+        treeq_version: Of the package that built it.
+        runtime: "tensorrt" or "tensorrt-rtx".
+        runtime_version: The engine loads in exactly this version.
+        gpu: Such as "sm_89".
+        target: Compiled target that it was built from.
+        key: Digest of all that the engine depends on.
+        engine_sha256: Of the engine file.
+        engine_bytes: Its size.
+        graph_sha256: Of the ONNX file.
+        data_sha256: Of its external data; None where it has none.
+        plan_sha256: Of the plan, as the graph's metadata names it.
+        profile: Shapes by input.
+        bits: Weight and activation bits by layer; activation 0 is not quantized.
+        plugins: What has to be registered.
+        build_s: Seconds of parsing and building.
+        peak_bytes: Largest resident size of the process that built it.
+        verifier: What the verifier counted.
+    """
+
+    treeq_version: str
+    runtime: str
+    runtime_version: str
+    gpu: str
+    target: str
+    key: str
+    engine_sha256: str
+    engine_bytes: int
+    graph_sha256: str
+    data_sha256: str | None
+    plan_sha256: str
+    profile: dict[str, ShapeRange]
+    bits: dict[str, tuple[int, int]]
+    plugins: list[PluginReference]
+    build_s: float
+    peak_bytes: int
+    verifier: VerifierSummary
+
+
+class BuiltEngine(Record):
+    """One engine of a run.
+
+    Attributes:
+        path: Its folder, relative to the run folder.
+        how: "built", "from cache" or "up to date".
+        manifest: As beside the engine.
+    """
+
+    path: str
+    how: Literal["built", "from cache", "up to date"]
+    manifest: EngineManifest
+
+
+class BuildRecord(Record):
+    """Result of build: every engine of the run that this or an earlier call has built."""
+
+    engines: list[BuiltEngine]

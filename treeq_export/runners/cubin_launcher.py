@@ -1,0 +1,387 @@
+"""Launches the kernels that `treeq_gpu.ahead` compiled, by the CUDA driver, without Triton.
+
+Order of one `treeq::QLinear`: quantize_tokens, then the product, or slices of K and a finish. Order
+of one `treeq::Monarch`: monarch_in, monarch_out. The workspace holds codes, scales and partial sums
+(QLinear), or z (Monarch). `treeq_gpu.choose` says which kernel with which grid.
+
+Proven without a GPU: argument lists, grids, order and workspace, with a driver that only records.
+Untested: needs a GPU.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treeq_gpu import choose
+from treeq_gpu.instantiations import DType
+
+from treeq_export.errors import RunnerError
+
+MANIFEST = "kernels.json"
+# More multiprocessors never need less workspace, and no GPU of today has as many.
+MAX_SMS = 256
+_WARP = 32
+_SMALL_ROWS = 64  # rows of the tile of `small`, the class that splits K
+_PLAIN_SHARED_BYTES = 48 * 1024  # what a kernel may use without asking
+_DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+_CTYPES = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
+
+Grid = tuple[int, int, int]
+Number = int | float
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One `treeq::QLinear` with its number of tokens; names as in the op's definition."""
+
+    m: int
+    n: int
+    k: int
+    weight_bits: int
+    act_bits: int
+    act_scale: str
+    act_step: float
+    rotation_group: int
+    group_size: int
+    dtype: DType
+
+    @property
+    def num_groups(self) -> int:
+        """Weight scales per output channel."""
+        return self.k // self.group_size if self.group_size else 1
+
+
+@dataclass(frozen=True)
+class MonarchShape:
+    """One `treeq::Monarch`: M tokens, b_out x b_in blocks of a rank, block_in -> block_out."""
+
+    m: int
+    block_in: int
+    b_in: int
+    b_out: int
+    rank: int
+    block_out: int
+    dtype: DType
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of z, (M, b_out, b_in * rank), in the type of x."""
+        return self.m * self.b_out * self.b_in * self.rank * _DTYPE_BYTES[self.dtype]
+
+
+def linear_workspace_bytes(shape: LinearShape, num_sms: int = MAX_SMS) -> int:
+    """Return the bytes that suffice for every number of tokens up to `shape.m`.
+
+    Fewer tokens may need more, since only small products are cut in slices of K. Within one row of
+    tiles the largest m needs most.
+    """
+    rows = {min(choose.TOKEN_ROWS, shape.m), *range(_SMALL_ROWS, shape.m, _SMALL_ROWS), shape.m}
+    return max(
+        choose.workspace_bytes(m, shape.n, shape.k, shape.weight_bits, shape.group_size, num_sms)
+        for m in rows
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of kernels.json, loaded.
+
+    Attributes:
+        name: Of the instantiation.
+        handle: The driver's.
+        params: (name, type) of every argument, hidden ones last.
+        num_threads: Of a block.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    name: str
+    handle: Any
+    params: tuple[tuple[str, str], ...]
+    num_threads: int
+    shared_bytes: int
+
+
+class KernelFolder:
+    """The kernels of a folder for the current GPU, each loaded at its first launch.
+
+    Args:
+        folder: What `python -m treeq_gpu.ahead --out` wrote.
+        driver: The module `cuda.bindings.driver`, or what has its functions; None imports it.
+
+    Raises:
+        RunnerError: The folder holds no kernels, or none for this GPU.
+    """
+
+    def __init__(self, folder: Path, driver: Any = None) -> None:
+        self.folder = folder
+        self._driver = driver or load_driver()
+        self._device = self._call("cuCtxGetDevice")
+        attribute = self._driver.CUdevice_attribute
+        self.num_sms = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        major = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        manifest = read_manifest(folder)
+        self.architecture = pick_architecture(folder, manifest, major, minor)
+        self._entries = {
+            entry["name"]: entry for entry in manifest if entry["arch"] == self.architecture
+        }
+        self._kernels: dict[str, Kernel] = {}
+
+    def launch(self, name: str, grid: Grid, values: Mapping[str, Number], stream: int) -> None:
+        """Put one kernel into a stream.
+
+        Args:
+            name: Of the instantiation.
+            grid: Blocks along x, y, z.
+            values: Arguments by name; pointers are addresses.
+            stream: The stream's handle.
+
+        Raises:
+            RunnerError: The kernel is not in the folder, or the driver refuses.
+        """
+        kernel = self._kernels.get(name) or self._load(name)
+        self._call(
+            "cuLaunchKernel",
+            *(self._driver.CUfunction(int(kernel.handle)), *grid, kernel.num_threads, 1, 1),
+            *(kernel.shared_bytes, stream, pack_arguments(kernel, values), 0),
+        )
+
+    def _load(self, name: str) -> Kernel:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise RunnerError(
+                f"{self.folder}: no kernel {name} for {self.architecture}. Run `python -m "
+                f"treeq_gpu.ahead --out {self.folder} --arch {self.architecture}`."
+            )
+        data = (self.folder / entry["file"]).read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise RunnerError(
+                f"{self.folder / entry['file']}: its content is not what {MANIFEST} says. "
+                f"Run `python -m treeq_gpu.ahead --out {self.folder}` again."
+            )
+        library = self._call("cuLibraryLoadData", data, [], [], 0, [], [], 0)
+        handle = self._call("cuLibraryGetKernel", library, entry["function"].encode())
+        shared = entry["shared_bytes"]
+        if shared > _PLAIN_SHARED_BYTES:
+            attribute = self._driver.CUfunction_attribute
+            most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuKernelSetAttribute", most, shared, handle, self._device)
+        params = tuple((param, kind) for param, kind in entry["params"])
+        kernel = Kernel(name, handle, params, entry["num_warps"] * _WARP, shared)
+        self._kernels[name] = kernel
+        return kernel
+
+    def _attribute(self, attribute: Any) -> int:
+        return int(self._call("cuDeviceGetAttribute", attribute, self._device))
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        status, *results = getattr(self._driver, function)(*arguments)
+        if int(status):
+            name = self._driver.cuGetErrorName(status)[1].decode()
+            raise RunnerError(
+                f"{self.folder}: {function} failed: {name}. "
+                "`treeq-export doctor` shows GPU and driver."
+            )
+        return results[0] if results else None
+
+
+def load_driver() -> Any:
+    """Return the module `cuda.bindings.driver`.
+
+    Raises:
+        RunnerError: cuda-python is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise RunnerError(
+            f"cuda-python: cannot be imported ({error}). Run `pip install 'cuda-python>=12.9'`."
+        ) from error
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Return the kernels of a folder.
+
+    Raises:
+        RunnerError: There are none.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["kernels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunnerError(
+            f"{folder / MANIFEST}: missing or malformed. "
+            f"Run `python -m treeq_gpu.ahead --out {folder}`."
+        ) from error
+
+
+def pick_architecture(folder: Path, manifest: list[dict[str, Any]], major: int, minor: int) -> str:
+    """Return the best architecture for a GPU: the same major, the largest minor up to its own.
+
+    Raises:
+        RunnerError: None of the folder's runs on it.
+    """
+    found = {entry["arch"] for entry in manifest}
+    for candidate in range(minor, -1, -1):
+        if f"sm_{major}{candidate}" in found:
+            return f"sm_{major}{candidate}"
+    raise RunnerError(
+        f"{folder}: kernels for {', '.join(sorted(found)) or 'nothing'}, but the GPU is "
+        f"sm_{major}{minor}. Run `python -m treeq_gpu.ahead --out {folder} --arch sm_{major}0`."
+    )
+
+
+def pack_arguments(
+    kernel: Kernel, values: Mapping[str, Number]
+) -> tuple[tuple[Number, ...], tuple[Any, ...]]:
+    """Return values and C types in the kernel's order; hidden scratch pointers are null.
+
+    Raises:
+        RunnerError: A value has no parameter, or a parameter no value.
+    """
+    names = [name for name, _ in kernel.params if not name.startswith("scratch")]
+    if set(names) != set(values):
+        raise RunnerError(
+            f"{kernel.name}: takes {', '.join(names)}; received {', '.join(values)}. The kernels "
+            "are of another version: run `python -m treeq_gpu.ahead` again."
+        )
+    return (
+        tuple(values.get(name, 0) for name, _ in kernel.params),
+        tuple(_CTYPES.get(kind, ctypes.c_void_p) for _, kind in kernel.params),
+    )
+
+
+@dataclass(frozen=True)
+class LinearPointers:
+    """Device addresses of one `treeq::QLinear`; bias and addend are 0 where they are absent."""
+
+    x: int
+    planes: int
+    weight_scale: int
+    bias: int
+    addend: int
+    y: int
+    workspace: int
+
+
+def launch_qlinear(
+    kernels: KernelFolder, shape: LinearShape, at: LinearPointers, stream: int
+) -> None:
+    """Put one quantized linear into a stream.
+
+    Args:
+        kernels: Of the current GPU.
+        shape: Sizes and formats.
+        at: Addresses, 16-byte aligned.
+        stream: The stream's handle.
+
+    Raises:
+        RunnerError: A kernel is missing, or the driver refuses.
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    if m == 0:
+        return
+    launch = choose.choose_qlinear(
+        m, n, k, shape.weight_bits, shape.group_size, kernels.num_sms, shape.dtype
+    )
+    parts = choose.workspace_parts(m, n, k, launch.split_k)
+    codes, act_scale = at.workspace, at.workspace + parts[0]
+    partials = act_scale + parts[1]
+    _quantize(kernels, shape, at.x, codes, act_scale, stream)
+    size = {"M": m, "N": n}
+    operands = {
+        "codes": codes,
+        "planes": at.planes,
+        "KP": choose.padded(k),
+        "KW": choose.ceil_div(k, 32),
+    }
+    absent = at.weight_scale  # any valid address
+    epilogue = {
+        "act_scale": act_scale,
+        "weight_scale": at.weight_scale,
+        "bias": at.bias or absent,
+        "addend": at.addend or absent,
+        "y": at.y,
+        "has_bias": int(bool(at.bias)),
+        "has_addend": int(bool(at.addend)),
+    }
+    if launch.finish is None or launch.finish_grid is None:
+        values = size | operands | epilogue | {"num_groups": shape.num_groups}
+        kernels.launch(launch.instantiation, launch.grid, values, stream)
+        return
+    slices = {"partials": partials, "k_per_split": launch.k_per_split}
+    kernels.launch(launch.instantiation, launch.grid, size | operands | slices, stream)
+    sums = {"partials": partials, "num_splits": launch.split_k}
+    kernels.launch(launch.finish, launch.finish_grid, size | epilogue | sums, stream)
+
+
+def _quantize(
+    kernels: KernelFolder, shape: LinearShape, x: int, codes: int, scale: int, stream: int
+) -> None:
+    launch = choose.choose_quantize(
+        shape.m, shape.k, shape.act_scale, shape.rotation_group, kernels.num_sms, shape.dtype
+    )
+    values = {
+        "x": x,
+        "codes": codes,
+        "scale": scale,
+        "M": shape.m,
+        "K": shape.k,
+        "KP": choose.padded(shape.k),
+        "qmin": -(1 << (shape.act_bits - 1)),
+        "qmax": (1 << (shape.act_bits - 1)) - 1,
+        "step": shape.act_step,
+        "columns_per_program": launch.columns_per_program,
+    }
+    kernels.launch(launch.instantiation, launch.grid, values, stream)
+
+
+def launch_monarch(
+    kernels: KernelFolder,
+    shape: MonarchShape,
+    pointers: tuple[int, int, int, int, int],
+    stream: int,
+) -> None:
+    """Put one Monarch branch into a stream.
+
+    Args:
+        kernels: Of the current GPU.
+        shape: Sizes and type.
+        pointers: Addresses of x, R, L, y and the workspace.
+        stream: The stream's handle.
+
+    Raises:
+        RunnerError: A kernel is missing, or the driver refuses.
+    """
+    if shape.m == 0:
+        return
+    x, r, left, y, z = pointers
+    launch = choose.choose_monarch(
+        *(shape.m, shape.block_in, shape.b_in, shape.b_out, shape.rank, shape.block_out),
+        dtype=shape.dtype,
+    )
+    first = {
+        "x": x,
+        "R": r,
+        "z": z,
+        "M": shape.m,
+        "block_in": shape.block_in,
+        "b_in": shape.b_in,
+        "b_out": shape.b_out,
+        "rank": shape.rank,
+    }
+    second = {
+        "z": z,
+        "L": left,
+        "y": y,
+        "M": shape.m,
+        "inner": shape.b_in * shape.rank,
+        "block_out": shape.block_out,
+        "b_out": shape.b_out,
+    }
+    kernels.launch(launch.instantiation_in, launch.grid_in, first, stream)
+    kernels.launch(launch.instantiation_out, launch.grid_out, second, stream)
