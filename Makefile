@@ -1,6 +1,7 @@
 # make venv   an environment with everything, in .venv
 # make demo   a Diffusion Transformer trained on digits: plan, calibrate, compile, validate, bench,
 #             evaluate, report; ends with runs/digits/report.html
+# make engines  TensorRT-RTX engines of the demo's run, verified; no GPU needed
 # make test   all tests, with branch coverage
 # make apt    Debian packages for the tests of the ARM kernels, where root can install them
 # make check  format, lint, types, import order, then make test: the one gate
@@ -13,9 +14,10 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 KERNELS := kernels/CMakeLists.txt $(wildcard kernels/*/*.[ch]* kernels/*/*.inl kernels/*/*/*.h)
 DEMO_OUT ?= runs/digits
+ENGINE_GPUS ?= sm_80,sm_89,sm_120
 WHEEL_ENV ?= build/wheel-env
 
-.PHONY: apt venv demo test check wheel clean
+.PHONY: apt venv demo engines test check wheel clean
 
 # What the kernels' tests need beside the compiler: an ARM compiler and an emulator.
 apt:
@@ -33,6 +35,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 
 demo: venv
 	$(BIN)/treeq-export run samples/digits/recipe.yaml --out $(DEMO_OUT)
+
+engines: venv
+	$(BIN)/treeq-export build --run $(DEMO_OUT) --runtime tensorrt-rtx --gpu $(ENGINE_GPUS)
+	$(BIN)/treeq-export report --run $(DEMO_OUT)
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term

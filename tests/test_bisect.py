@@ -11,16 +11,22 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from click.testing import CliRunner
 
-from treeq_export.bisect import find_departure, layers_before, run_bisect
+from treeq_export.bisect import bisect_network, find_departure, layers_before, run_bisect
+from treeq_export.bisect.network import cut_prefix, run_as_engine
 from treeq_export.cli import main
-from treeq_export.errors import PlanError
+from treeq_export.compile.targets import lower
+from treeq_export.errors import PlanError, RunnerError
 from treeq_export.model.quantized import quantize_model
-from treeq_export.quant.metrics import sqnr_db
 from treeq_export.recipe import ValidateSection
+from treeq_export.records import save_record
+from treeq_export.records.build import EngineManifest, ShapeRange, VerifierSummary
 from treeq_export.runners.compiled import LayerSite, load_compiled, model_path, read_layers
-from treeq_export.validate import run_with_layers, trace_reference
+from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.tensorrt_library import load_runtime
+from treeq_export.validate import trace_reference
 
 Make = Callable[..., Any]
 WAYS = ["portable", "ort", "ort_body"]
@@ -242,29 +248,84 @@ def test_departure_asks_few_questions():
     assert find_departure([], lambda _: True) is None
 
 
-def test_departure_in_a_graph_that_can_only_be_run_as_a_whole(compiled_dit: Any, copy_target: Make):
-    """What an engine allows: a network's outputs, no layer alone."""
+def run_in_ort(model: ir.Model, inputs: Any) -> Any:
+    serialized = ir.to_proto(model).SerializeToString()
+    with OrtRunner(serialized, threads=1) as runner:
+        return runner.run({name: inputs[name] for name in runner.input_names})
+
+
+@pytest.mark.parametrize("fault", ["attn1.to_k", "norm1.linear", None])
+def test_departure_in_a_graph_that_can_only_be_run_as_a_whole(
+    fault: str | None, compiled_dit: Any, copy_target: Make
+):
+    """What an engine allows: no layer alone. ONNX Runtime takes the engine's place."""
     names = [layer.name for layer in compiled_dit.plan.layers]
-    broken = next(name for name in names if name.endswith("1.attn1.to_k"))
+    broken = next((name for name in names if name.endswith(f"1.{fault}")), None)
     run = copy_target("portable")
-    break_layer(run, "portable", f"{broken}.weight_quantized_scale", lambda scale: scale * 3)
+    if broken is not None:
+        break_layer(run, "portable", f"{broken}.weight_quantized_scale", lambda scale: scale * 3)
     model = load_compiled(run, "portable")
-    sites = [site for site in read_layers(model) if site.output]
-    before = layers_before(model, sites)
     quantized = quantize_model(compiled_dit.denoiser, compiled_dit.plan, compiled_dit.tensors)
     trace = trace_reference(quantized, compiled_dit.denoiser.make_example_inputs(2, 3))
-    asked: list[int] = []
+    steps: list[float] = []
+    sites = read_layers(model)
+    record = bisect_network("engine", model, sites, trace, run_in_ort, 40.0, steps.append)
+    assert record.layer == record.departed == broken
+    assert record.num_examined == len(steps) < len(sites)
+    assert record.parity is None
+    if broken is not None:
+        [reason] = record.reasons
+        assert reason.startswith("inside the network ")
+        assert reason.endswith(" dB < 40 dB")
 
-    def departs(layer: int) -> bool:
-        asked.append(layer)
-        site = sites[layer]
-        inside = run_with_layers(run, "portable", [site], trace)[site.output]
-        return not sqnr_db(trace.layer_outputs[site.name], inside) >= 40
 
-    found = find_departure(before, departs)
-    assert found is not None
-    assert sites[found].name == broken
-    assert len(asked) < len(sites)
+def test_an_engine_that_is_not_there(compiled_dit: Any):
+    with pytest.raises(RunnerError, match=r"sm_89/manifest\.json: missing or malformed"):
+        bisect(compiled_dit, compiled_dit.run, "engines/tensorrt-rtx/tensorrt/sm_89")
+
+
+def test_a_prefix_becomes_an_engine_which_needs_a_gpu(
+    make_layer: Make, make_model: Make, tmp_path: Path
+):
+    """Built here by TensorRT-RTX, as far as a machine without a GPU goes."""
+    pytest.importorskip("tensorrt_rtx")
+    if torch.cuda.is_available():
+        pytest.skip("says what happens without a GPU")
+    model = lower(make_model(make_layer(), make_layer(name="blocks.1.fc")), "tensorrt")
+    site = read_layers(model)[0]
+    profile = {"x": ShapeRange(min=[1, 3, 64], opt=[2, 3, 64], max=[2, 3, 64])}
+    manifest = EngineManifest(
+        treeq_version="0",
+        runtime="tensorrt-rtx",
+        runtime_version=load_runtime("tensorrt-rtx").version,
+        gpu="sm_89",
+        target="tensorrt",
+        key="",
+        engine_sha256="",
+        engine_bytes=0,
+        graph_sha256="",
+        data_sha256=None,
+        plan_sha256="",
+        profile=profile,
+        bits={},
+        plugins=[],
+        build_s=0.0,
+        peak_bytes=0,
+        verifier=VerifierSummary(
+            num_quantized=0,
+            num_plugins=0,
+            num_int8_gemms=0,
+            num_weight_only=0,
+            num_engine_layers=0,
+        ),
+    )
+    save_record(tmp_path / "manifest.json", manifest)
+    prefix = cut_prefix(model, site)
+    assert [node.op_type for node in prefix.graph].count("QLinear") == 1
+    message = f"^{tmp_path}: built for sm_89, but this machine has no NVIDIA GPU"
+    with pytest.raises(RunnerError, match=message) as caught:
+        run_as_engine(prefix, {}, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_before_follow_the_graph(compiled_dit: Any):

@@ -1,6 +1,8 @@
 import importlib.util
 import json
+import os
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,15 @@ from click.testing import CliRunner
 
 from treeq_export import __version__, doctor
 from treeq_export.cli import main
-from treeq_export.doctor import PACKAGES, REQUIRED, Finding, examine, findings_to_json, is_healthy
+from treeq_export.doctor import (
+    PACKAGES,
+    REQUIRED,
+    RUNTIME_MODULES,
+    Finding,
+    examine,
+    findings_to_json,
+    is_healthy,
+)
 
 OPTIONAL = [package for module, package, _, _ in PACKAGES if module not in REQUIRED]
 
@@ -26,6 +36,13 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("treeq_export.doctor.importlib.util.find_spec", find)
 
     return hide
+
+
+@pytest.fixture(autouse=True)
+def no_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests start no process per runtime; those of TestRegistration do."""
+    if request.cls is not TestRegistration:
+        monkeypatch.setattr("treeq_export.doctor.RUNTIME_MODULES", {})
 
 
 def finding_of(name: str) -> Finding:
@@ -78,7 +95,134 @@ class TestExamine:
     def test_json_holds_every_field(self) -> None:
         entries = findings_to_json(examine())
         assert json.loads(json.dumps(entries)) == entries
-        assert set(entries[0]) == {"name", "found", "purpose", "remedy", "required"}
+        fields = {"name", "found", "purpose", "remedy", "required", "problem"}
+        assert set(entries[0]) == fields
+
+
+class TestGpu:
+    def test_gpu_packages_are_optional(self) -> None:
+        findings = {finding.name: finding for finding in examine()}
+        for name in ("triton", "polygraphy", "cuda-python", "tensorrt-rtx"):
+            assert findings[name].found
+            assert not findings[name].required
+
+    def test_module_inside_a_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        entry = ("nothing_such.bindings", "nothing-such", "", "pip install 'treeq-export[rtx]'")
+        monkeypatch.setattr(doctor, "PACKAGES", (entry,))
+        assert finding_of("nothing-such").found is None
+
+    def test_kernels_of_a_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.delenv(doctor.KERNELS_VARIABLE, raising=False)
+        missing = finding_of("gpu kernels")
+        assert missing.found is None
+        assert "python -m treeq_gpu.ahead --out" in missing.remedy
+        monkeypatch.setenv(doctor.KERNELS_VARIABLE, str(tmp_path))
+        assert finding_of("gpu kernels").problem.endswith("kernels.json is missing or malformed")
+        kernels = [{"arch": "sm_90"}, {"arch": "sm_80"}, {"arch": "sm_80"}]
+        (tmp_path / "kernels.json").write_text(json.dumps({"kernels": kernels}))
+        assert finding_of("gpu kernels").found == f"3 for sm_80, sm_90, {tmp_path}"
+        (tmp_path / "kernels.json").write_text('{"kernels": 3}')
+        assert finding_of("gpu kernels").found is None
+
+    def test_plugin_library(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("TREEQ_LIBRARIES", str(tmp_path))
+        assert finding_of(doctor.PLUGIN_LIBRARY).found is None
+        assert "TENSORRT_ROOT=" in finding_of(doctor.PLUGIN_LIBRARY).remedy
+        (tmp_path / doctor.PLUGIN_LIBRARY).touch()
+        assert finding_of(doctor.PLUGIN_LIBRARY).found == str(tmp_path / doctor.PLUGIN_LIBRARY)
+
+    @pytest.mark.parametrize(
+        ("script", "found", "problem"),
+        [
+            ("echo 'Cuda compilation tools, release 13.0, V13.0.48'", "13.0, ", ""),
+            ("exit 1", None, "does not say its version"),
+        ],
+    )
+    def test_nvcc(
+        self,
+        script: str,
+        found: str | None,
+        problem: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        put_program(tmp_path, "nvcc", script, monkeypatch)
+        finding = finding_of("nvcc")
+        assert finding.found == (f"{found}{tmp_path / 'nvcc'}" if found else None)
+        assert finding.problem.endswith(problem)
+
+    def test_without_nvcc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        finding = finding_of("nvcc")
+        assert (finding.found, finding.problem) == (None, "")
+        assert finding.remedy
+
+    def test_driver_by_the_kernel_s_file(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "version"
+        file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue\n")
+        monkeypatch.setattr(doctor, "_DRIVER_FILE", file)
+        assert finding_of("nvidia driver").found == "580.159.04"
+
+    @pytest.mark.parametrize(
+        ("script", "found"), [("echo 580.159.04", "580.159.04"), ("echo failed; exit 9", None)]
+    )
+    def test_driver_by_its_tool(
+        self,
+        script: str,
+        found: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        put_program(tmp_path, "nvidia-smi", script, monkeypatch)
+        monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "missing")
+        assert finding_of("nvidia driver").found == found
+
+
+def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a shell script before everything else in PATH."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+class TestRegistration:
+    def test_plugins_register_in_every_installed_runtime(self) -> None:
+        findings = [f for f in examine() if f.name.startswith("plugins in ")]
+        installed = [n for n, m in RUNTIME_MODULES.items() if importlib.util.find_spec(m)]
+        assert [finding.name for finding in findings] == [f"plugins in {n}" for n in installed]
+        assert "plugins in tensorrt-rtx" in {finding.name for finding in findings}
+        for finding in findings:
+            assert str(finding.found).startswith("QLinear, Monarch from ")
+            assert not finding.required
+
+    @pytest.mark.parametrize(
+        ("script", "problem"),
+        [
+            ("import os; os.abort()", "status -6: no message"),
+            ("import sys; sys.exit('no such plugin')", "status 1: no such plugin"),
+            ("import time; time.sleep(60)", "no answer in 0.5 s"),
+        ],
+    )
+    def test_a_runtime_that_fails_is_a_finding(
+        self, script: str, problem: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "_REGISTER", script)
+        monkeypatch.setattr(doctor, "RUNTIME_MODULES", {"tensorrt-rtx": "tensorrt_rtx"})
+        with doctor.registrations() as children:
+            [(name, child)] = children.items()
+            timeout = 0.5 if "sleep" in script else 30.0
+            finding = doctor._examine_registration(name, child, timeout)
+        assert (finding.found, finding.problem) == (None, problem)
+        assert "treeq-export[rtx]" in finding.remedy
+        assert child.returncode is not None
+        assert is_healthy([finding])
+
+    def test_no_runtime_no_process(self, hide: Any) -> None:
+        hide(*RUNTIME_MODULES.values())
+        with doctor.registrations() as children:
+            assert children == {}
 
 
 class TestCommand:

@@ -46,7 +46,7 @@ def test_the_treeq_export_commands_run(tmp_path: Path):
     (tmp_path / "my_recipe.yaml").write_text(recipe)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("treeq-export")]
-    assert len(lines) == 9
+    assert len(lines) == 11
     for line in lines:
         done = subprocess.run(
             line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -58,5 +58,11 @@ def test_the_treeq_export_commands_run(tmp_path: Path):
     assert 3.9 < report["plan"]["average_activation_bits"] <= 4.0
     assert report["parity"]["portable"]["passed"] is True
     assert report["finetune"]["mode"] == "peft"
+    emulated = report["parity"]["tensorrt"]
+    assert emulated["passed"] is True
+    assert "emulates" in emulated["runtime"]
+    engines = {engine["target"]: engine for engine in report["engines"]}
+    assert set(engines) == {"tensorrt", "tensorrt-native"}
+    assert all(e["num_verified"] == e["num_quantized"] for e in engines.values())
     table = json.loads((tmp_path / "runs/table/compare.json").read_text())
     assert [row["strategy"] for row in table["rows"]] == ["uniform", "greedy"]

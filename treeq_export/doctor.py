@@ -1,16 +1,31 @@
-"""What this machine has for treeq-export, what is missing, and the command that installs it."""
+"""What this machine has for treeq-export, what is missing, and the command that installs it.
+
+Whether our plugins can be registered in a runtime is tried in a process of its own with a time
+limit, because TensorRT may abort; these processes run while the rest is looked at.
+"""
 
 import importlib.util
+import json
+import os
 import platform
-from contextlib import suppress
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
 from treeq_export.bench.environment import count_cores, read_cpu, version_of
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
+from treeq_export.runners.op_definition import OPS
 from treeq_export.runners.ort_runner import check_version
+from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
+from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
 
 # Module, package, what it is for, how to install it.
 PACKAGES = (
@@ -21,10 +36,32 @@ PACKAGES = (
     ("onnxruntime", "onnxruntime", "default runtime (CPU)", "pip install treeq-export"),
     ("tensorrt", "tensorrt", "TensorRT engines", "pip install 'treeq-export[tensorrt]'"),
     ("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX engines", "pip install 'treeq-export[rtx]'"),
+    ("polygraphy", "polygraphy", "building engines", "pip install 'treeq-export[rtx]'"),
+    ("cuda.bindings", "cuda-python", "running engines", "pip install 'treeq-export[rtx]'"),
+    ("triton", "triton", "GPU kernels", "pip install 'treeq-export[gpu]'"),
     ("tritonclient", "tritonclient", "serving client", "pip install 'treeq-export[serve]'"),
     ("modelopt", "nvidia-modelopt", "peer to compare with", "pip install 'treeq-export[modelopt]'"),
 )
+RUNTIME_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 REQUIRED = frozenset({"torch", "diffusers", "onnx", "onnxscript", "onnxruntime"})
+
+REGISTRATION_TIMEOUT_S = 30.0
+_REGISTER = """\
+import sys
+from treeq_export.errors import TreeqError
+from treeq_export.runners.tensorrt_library import load_runtime, require_parser
+from treeq_export.runners.tensorrt_runner import load_plugins
+try:
+    runtime = load_runtime(sys.argv[1])
+    source = load_plugins(runtime)
+    require_parser(runtime)
+except TreeqError as error:
+    sys.exit(str(error))
+sys.stdout.write(source)
+"""
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_COMMAND_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +74,7 @@ class Finding:
         purpose: What it is for.
         remedy: The command that installs it; empty where there is none.
         required: Whether the CPU path needs it.
+        problem: Why it cannot be used though it is there; empty where it can, or is missing.
     """
 
     name: str
@@ -44,10 +82,20 @@ class Finding:
     purpose: str
     remedy: str
     required: bool
+    problem: str = ""
 
 
 def examine() -> list[Finding]:
     """Return what is installed and what is missing on this machine."""
+    with registrations() as children:
+        findings = _examine_packages()
+        findings += [_examine_kernels(), _examine_cubins(), _examine_plugin_library()]
+        findings += [_examine_nvcc(), _examine_driver(), _examine_gpu()]
+        return findings + [_examine_registration(name, child) for name, child in children.items()]
+
+
+def _examine_packages() -> list[Finding]:
+    """Say what of Python is there."""
     model, sets = read_cpu()
     findings = [
         Finding("treeq-export", __version__, "this tool", "", required=True),
@@ -56,12 +104,17 @@ def examine() -> list[Finding]:
     ]
     for module, package, purpose, remedy in PACKAGES:
         found = None
-        if importlib.util.find_spec(module) is not None:
+        if _is_installed(module):
             found = version_of(package) or version_of(f"{package}-gpu") or "unknown version"
         findings.append(Finding(package, found, purpose, remedy, required=module in REQUIRED))
-    findings.append(_examine_kernels())
-    findings.append(_examine_gpu())
     return findings
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that the module is in
+        return False
 
 
 def _examine_kernels() -> Finding:
@@ -75,6 +128,119 @@ def _examine_kernels() -> Finding:
     remedy = "pip install --force-reinstall treeq-export"
     purpose = "packed low bits in ONNX Runtime; TREEQ_ISA forces an instruction set"
     return Finding("cpu kernels", found, purpose, remedy, required=False)
+
+
+def _examine_cubins() -> Finding:
+    """Say which GPU kernels are compiled ahead, for engines with the plugins in Python."""
+    purpose = "machine code of the GPU kernels, for the plugins in Python"
+    remedy = (
+        f"python -m treeq_gpu.ahead --out ~/.cache/treeq/kernels && "
+        f"export {KERNELS_VARIABLE}=~/.cache/treeq/kernels"
+    )
+    found, problem = None, ""
+    folder = os.environ.get(KERNELS_VARIABLE)
+    if folder:
+        manifest = Path(folder) / "kernels.json"
+        try:
+            kernels = json.loads(manifest.read_bytes())["kernels"]
+            architectures = sorted({kernel["arch"] for kernel in kernels})
+            found = f"{len(kernels)} for {', '.join(architectures)}, {folder}"
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = f"{manifest} is missing or malformed"
+    return Finding("gpu kernels", found, purpose, remedy, required=False, problem=problem)
+
+
+def _examine_plugin_library() -> Finding:
+    """Say where the C++ plugins lie; without them the classes in Python are registered."""
+    library = find_library(PLUGIN_LIBRARY)
+    remedy = (
+        "TENSORRT_ROOT=/path/to/TensorRT CUDA_HOME=/usr/local/cuda "
+        "pip install --force-reinstall --no-deps treeq-export"
+    )
+    found = None if library is None else str(library)
+    return Finding(PLUGIN_LIBRARY, found, "plugins for hosts without Python", remedy, False)
+
+
+def _examine_nvcc() -> Finding:
+    """Say which CUDA compiler is in PATH."""
+    found, problem = None, ""
+    program = shutil.which("nvcc")
+    if program is not None:
+        text = _output_of([program, "--version"])
+        release = re.search(r"release ([\d.]+)", text)
+        found = f"{release[1]}, {program}" if release else None
+        problem = "" if release else f"{program} does not say its version"
+    remedy = "conda install -c nvidia cuda-nvcc"
+    purpose = "the int4 kernel in CUDA C++; nothing else needs it"
+    return Finding("nvcc", found, purpose, remedy, required=False, problem=problem)
+
+
+def _examine_driver() -> Finding:
+    """Say which NVIDIA driver is loaded."""
+    found = None
+    if _DRIVER_FILE.is_file():
+        release = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", _DRIVER_FILE.read_text())
+        found = release[1] if release else "unknown version"
+    elif shutil.which("nvidia-smi") is not None:  # where /proc is not the host's
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        text = _output_of(command).strip()
+        found = text if re.fullmatch(r"[\d.]+", text) else None
+    remedy = "apt-get install nvidia-driver  (Debian; else https://www.nvidia.com/drivers)"
+    return Finding("nvidia driver", found, "running GPU engines", remedy, required=False)
+
+
+def _output_of(command: list[str]) -> str:
+    """Return what a command prints, "" where it fails or takes too long."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True
+        ).stdout
+    return ""
+
+
+@contextmanager
+def registrations() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
+    """Yield, by installed runtime, a process that registers our plugins in it."""
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    children = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", _REGISTER, name],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, module in RUNTIME_MODULES.items()
+        if _is_installed(module)
+    }
+    try:
+        yield children
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+
+
+def _examine_registration(
+    name: str, child: "subprocess.Popen[str]", timeout_s: float = REGISTRATION_TIMEOUT_S
+) -> Finding:
+    """Say whether our plugins can be registered in a runtime, and where they come from."""
+    found, problem = None, ""
+    try:
+        source, complaint = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        problem = f"no answer in {timeout_s:g} s"
+    else:
+        if child.returncode == 0:
+            found = f"{', '.join(op.name for op in OPS)} from {source}"
+        else:
+            lines = complaint.strip().splitlines() or ["no message"]
+            problem = f"status {child.returncode}: {lines[-1].strip()[:300]}"
+    package = "tensorrt" if name == "tensorrt" else "rtx"
+    remedy = f"pip install --force-reinstall 'treeq-export[{package}]'"
+    purpose = "packed low bits in engines"
+    return Finding(f"plugins in {name}", found, purpose, remedy, required=False, problem=problem)
 
 
 def _examine_gpu() -> Finding:

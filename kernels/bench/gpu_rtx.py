@@ -2,9 +2,9 @@
 
     python kernels/bench/gpu_rtx.py --engine FOLDER [--engine FOLDER ...] --out DIR
 
-FOLDER is an engine's folder of `treeq-export build`, with inputs.safetensors and expected.safetensors
-beside it (`gpu_session.py prepare` writes them), so that what it computes can be compared. Each
-engine runs in a process of its own with a time limit, because a runtime may abort.
+FOLDER is an engine's folder of `treeq-export build`, with inputs.safetensors and
+expected.safetensors in it (gpu_prepare.py writes them), so that what it computes can be compared.
+Each engine runs in a process of its own with a time limit, because a runtime may abort.
 """
 
 import argparse

@@ -223,7 +223,7 @@ class TestCheck:
             (4608, 1152),
             (1152, 6912),
         }
-        assert cases.TOKENS == tuple(1 << power for power in range(13))
+        assert tuple(1 << power for power in range(13)) == cases.TOKENS
         assert {1, 4096} <= set(cases.CHECKED_TOKENS)
         assert sum(m % 2 for m in cases.CHECKED_TOKENS) > 10
 

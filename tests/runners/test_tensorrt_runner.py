@@ -15,7 +15,13 @@ from tests.runners.fake_cuda import FakeCudart, Status
 from treeq_export.errors import RunnerError
 from treeq_export.runners import tensorrt_runner
 from treeq_export.runners.cuda_device import CudaDevice, load_cudart
-from treeq_export.runners.tensorrt_runner import OpenedEngine, TensorrtRunner
+from treeq_export.runners.tensorrt_library import Runtime
+from treeq_export.runners.tensorrt_runner import (
+    OpenedEngine,
+    TensorrtRunner,
+    load_plugins,
+    open_engine,
+)
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32}
 
@@ -361,3 +367,93 @@ def test_without_a_gpu_entering_is_one_line(engine: FakeEngine):
     with pytest.raises(RunnerError, match=r"^CUDA: cudaStreamCreate failed: cudaError") as caught:
         TensorrtRunner(Path("engines/x")).__enter__()
     assert "\n" not in str(caught.value)
+
+
+class FakeTensorrt:
+    """What open_engine and load_plugins call of TensorRT."""
+
+    def __init__(self, *, engine: object = None, library: object = None) -> None:
+        self.engine, self.library = engine, library
+        self.creators: set[str] = set()
+        self.loaded: list[str] = []
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level: int) -> None:
+            assert level == self.ERROR
+
+    def Runtime(self, logger: Logger) -> Any:  # noqa: N802
+        assert isinstance(logger, self.Logger)
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: data and self.engine)
+
+    def get_plugin_registry(self) -> Any:
+        def load_library(path: str) -> object:
+            self.loaded.append(path)
+            return self.library
+
+        return SimpleNamespace(
+            get_creator=lambda name, *_: name if name in self.creators else None,
+            load_library=load_library,
+        )
+
+
+@pytest.fixture
+def use_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeTensorrt], Runtime]:
+    def use(module: FakeTensorrt) -> Runtime:
+        runtime = Runtime("tensorrt-rtx", module, "1.7")
+        monkeypatch.setattr(tensorrt_runner, "load_runtime", lambda _name: runtime)
+        return runtime
+
+    return use
+
+
+class TestOpening:
+    def test_the_manifest_is_checked_after_the_plugins_are_there(
+        self, use_tensorrt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        module = FakeTensorrt(engine="engine")
+        runtime = use_tensorrt(module)
+        events: list[Any] = []
+        monkeypatch.setattr(tensorrt_runner, "load_plugins", lambda r: events.append(r))
+        monkeypatch.setattr(
+            tensorrt_runner, "check_manifest", lambda f, r, gpu: events.append((f, r, gpu))
+        )
+        (tmp_path / "model.engine").write_bytes(b"data")
+        opened = open_engine(tmp_path, "tensorrt-rtx", "sm_80")
+        assert events == [runtime, (tmp_path, runtime, "sm_80")]
+        assert opened.engine == "engine"
+        assert len(opened.owners) == 2
+
+    def test_an_engine_that_the_runtime_refuses(
+        self, use_tensorrt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        use_tensorrt(FakeTensorrt(engine=None))
+        for name in ("load_plugins", "check_manifest"):
+            monkeypatch.setattr(tensorrt_runner, name, lambda *_, **__: None)
+        (tmp_path / "model.engine").write_bytes(b"data")
+        with pytest.raises(RunnerError, match=r"tensorrt-rtx 1\.7 refuses the engine"):
+            open_engine(tmp_path, "tensorrt-rtx", None)
+
+    @pytest.mark.parametrize("library", [None, "broken", "good"])
+    def test_where_plugins_come_from(
+        self,
+        library: str | None,
+        use_tensorrt: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ):
+        module = FakeTensorrt(library=object() if library == "good" else None)
+        runtime = use_tensorrt(module)
+        registered: list[Runtime] = []
+        monkeypatch.setattr(tensorrt_runner, "register_plugins", registered.append)
+        monkeypatch.setenv("TREEQ_LIBRARIES", str(tmp_path))
+        path = tmp_path / "libtreeq_plugins.so"
+        if library is not None:
+            path.touch()
+        expected = str(path) if library == "good" else "python"
+        assert load_plugins(runtime) == expected
+        assert registered == ([] if library == "good" else [runtime])
+        assert module.loaded == ([] if library is None else [str(path)])
+        module.creators = {"QLinear"}
+        assert load_plugins(runtime) == "registered"

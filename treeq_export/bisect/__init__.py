@@ -5,6 +5,16 @@ engine, `find_departure` searches the graph with as few runs as it can.
 """
 
 from treeq_export.bisect.departure import find_departure, layers_before
-from treeq_export.bisect.own import BisectRecord, find_first_fault, run_bisect
+from treeq_export.bisect.network import bisect_network
+from treeq_export.bisect.own import find_first_fault
+from treeq_export.bisect.record import BisectRecord
+from treeq_export.bisect.run import run_bisect
 
-__all__ = ["BisectRecord", "find_departure", "find_first_fault", "layers_before", "run_bisect"]
+__all__ = [
+    "BisectRecord",
+    "bisect_network",
+    "find_departure",
+    "find_first_fault",
+    "layers_before",
+    "run_bisect",
+]

@@ -16,7 +16,7 @@ from treeq_export.errors import GateError
     "--target",
     required=True,
     metavar="TARGET",
-    help="A compiled target, such as ort or tensorrt; ort_body; or cuda.",
+    help="A compiled target, such as ort or tensorrt; ort_body; cuda; or engines/... of the run.",
 )
 @click.option(
     "--threshold-db",
@@ -58,8 +58,9 @@ def _print(record: Any) -> None:
     for reason in record.reasons:
         table.add_row("out of bounds", reason)
     table.add_row("looked at", f"{record.num_examined} of {record.num_layers} layers")
-    inside = record.parity.propagated_sqnr_db
-    shown = "inside a fused node" if inside is None else f"{inside:.1f} dB"
-    table.add_row("inside the network", shown)
-    table.add_row("departs first there", record.departed or "no layer up to this one")
+    if record.parity is not None:
+        inside = record.parity.propagated_sqnr_db
+        shown = "inside a fused node" if inside is None else f"{inside:.1f} dB"
+        table.add_row("inside the network", shown)
+        table.add_row("departs first there", record.departed or "no layer up to this one")
     make_stdout().print(table)

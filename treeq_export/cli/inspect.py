@@ -97,7 +97,8 @@ def doctor(as_json: bool) -> None:
         for finding in findings:
             missing = "[red]missing[/red]" if finding.required else "-"
             remedy = "" if finding.found else finding.remedy.replace("[", r"\[")
-            table.add_row(finding.name, finding.found or missing, finding.purpose, remedy)
+            found = finding.found or finding.problem or missing
+            table.add_row(finding.name, found, finding.purpose, remedy)
         make_stdout().print(table)
     if not is_healthy(findings):
         missing = ", ".join(f.name for f in findings if f.required and f.found is None)

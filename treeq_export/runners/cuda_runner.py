@@ -25,6 +25,7 @@ from treeq_export.runners.gpu_layers import (
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FLOAT32_INPUTS = ("timestep",)  # the embedding of 0..1000 is computed in float32
+_NOT_ENTERED = "CudaRunner: not entered. Use it in a with statement."
 _WARM_RUNS = 2  # Triton compiles and the allocator settles outside the capture
 
 Array = NDArray[Any]
@@ -134,7 +135,7 @@ class CudaRunner:
     def model(self) -> Denoiser:
         """The model on the device; the runner has to be entered."""
         if self._model is None:
-            raise RunnerError("CudaRunner: not entered. Use it in a with statement.")
+            raise RunnerError(_NOT_ENTERED)
         return self._model
 
     def prepare(self, inputs: Mapping[str, Array | Tensor]) -> list[Tensor]:
@@ -158,9 +159,8 @@ class CudaRunner:
 
     def run_tensors(self, tensors: list[Tensor]) -> Tensor:
         """Return the output on the device of what `prepare` returned, without waiting."""
-        model = self.model  # says so where the runner is not entered
-        del model
-        assert self._run is not None
+        if self._run is None:
+            raise RunnerError(_NOT_ENTERED)
         with torch.no_grad():
             return self._run(*tensors)
 
@@ -194,9 +194,9 @@ class CudaRunner:
 
     def _forward(self, *tensors: Tensor) -> Tensor:
         output = self.model(*tensors)
-        for _, layer in gpu_layers(self.model):
-            layer.shared.clear()
-            break  # they share it
+        first = next(gpu_layers(self.model), None)
+        if first is not None:
+            first[1].shared.clear()  # all layers share it
         return output
 
 

@@ -10,7 +10,6 @@ another one's shapes.
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -115,26 +114,23 @@ class TensorrtRunner:
         self.use_graphs = use_graphs
         self.gpu = gpu
         self._device = device or CudaDevice()
-        self._stack = ExitStack()
         self._opened: OpenedEngine | None = None
         self._inputs: dict[str, Binding] = {}
         self._outputs: dict[str, Binding] = {}
         self._prepared: dict[Shapes, _Prepared] = {}
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._device)
-            opened = open_engine(self.folder, self.runtime, self.gpu)
-            self._inputs, self._outputs = read_bindings(opened.engine, self.folder)
-            self._opened = opened
-            self._stack = stack.pop_all()
+        opened = open_engine(self.folder, self.runtime, self.gpu)
+        self._inputs, self._outputs = read_bindings(opened.engine, self.folder)
+        self._device.__enter__()
+        self._opened = opened
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         # Contexts go before the engine, and both before the memory that they were given.
         self._prepared.clear()
         self._opened = None
-        self._stack.close()
+        self._device.__exit__(*error)
 
     @property
     def input_names(self) -> tuple[str, ...]:
