@@ -44,7 +44,7 @@ def test_form(bits: int, group_size: int | None, target: str, make_layer: Make, 
 
 
 def test_scales_stay_positive(make_layer: Make, make_model: Make):
-    """A dead channel's scale rounds to zero in float16, which TensorRT refuses."""
+    """A dead channel has a scale that rounds to zero in float16."""
     layer = make_layer(act_bits=None, act_scale="none")
     layer.weight_scale[3] = 1e-12
     model = lower(make_model(layer), "tensorrt-native")

@@ -45,16 +45,22 @@ def gpu() -> Iterator[ModuleType]:
     A decorator decides when it runs whether a kernel is interpreted, so the modules are imported
     anew. Triton's own `tl.sum` and `tl.max` are decorated too, and replaced while a kernel runs.
     """
+    import treeq_gpu
     from triton.runtime.interpreter import ReduceOps
 
-    names = [f"treeq_gpu.{name}" for name in KERNEL_MODULES]
-    own = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    own = {name: sys.modules.pop(f"treeq_gpu.{name}", None) for name in KERNEL_MODULES}
+    for name in KERNEL_MODULES:  # `from treeq_gpu import qlinear` looks here first
+        if hasattr(treeq_gpu, name):
+            delattr(treeq_gpu, name)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         launch: Any = importlib.import_module("treeq_gpu.launch")
-    for name in names:
-        sys.modules.pop(name)
-    sys.modules.update(own)
+    for name, module in own.items():
+        del sys.modules[f"treeq_gpu.{name}"]
+        delattr(treeq_gpu, name)
+        if module is not None:
+            sys.modules[f"treeq_gpu.{name}"] = module
+            setattr(treeq_gpu, name, module)
     plain_launch = launch.launch
 
     def interpreted_launch(*args: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -135,7 +136,9 @@ def test_parameters_that_differ_are_refused():
 
 def sound_entry(name: str = "qlinear_w3_wide_fp16", architecture: str = "sm_90") -> dict[str, Any]:
     """Return an entry that the audit passes."""
-    numbers = {"mma": {"IGMMA": 4}, "loop_mma": 4, "loop_local": 0, "integer_per_4_codes": 7.6}
+    meant = list(audit.expected_mma(INSTANTIATIONS[name], architecture))
+    numbers = {"mma_meant": meant, "mma": {"IGMMA": 4}, "loop_mma": 4, "loop_local": 0}
+    numbers["integer_per_4_codes"] = 7.6
     return {"name": name, "arch": architecture, "shared_bytes": 78_000, "audit": numbers}
 
 
@@ -169,18 +172,40 @@ def test_audit_command_fails_with_the_names(tmp_path: Path, capsys: pytest.Captu
     ]
 
 
+LISTING = """
+        .text.kernel:
+        /*0000*/                   MOV R0, RZ ;
+.L_x_0:
+        /*0010*/                   IMMA.16832.S8.S8 R0, R4, R8, R0 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   LDL R1, [R2] ;
+.L_x_2:
+        /*0040*/                   IMMA.16832.S8.S8 R0, R4, R8, R0 ;
+        /*0050*/              @UP1 IMMA.16832.S8.S8 R0, R4, R8, R0 ;
+        /*0060*/               @P0 BRA `(.L_x_2) ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+"""
+
+
 def test_main_loop_is_the_shortest_around_most_products():
-    listing = [
-        (0x00, "MOV", " R0, RZ"),
-        (0x10, "IMMA.16832.S8.S8", " R0, R4, R8, R0"),
-        (0x20, "BRA", " 0x10"),
-        (0x30, "LDL", " R1, [R2]"),
-        (0x40, "IMMA.16832.S8.S8", " R0, R4, R8, R0"),
-        (0x50, "IMMA.16832.S8.S8", " R0, R4, R8, R0"),
-        (0x60, "BRA", " 0x40"),
-        (0x70, "BRA", " 0x30"),
-        (0x80, "BRA", " 0x100"),
-    ]
-    assert audit.find_main_loop(listing) == listing[4:7]
-    assert audit.find_main_loop(listing[:1]) == []
-    assert audit.count_opcodes(listing)["IMMA"] == 3
+    instructions = audit.parse_sass(LISTING)
+    assert [i.address for i in instructions] == [16 * i for i in range(10)]
+    assert [i.target for i in instructions if i.opcode == "BRA"] == [0x10, 0x40, 0x30, 0x90]
+    assert audit.find_main_loop(instructions) == instructions[4:7]
+    assert audit.find_main_loop(instructions[:1]) == []
+    assert audit.count_opcodes(instructions)["IMMA"] == 3
+
+
+def test_interpreted_kernels_leave_the_compiled_ones_alone(gpu: ModuleType):
+    from treeq_gpu import launch
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    assert launch is not gpu
+    for name, kernel in launch.KERNELS.items():
+        assert isinstance(kernel, JITFunction)
+        assert isinstance(gpu.KERNELS[name], InterpretedFunction)

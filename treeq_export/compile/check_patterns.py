@@ -1,13 +1,13 @@
 """Pass `CheckPatterns`: refuse what TensorRT refuses late, or builds wrong without a warning.
 
-Rules (knowledge/tensorrt.md; every one was seen with TensorRT-RTX 1.7), on the finished graph:
+Rules on the finished graph, from the project's notes on TensorRT-RTX 1.7 (knowledge/tensorrt.md):
 1. No value of type UINT4, INT2, UINT2 or FP8 E5M2.
 2. Zero points of Q/DQ are zero.
 3. A stored INT4 or INT8 constant feeds a DequantizeLinear's or a plugin's input, nothing else.
 4. No DynamicQuantizeLinear, MatMulInteger, ConvInteger, QLinearMatMul.
 5. Scales of Q/DQ are stored, not computed at run time.
-6. A blocked DequantizeLinear has blocks of 16..128, fewer than the whole axis, and feeds no product
-   with quantized activations.
+6. A blocked DequantizeLinear has blocks of 16..128, less than the whole axis, and feeds no product
+   with quantized activations. (Blocks of 256 were seen to build; what runs then is not known.)
 7. Around a product of two dequantized operands everything is float32: both scales, the product and
    the multiply behind it. With float16 TensorRT stores the int32 sum unscaled and it overflows.
 8. All floating-point inputs of a node are of one type.
@@ -120,7 +120,7 @@ def _quantizer_problems(node: ir.Node) -> Iterator[str]:
         axis = node.attributes.get_int("axis", 1)
         if not MIN_BLOCK <= block <= MAX_BLOCK or (shape is not None and shape[axis] == block):
             yield (
-                f"TensorRT refuses block_size {block} here; it takes {MIN_BLOCK}..{MAX_BLOCK}, "
+                f"block_size {block} is none of those known to work, {MIN_BLOCK}..{MAX_BLOCK} and "
                 "less than the whole axis."
             )
 

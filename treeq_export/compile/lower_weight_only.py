@@ -2,11 +2,12 @@
 
 Rules:
 1. A `treeq::QLinear` with act_bits 0 becomes x H -> MatMul(DequantizeLinear(w)) -> + bias, all in
-   float16: the form that TensorRT fuses to one weight-only kernel.
+   float16. With INT4 blocks and no rotation TensorRT-RTX 1.7 makes one fused kernel of it; with one
+   scale per channel it keeps a gemm and more kernels around it.
 2. The weight is INT4 up to 4 bits, INT8 above, (K, N), read by nothing but its DequantizeLinear.
 3. Scales are float16: (N,) with axis 1, or (K / block, N) with axis 0 and block_size. A scale that
-   float16 rounds to zero belongs to codes that hardly count and becomes its least number, because
-   TensorRT takes positive scales only.
+   float16 rounds to zero belongs to codes that hardly count and becomes its least number: a zero
+   scale has no inverse, and a runtime may refuse it (not tried with TensorRT).
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 Rules:
 1. Every `treeq` node carries plugin_namespace and plugin_version: without them TensorRT's parser
    imports the function body and says nothing.
-2. A QLinear without bias gets zeros, float32, shared by all layers of one width: TensorRT has no
-   empty inputs in the middle.
+2. A QLinear without bias gets zeros, float32, shared by all layers of one width, so that the
+   addend always is the fifth input of a plugin.
 3. A group_size of all input channels is one scale per channel and becomes 0.
 """
 

@@ -7,7 +7,7 @@ Rules:
    other readers.
 3. A Transpose that moves nothing is left out, unless its output is a graph output.
 
-So k of an attention is turned once, and TensorRT finds the attention without shape arithmetic.
+So k of an attention is turned once, without shape arithmetic in between.
 """
 
 import onnx_ir as ir

@@ -4,8 +4,8 @@
 
 writes DIR/<instantiation>.<architecture>.cubin and .ptx, and DIR/kernels.json, which says all that
 a launch needs: symbol, shared memory, warps, and the parameters as the PTX has them, so the scratch
-pointers that Triton appends are there too. A kernel whose sources and options have not changed is
-taken from DIR's own record, so a second run takes no time.
+pointers that Triton appends are there too. Each kernel leaves a record, DIR/<...>.json, with a
+digest of the sources: a second run compiles nothing, and an interrupted one goes on where it was.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def compile_kernel(name: str, architecture: str, out: Path) -> dict[str, Any]:
     _write(out / f"{stem}.cubin", cubin)
     _write(out / f"{stem}.ptx", ptx.encode())
     audit = audit_cubin(out / f"{stem}.cubin", instantiation, architecture)
-    return {
+    entry = {
         "name": name,
         "function": compiled.metadata.name,
         "arch": architecture,
@@ -115,21 +115,23 @@ def compile_kernel(name: str, architecture: str, out: Path) -> dict[str, Any]:
         "params": params_of(instantiation, ptx),
         "audit": audit,
     }
-
-
-def _is_current(entry: dict[str, Any], out: Path) -> bool:
-    path = out / entry["file"]
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+    record = json.dumps({"sources": source_digest(), "entry": entry})
+    _write(out / f"{stem}.json", record.encode())
+    return entry
 
 
 def _known(out: Path, digest: str) -> dict[tuple[str, str], dict[str, Any]]:
-    path = out / MANIFEST
-    if not path.is_file():
-        return {}
-    manifest = json.loads(path.read_text())
-    if manifest.get("sources") != digest:
-        return {}
-    return {(e["name"], e["arch"]): e for e in manifest["kernels"] if _is_current(e, out)}
+    """Return the entries whose record is of these sources and whose cubin is whole."""
+    known = {}
+    for path in out.glob("*.sm_*.json"):
+        record = json.loads(path.read_text())
+        entry = record["entry"]
+        cubin = out / entry["file"]
+        if record["sources"] != digest or not cubin.is_file():
+            continue
+        if hashlib.sha256(cubin.read_bytes()).hexdigest() == entry["sha256"]:
+            known[entry["name"], entry["arch"]] = entry
+    return known
 
 
 def compile_all(
@@ -163,7 +165,6 @@ def compile_all(
             known |= {(e["name"], e["arch"]): e for e in done}
     manifest = {
         "triton": triton.__version__,
-        "sources": digest,
         "kernels": [known[key] for key in sorted(known)],
     }
     _write(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ SHARED_LIMIT_BYTES = {
     "sm_90": 227 * 1024,
     "sm_120": 99 * 1024,
 }
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*);", re.M)
-_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_LINE = re.compile(
+    r"^(?P<label>\.L_\w+):"
+    r"|^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*);",
+    re.MULTILINE,
+)
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
 _MMA = ("IMMA", "IGMMA", "HMMA", "HGMMA")
 _LOCAL = ("LDL", "STL")
 # On the integer pipes, one result per thread; uniform (U*) instructions run once per warp.
@@ -45,38 +50,60 @@ _INTEGER = (
 )
 
 
-def disassemble(cubin: Path) -> tuple[str, int, int]:
-    """Return (SASS, registers, stack_bytes) of a cubin that holds one kernel."""
-    listings = [
-        subprocess.run(
-            [BINARIES / "cuobjdump", option, cubin], capture_output=True, text=True, check=True
-        ).stdout
-        for option in ("-sass", "-res-usage")
-    ]
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", listings[1]))
-    return listings[0], int(usage["REG"]), int(usage["STACK"])
+@dataclass(frozen=True)
+class Instruction:
+    """One line of SASS: its address, the opcode with modifiers and, of a branch, its target."""
+
+    address: int
+    opcode: str
+    target: int | None = None
 
 
-def count_opcodes(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """Return how often each opcode is there, without modifiers."""
-    return Counter(opcode.split(".")[0] for _, opcode, _ in instructions)
-
-
-def find_main_loop(
-    instructions: list[tuple[int, str, str]],
-) -> list[tuple[int, str, str]]:
-    """Return the instructions of the main loop, none where no loop has an MMA.
-
-    Args:
-        instructions: (address, opcode, operands).
-    """
-    best: list[tuple[int, str, str]] = []
-    score = (0, 0)
-    for address, opcode, operands in instructions:
-        target = _TARGET.search(operands) if opcode.startswith("BRA") else None
-        if not target or int(target[1], 16) > address:
+def parse_sass(listing: str) -> list[Instruction]:
+    """Return the instructions of a listing of nvdisasm."""
+    lines: list[tuple[int, str, str]] = []
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    for match in _LINE.finditer(listing):
+        if match["label"]:
+            waiting.append(match["label"])
             continue
-        body = [i for i in instructions if int(target[1], 16) <= i[0] <= address]
+        address = int(match["address"], 16)
+        labels |= dict.fromkeys(waiting, address)
+        waiting.clear()
+        lines.append((address, match["opcode"], match["rest"]))
+    return [
+        Instruction(address, opcode, labels.get(found[1]) if found else None)
+        for address, opcode, rest in lines
+        for found in [_TARGET.search(rest) if opcode.startswith("BRA") else None]
+    ]
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_usage(cubin: Path) -> tuple[int, int]:
+    """Return (registers, stack_bytes) of a cubin that holds one kernel."""
+    usage = dict(
+        re.findall(r"(REG|STACK):(\d+)", _run(BINARIES / "cuobjdump", "-res-usage", cubin))
+    )
+    return int(usage["REG"]), int(usage["STACK"])
+
+
+def count_opcodes(instructions: list[Instruction]) -> Counter[str]:
+    """Return how often each opcode is there, without modifiers."""
+    return Counter(i.opcode.split(".")[0] for i in instructions)
+
+
+def find_main_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions of the main loop, none where no loop has an MMA."""
+    best: list[Instruction] = []
+    score = (0, 0)
+    for branch in instructions:
+        if branch.target is None or branch.target > branch.address:
+            continue
+        body = [i for i in instructions if branch.target <= i.address <= branch.address]
         found = count_opcodes(body)
         this = (sum(found[name] for name in _MMA), -len(body))
         if this[0] and (not best or this > score):
@@ -99,13 +126,14 @@ def audit_cubin(cubin: Path, instantiation: Instantiation, architecture: str) ->
         instantiation: What it was compiled from.
         architecture: Such as "sm_90".
     """
-    sass, registers, stack_bytes = disassemble(cubin)
-    instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(sass)]
+    registers, stack_bytes = read_usage(cubin)
+    instructions = parse_sass(_run(BINARIES / "nvdisasm", "-c", "-ndf", cubin))
     total, loop = count_opcodes(instructions), count_opcodes(find_main_loop(instructions))
     num_mma = sum(loop[name] for name in _MMA)
     result: dict[str, Any] = {
         "registers": registers,
         "stack_bytes": stack_bytes,
+        "mma_meant": list(expected_mma(instantiation, architecture)),
         "mma": {name: total[name] for name in _MMA if total[name]},
         "loop_instructions": sum(loop.values()),
         "loop_mma": num_mma,
@@ -148,7 +176,7 @@ def problems_of(entry: dict[str, Any]) -> list[str]:
     """Return what is wrong with an entry of kernels.json."""
     instantiation, audit = INSTANTIATIONS[entry["name"]], entry["audit"]
     problems = []
-    wanted = expected_mma(instantiation, entry["arch"])
+    wanted = audit["mma_meant"]
     if wanted and not any(audit["mma"].get(name) for name in wanted):
         problems.append(f"no {' or '.join(wanted)}")
     if wanted and not audit["loop_mma"]:
@@ -198,9 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"{len(entries) - len(failed)} of {len(entries)} kernels pass\n")
     if options.json:
         kept = ("name", "arch", "registers", "stack_bytes", "shared_bytes", "audit")
-        rows = [{key: e[key] for key in kept} for e in entries]
-        text = json.dumps({"triton": manifest["triton"], "kernels": rows}, indent=1)
-        options.json.write_text(text + "\n")
+        rows = ",\n".join(json.dumps({key: e[key] for key in kept}) for e in entries)
+        version = json.dumps(manifest["triton"])
+        options.json.write_text(f'{{"triton": {version}, "kernels": [\n{rows}\n]}}\n')
     return 1 if failed else 0
 
 

@@ -169,7 +169,11 @@ class Instantiation:
 
 def tile_of(shape_class: str, step: int = 0) -> Tile:
     """Return the tile of a shape class; `step` as in `qlinear`."""
-    return replace(GROUPED_TILES[shape_class], bk=step) if step else TILES[shape_class]
+    if not step:
+        return TILES[shape_class]
+    # Four warps where eight would share words: decoding then costs each thread too much.
+    num_warps = 4 if step < 128 else GROUPED_TILES[shape_class].num_warps
+    return replace(GROUPED_TILES[shape_class], bk=step, num_warps=num_warps)
 
 
 def _shape(tile: Tile) -> dict[str, int]:
