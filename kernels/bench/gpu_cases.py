@@ -150,6 +150,14 @@ def make_layer(fmt: Format, k: int, n: int, device: torch.device, seed: int) -> 
     )
 
 
+def make_float_linear(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x (M, K), weight (N, K), the same for every M, and bias (N,) in fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn((n, k), generator=generator) / k**0.5
+    bias = torch.randn(n, generator=generator)
+    return torch.randn((m, k), generator=generator), weight, bias
+
+
 def make_tokens(m: int, k: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
     """Return Gaussian tokens (M, K), a zero one and one with an outlier among them."""
     generator = torch.Generator().manual_seed(seed)

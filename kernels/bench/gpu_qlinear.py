@@ -44,6 +44,7 @@ from gpu_check import check_case, failures, integer_sums
 from gpu_contenders import BASELINES, make_layers, open_contenders
 from gpu_sass import audit_recorded, recorded_kernels
 from gpu_summary import print_summary, summarise
+from gpu_tensorrt import open_opponents
 from treeq_gpu import choose
 from treeq_gpu.launch import DTYPE_NAMES
 
@@ -113,12 +114,17 @@ class Session:
         """Time all contenders at every number of tokens."""
         k, n = self.shapes[shape]
         layers = make_layers(k, n, self.device)
+        opponents = open_opponents(k, n, self.device)
         timer = self.timer()
         rows = []
         for m in self.tokens:
-            with open_contenders(layers, m, self.device, DTYPE) as (calls, missing):
+            contenders = open_contenders(layers, m, self.device, DTYPE, opponents)
+            with contenders as (calls, missing):
                 times = time_interleaved(calls, timer, rounds=self.rounds, warmup=3)
             rows += make_rows(shape, k, n, m, times, missing)
+        for row in rows:
+            if row["target"] in opponents.layers:
+                row["engine_layers"] = opponents.layers[row["target"]]
         return rows
 
     def sass(self) -> list[dict[str, Any]]:
@@ -238,7 +244,7 @@ def make_record(
             "failures": failures(checks),
             "rows": checks,
         },
-        "summary": summarise(rows),
+        "summary": summarise(rows, done.get("sass", [])),
         "kernels": done.get("sass", []),
         "rows": rows,
     }

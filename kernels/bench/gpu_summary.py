@@ -1,4 +1,4 @@
-"""What the rows of gpu_qlinear.py say: goals, and layers without gain, by name."""
+"""What the rows of gpu_qlinear.py say: goals, layers without gain and MMA opcodes, by name."""
 
 import sys
 from collections.abc import Sequence
@@ -16,11 +16,14 @@ def is_layer(target: str) -> bool:
     return target.startswith("w") and not any(part in target for part in _APART)
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[dict[str, Any]], kernels: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Return goals with what was measured, and the layers that gain nothing.
 
     Args:
         rows: From `gpu_qlinear.make_rows`; rows without times are left out.
+        kernels: From `gpu_sass.audit_recorded`.
     """
     timed = [row for row in rows if row.get("speedup", {}).get(BASELINE)]
     ours = [row for row in timed if is_layer(row["target"])]
@@ -49,6 +52,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "goals": goals,
         "goals_met": sum(goal["passed"] for goal in goals),
         "without_gain": without,
+        "mma": {kernel["kernel"]: " ".join(kernel["mma"]) or "none" for kernel in kernels},
         "missing": missing,
     }
 
@@ -69,6 +73,24 @@ def table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def without_gain_lines(names: Sequence[str]) -> list[str]:
+    """Return the layers without gain as lines: one per target and shape, with its tokens."""
+    tokens: dict[str, list[str]] = {}
+    for name in names:  # such as "w3a3 fc1 M=256: 0.90"
+        layer, _, rest = name.partition(" M=")
+        tokens.setdefault(layer, []).append(rest.split(":")[0])
+    lines = [f"layers without gain: {len(names)}"]
+    return lines + [f"  {layer} M={','.join(found)}" for layer, found in tokens.items()]
+
+
+def mma_lines(opcodes: dict[str, str]) -> list[str]:
+    """Return the MMA opcodes of SASS as lines, each with the kernels that run it."""
+    kernels: dict[str, list[str]] = {}
+    for kernel, opcode in opcodes.items():
+        kernels.setdefault(opcode, []).append(kernel)
+    return [f"MMA {opcode}: {', '.join(found)}" for opcode, found in kernels.items()]
+
+
 def _cells(words: Sequence[str]) -> str:
     return " ".join(f"{word[:14]:>14}" for word in words)
 
@@ -83,7 +105,9 @@ def print_summary(record: dict[str, Any]) -> None:
     )
     lines += integers["failures"][:10]
     lines.append(f"goals met: {summary['goals_met']} of {len(summary['goals'])}")
-    lines.append(f"layers without gain: {len(summary['without_gain'])}")
+    lines += without_gain_lines(summary["without_gain"])
+    lines += mma_lines(summary["mma"])
+    lines += [f"{target} missing: {why}" for target, why in summary["missing"].items()]
     if record["not_done"]:
         lines.append(f"not done yet: {', '.join(record['not_done'])}. Run the same command again.")
     sys.stdout.write("\n".join(lines) + "\n")

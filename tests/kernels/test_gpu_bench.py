@@ -164,6 +164,27 @@ class TestSummary:
         ]
         assert summary["missing"] == {"int_mm": "17 rows"}
 
+    def test_opcodes_and_shapes_without_gain_are_printed(
+        self, bench: Any, capsys: pytest.CaptureFixture[str]
+    ):
+        module = bench("gpu_summary")
+        rows = [make_row("w3a3", 256, 0.9), make_row("w3a3", 512, 1.0), make_row("w4a4", 1, 0.8)]
+        kernels = [
+            {"kernel": "qlinear_w3_wide", "mma": {"IGMMA": 8}},
+            {"kernel": "qlinear_w4_wide", "mma": {"IGMMA": 8}},
+            {"kernel": "quantize_rms", "mma": {}},
+        ]
+        summary = module.summarise(rows, kernels)
+        assert summary["mma"]["qlinear_w3_wide"] == "IGMMA"
+        integers = {"num_cases": 1, "failures": []}
+        record = {"rows": rows, "summary": summary, "integers": integers}
+        module.print_summary(record | {"emulated": False, "not_done": []})
+        lines = capsys.readouterr().out.splitlines()
+        assert "  w3a3 fc1 M=256,512" in lines
+        assert "  w4a4 fc1 M=1" in lines
+        assert "MMA IGMMA: qlinear_w3_wide, qlinear_w4_wide" in lines
+        assert "MMA none: quantize_rms" in lines
+
     def test_table(self, bench: Any):
         record = {"rows": [make_row("w3a3", 1, 3.5), make_row("fp16", 1, 1.0)]}
         lines = bench("gpu_summary").table(record)
@@ -271,6 +292,7 @@ def test_the_emulated_record_is_complete_and_untimed(emulated: Path):
     timed = [row for row in record["rows"] if "missing" not in row]
     assert all(row["median_ms"] is None and row["all_times_ms"] == [] for row in timed)
     assert record["summary"]["goals"] == []
+    assert {"tensorrt_fp16", "tensorrt_fp8"} <= set(record["summary"]["missing"])
 
 
 def test_a_finished_part_is_not_done_again(emulated: Path, bench: Any, tmp_path: Path):

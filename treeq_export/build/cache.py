@@ -24,7 +24,7 @@ from treeq_export.build.engine import (
     build_engine,
 )
 from treeq_export.records import Record, save_record
-from treeq_export.records.build import PluginReference, ShapeRange
+from treeq_export.records.build import PluginKind, PluginReference, ShapeRange
 
 ENTRY_FILE = "entry.json"
 BUILDER_VERSION = 1  # raise it when the builder's options change
@@ -41,6 +41,8 @@ class EngineInputs(Record):
         gpu: Such as "sm_89".
         profile: Shapes by input.
         plugins: Plugins with their versions.
+        plugin_kind: "quick" where their kernels are in the engine.
+        kernels_sha256: Of these kernels' list; None for "library".
         builder_version: Of the builder's options.
     """
 
@@ -51,12 +53,16 @@ class EngineInputs(Record):
     gpu: str
     profile: dict[str, ShapeRange]
     plugins: list[PluginReference]
+    plugin_kind: PluginKind = "library"
+    kernels_sha256: str | None = None
     builder_version: int = BUILDER_VERSION
 
     @property
     def key(self) -> str:
         """Digest of everything."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        # Engines from before there were quick plugins keep their keys.
+        new = {"plugin_kind", "kernels_sha256"} if self.plugin_kind == "library" else set()
+        text = json.dumps(self.model_dump(mode="json", exclude=new), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from treeq_export.build.progress import Phases
 from treeq_export.errors import RunnerError, TreeqError
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.runners.tensorrt_plugin import register_plugins
+from treeq_export.runners.tensorrt_quick_plugin import register_quick_plugins
 
 _PR_SET_PDEATHSIG = 1
 _STATUS = Path("/proc/self/status")
@@ -185,7 +186,10 @@ def main(text: str) -> int:
         order = BuildOrder.model_validate_json(text)
         runtime = load_runtime(order.runtime)
         require_parser(runtime)
-        register_plugins(runtime)
+        if order.plugin_kind == "quick":
+            register_quick_plugins(runtime, order.gpu)
+        else:
+            register_plugins(runtime)
         build(order, runtime, channel)
     except TreeqError as error:
         channel.send(error=str(error))

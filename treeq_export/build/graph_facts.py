@@ -2,7 +2,7 @@
 
 The engine's layer list names ONNX nodes. Of each planned layer the node of its matrix product is
 
-1. the `treeq::QLinear` node that the metadata's layer list gives it, or
+1. the `treeq::QLinear` or `treeq::QProduct` node that the metadata's layer list gives it, or
 2. every MatMul or Gemm that the constant `<layer>.weight_quantized` reaches through nodes that only
    change its scale, type or shape.
 """
@@ -17,11 +17,13 @@ import onnx_ir as ir
 from treeq_export.errors import CompileError
 from treeq_export.records.build import PluginReference, ShapeRange
 from treeq_export.runners.compiled import PROFILE_KEY, read_layers
-from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, QLINEAR_OP, VERSION
+from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, OPS, QLINEAR_OP, VERSION
+from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP
 
 PLAN_KEY = "treeq.plan_sha256"
 WEIGHT_SUFFIX = ".weight_quantized"
 _BRANCH_SUFFIX = "/branch"
+_LAYER_OPS = (QLINEAR_OP.name, PRODUCT_OP.name.rpartition("::")[2])
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 _PASSES_ON = frozenset({"DequantizeLinear", "Cast", "Reshape", "Transpose", "Mul", "Unsqueeze"})
 
@@ -33,10 +35,10 @@ class GraphFacts:
     Attributes:
         products: Names of the nodes of its matrix product, by quantized layer.
         branches: Names of the Monarch plugin nodes, with their layer.
-        all_products: Names of every node that is a product or a plugin.
+        all_products: Names of every node that is a product or one of our products' plugins.
         profile: Shapes by input.
         plan_sha256: Digest of the plan; "" where the metadata has none.
-        plugins: Plugins that its nodes ask for.
+        plugins: Plugins of a library that its nodes ask for.
     """
 
     products: dict[str, frozenset[str]]
@@ -60,7 +62,7 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
     """
     model = ir.load(path)
     sites = {site.name: site.node or site.name for site in read_layers(model)}
-    packed = {node.name or "" for node in model.graph if _is(node, QLINEAR_OP.name)}
+    packed = {node.name or "" for node in model.graph if _is(node, *_LAYER_OPS)}
     weights = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in model.graph.initializers.items()
@@ -83,19 +85,21 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
         all_products=frozenset(
             node.name or ""
             for node in model.graph
-            if node.domain == NAMESPACE or (not node.domain and node.op_type in _PRODUCTS)
+            if _is(node, *_LAYER_OPS, MONARCH_OP.name)
+            or (not node.domain and node.op_type in _PRODUCTS)
         ),
         profile=_read_profile(path, model, opt_batch, max_batch),
         plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
         plugins=tuple(
             PluginReference(name=name, version=VERSION, namespace=NAMESPACE)
-            for name in sorted({node.op_type for node in model.graph if node.domain == NAMESPACE})
+            for name in sorted(op.name for op in OPS)
+            if any(_is(node, name) for node in model.graph)
         ),
     )
 
 
-def _is(node: ir.Node, op_type: str) -> bool:
-    return node.domain == NAMESPACE and node.op_type == op_type
+def _is(node: ir.Node, *op_types: str) -> bool:
+    return node.domain == NAMESPACE and node.op_type in op_types
 
 
 def _products_of(value: ir.Value) -> Iterator[str]:

@@ -4,13 +4,15 @@
     DIR/engines/cache/<key>/...                                    finished builds, verified or not
     DIR/build.json                                                 all engines of the run
 
+An engine of quick plugins takes the place of the one with a library's; the cache keeps both.
+
 An engine whose manifest has the right key, and whose file is the one it names, is up to date; so an
 interrupted build goes on with the first unfinished engine.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,13 +31,18 @@ from treeq_export.plan import Plan, load_plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
-from treeq_export.runners.compiled import TENSORRT_TARGETS, model_path
+from treeq_export.runners.compiled import TENSORRT, TENSORRT_TARGETS, model_path
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
+from treeq_export.runners.tensorrt_quick_plugin import (
+    hash_quick_kernels,
+    require_quick_plugins,
+)
 
 RECORD_FILE = "build.json"
 ENGINES_FOLDER = "engines"
 TABLE_FILE = "layers.json"
+_QUICK_NOTE = "quick plugins: untested: needs TensorRT and a GPU"
 How = Literal["built", "from cache", "up to date"]
 OnStep = Callable[[float], None]
 # Opens a progress bar for an engine (name, whether it is skipped) and returns its callback.
@@ -48,11 +55,12 @@ class _Source:
 
     Attributes:
         target: Its name.
-        graph: Its model file.
+        graph: The model file that is built: its own, or the one for quick plugins beside it.
         facts: What the verifier needs of it.
-        graph_sha256: Of the model file.
+        graph_sha256: Of its own model file.
         data_sha256: Of its external data; None where it has none.
         bits: Weight and activation bits by layer of the plan.
+        kernels_sha256: Of the kernels of quick plugins; None builds with a library's.
     """
 
     target: str
@@ -61,6 +69,7 @@ class _Source:
     graph_sha256: str
     data_sha256: str | None
     bits: Mapping[str, tuple[int, int]]
+    kernels_sha256: str | None = None
 
 
 def engine_folder(run: Path, runtime: str, target: str, gpu: str) -> Path:
@@ -91,11 +100,15 @@ def run_build(
     options.check()
     runtime = load_runtime(options.runtime)
     require_parser(runtime)
+    if options.split is not None:
+        require_quick_plugins(runtime)
     plan = load_plan(run)
     cache = options.cache or run / ENGINES_FOLDER / "cache"
     done: list[BuiltEngine] = []
     for target in _choose_targets(run, options):
         source = _read_source(run, target, plan, section)
+        if options.split is not None:
+            source = _split_source(source, options.split, section)
         for gpu in options.gpus:
             done.append(_build_one(run, source, runtime, gpu, cache, on_engine))
             save_record(run / RECORD_FILE, BuildRecord(engines=_with_earlier(run, done)))
@@ -104,7 +117,7 @@ def run_build(
 
 def _choose_targets(run: Path, options: BuildOptions) -> tuple[str, ...]:
     compiled = tuple(name for name in TENSORRT_TARGETS if model_path(run, name).is_file())
-    targets = options.targets or compiled
+    targets = options.targets or (compiled if options.split is None else (TENSORRT,))
     missing = [target for target in targets if target not in compiled]
     if missing or not targets:
         names = ", ".join(missing or TENSORRT_TARGETS)
@@ -140,6 +153,19 @@ def _read_source(run: Path, target: str, plan: Plan, section: CompileSection) ->
     )
 
 
+def _split_source(
+    source: _Source, split: Callable[[Path], Path], section: CompileSection
+) -> _Source:
+    """Return a source whose graph is that for quick plugins."""
+    graph = split(source.graph)
+    return replace(
+        source,
+        graph=graph,
+        facts=read_facts(graph, section.max_batch, section.opt_batch),
+        kernels_sha256=hash_quick_kernels(),
+    )
+
+
 def _build_one(
     run: Path, source: _Source, runtime: Runtime, gpu: str, cache: Path, on_engine: OnEngine
 ) -> BuiltEngine:
@@ -157,6 +183,8 @@ def _build_one(
         gpu=gpu,
         profile=source.facts.profile,
         plugins=list(source.facts.plugins),
+        plugin_kind="library" if source.kernels_sha256 is None else "quick",
+        kernels_sha256=source.kernels_sha256,
     )
     folder = engine_folder(run, runtime.name, source.target, gpu)
     path, name = str(folder.relative_to(run)), f"{source.target} {gpu}"
@@ -173,6 +201,7 @@ def _build_one(
             graph=str(source.graph.absolute()),
             profile=inputs.profile,
             folder="",
+            plugin_kind=inputs.plugin_kind,
         )
         entry, how = build_into(cache, inputs, order, on_step), "built"
     manifest = _place(folder, cache / inputs.key, entry, source)
@@ -212,6 +241,8 @@ def _place(folder: Path, cached: Path, entry: CacheEntry, source: _Source) -> En
         build_s=round(entry.build_s, 3),
         peak_bytes=entry.peak_bytes,
         verifier=table.summary,
+        plugin_kind=inputs.plugin_kind,
+        note=_QUICK_NOTE if inputs.plugin_kind == "quick" else None,
     )
     with atomic_folder(folder) as temporary:
         link(cached / ENGINE_FILE, temporary / ENGINE_FILE)

@@ -56,6 +56,9 @@ class VerifierTable(Record):
     layers: list[VerifiedLayer]
 
 
+PluginKind = Literal["library", "quick"]
+
+
 class PluginReference(Record):
     """A plugin that has to be registered before an engine is loaded."""
 
@@ -89,7 +92,9 @@ class EngineManifest(Record):
         plan_sha256: Of the plan, as the graph's metadata names it.
         profile: Shapes by input.
         bits: Weight and activation bits by layer; activation 0 is not quantized.
-        plugins: What has to be registered.
+        plugins: What has to be registered; nothing where plugins are in the engine.
+        plugin_kind: "library", or "quick" where their kernels are in the engine.
+        note: What has not been tested of it; None where there is nothing to say.
         build_s: Seconds of parsing and building.
         peak_bytes: Largest resident size of the process that built it.
         verifier: What the verifier counted.
@@ -112,6 +117,8 @@ class EngineManifest(Record):
     build_s: float
     peak_bytes: int
     verifier: VerifierSummary
+    plugin_kind: PluginKind = "library"
+    note: str | None = None
 
 
 class BuiltEngine(Record):

@@ -5,6 +5,7 @@ it never ran, since that module is in no package that can be installed here; onl
 was looked at, with a stand-in for it.
 
 Such a plugin is one PTX kernel, embedded in the engine, without workspace. So a layer becomes
+(compile/split_quick_plugins.py)
 
     treeq::QuantizeTokens   x -> codes, act_scale
     treeq::QProduct         codes, planes, act_scale, weight_scale, bias, addend -> y
@@ -20,7 +21,10 @@ Whether TensorRT lets a kernel have more than 48 KB of shared memory (`wide` has
 tactic that cannot be launched fails when it is timed.
 """
 
+import hashlib
+import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +35,14 @@ from treeq_gpu import choose, instantiations
 from treeq_gpu.instantiations import DType, Instantiation
 
 from treeq_export.errors import RunnerError
-from treeq_export.runners.cubin_launcher import read_manifest
+from treeq_export.runners.cubin_launcher import MANIFEST, pick_architecture, read_manifest
 from treeq_export.runners.op_definition import NAMESPACE
 from treeq_export.runners.quick_ptx import float_bits, reorder_params
+from treeq_export.runners.tensorrt_library import Runtime
+from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
 
 CODES_PER_WORD = 4
+OLDEST_TENSORRT = "10.8"
 _WARP = 32
 _DTYPES: dict[str, DType] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 _OUTPUTS = {"quantize_tokens_kernel": ("codes", "scale"), "qlinear_kernel": ("y",)}
@@ -289,3 +296,59 @@ def _num_tokens(shape: Any) -> Any:
     for axis in range(1, len(shape) - 1):
         tokens = tokens * shape[axis]
     return tokens
+
+
+def require_quick_plugins(runtime: Runtime) -> None:
+    """Check that a runtime has Quick Deployable Plugins.
+
+    Raises:
+        RunnerError: It has none.
+    """
+    found, oldest = (
+        tuple(int(part) for part in version.split(".")[:2])
+        for version in (runtime.version, OLDEST_TENSORRT)
+    )
+    if runtime.name != "tensorrt" or found < oldest:
+        raise RunnerError(
+            f"quick plugins: received {runtime.name} {runtime.version}, expected TensorRT >= "
+            f"{OLDEST_TENSORRT}. Install it, or use --plugins library."
+        )
+
+
+def _quick_kernels() -> Path:
+    folder = os.environ.get(KERNELS_VARIABLE)
+    if not folder:
+        raise RunnerError(
+            "quick plugins: no GPU kernels. Run `python -m treeq_gpu.ahead --out DIR` and set "
+            f"{KERNELS_VARIABLE}=DIR."
+        )
+    return Path(folder)
+
+
+def hash_quick_kernels() -> str:
+    """Return the digest of the list of the kernels that engines are to hold.
+
+    Raises:
+        RunnerError: There are none.
+    """
+    folder = _quick_kernels()
+    read_manifest(folder)
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def register_quick_plugins(runtime: Runtime, gpu: str) -> None:
+    """Register both plugins for a build. Untested: needs TensorRT >= 10.8 and a GPU.
+
+    Args:
+        runtime: Where.
+        gpu: What the engine is for, such as "sm_89".
+
+    Raises:
+        RunnerError: TensorRT is too old, or there are no kernels for the GPU.
+    """
+    require_quick_plugins(runtime)
+    folder, number = _quick_kernels(), gpu.removeprefix("sm_")
+    manifest = read_manifest(folder)
+    architecture = pick_architecture(folder, manifest, int(number[:-1]), int(number[-1]))
+    trtp = importlib.import_module("tensorrt.plugin")
+    QuickPlugins(runtime.module, trtp, folder, architecture).register()

@@ -1,0 +1,128 @@
+"""Pass `SplitQuickPlugins`: `treeq::QLinear` of a compiled graph as the two quick plugins.
+
+Untested in TensorRT: it needs TensorRT >= 10.8 and a GPU. What is tested is the graph.
+
+Rules, on the finished graph of target `tensorrt`:
+1. A layer becomes QuantizeTokens(x) -> QProduct, which keeps its name and its output. They have the
+   inputs and attributes that runners/tensorrt_quick_plugin.py registers.
+2. Layers that read one value in one activation format (q, k and v) share a QuantizeTokens.
+3. A missing bias is the weight scale, a missing addend is x; has_bias and has_addend say so.
+4. Monarch branches become standard operators (LowerMonarch).
+"""
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+from treeq_gpu import choose
+
+from treeq_export.compile.check_patterns import CheckPatterns
+from treeq_export.compile.fused import input_of
+from treeq_export.compile.lower_monarch import LowerMonarch
+from treeq_export.compile.signature import DOMAIN, QLINEAR, nodes_of
+from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES, QLINEAR_OP
+from treeq_export.runners.tensorrt_quick_plugin import (
+    CODES_PER_WORD,
+    PRODUCT_OP,
+    QUANTIZE_OP,
+    QuickOp,
+)
+
+QUICK_FILE = "model.quick.onnx"
+_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(QLINEAR_OP.inputs))
+Shared = dict[tuple[object, ...], ir.Node]
+
+
+class SplitQuickPlugins(InPlacePass):
+    """Split the layers; ensures that no QLinear is left."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change the graph in place."""
+        nodes = nodes_of(model, QLINEAR)
+        shared: Shared = {}
+        for node in nodes:
+            _split(model.graph, node, shared)
+        return PassResult(model, bool(nodes))
+
+
+PASSES: tuple[InPlacePass, ...] = (
+    LowerMonarch(),
+    SplitQuickPlugins(),
+    RemoveUnusedNodesPass(),
+    RemoveUnusedFunctionsPass(),
+    CheckPatterns(),
+)
+
+
+def split_file(path: Path) -> Path:
+    """Write the graph for quick plugins beside a compiled one, with which it shares external data.
+
+    Args:
+        path: The model file of target `tensorrt`.
+
+    Returns:
+        The new model file.
+    """
+    model = ir.load(path)
+    for rewrite in PASSES:
+        rewrite(model)
+    quick = path.with_name(QUICK_FILE)
+    ir.save(model, quick)
+    return quick
+
+
+def _split(graph: ir.Graph, node: ir.Node, shared: Shared) -> None:
+    x, planes, weight_scale = (node.inputs[i] for i in (_X, _PLANES, _WEIGHT_SCALE))
+    bias, addend = input_of(node, _BIAS), input_of(node, _ADDEND)
+    key = (x, *(node.attributes[name].value for name in QUANTIZE_OP.attributes))
+    if key not in shared:
+        shared[key] = _quantize_tokens(node)
+        graph.insert_before(node, shared[key])
+    codes, act_scale = shared[key].outputs
+    flags = {"has_bias": int(bias is not None), "has_addend": int(addend is not None)}
+    product = _make_node(
+        PRODUCT_OP,
+        [codes, planes, act_scale, weight_scale, bias or weight_scale, addend or x],
+        node,
+        flags,
+        node.name,
+    )
+    old, new = node.outputs[0], product.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    name = old.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [product], [old], [new])
+    new.name = name
+
+
+def _quantize_tokens(node: ir.Node) -> ir.Node:
+    x, name = node.inputs[_X], f"{node.name}/codes"
+    made = _make_node(QUANTIZE_OP, [x], node, {}, name)
+    codes, scale = made.outputs
+    codes.name, scale.name = f"{name}:0", f"{name}:1"
+    codes.type, scale.type = ir.TensorType(ir.DataType.INT32), ir.TensorType(ir.DataType.FLOAT)
+    if x is not None and x.shape is not None:
+        words = choose.padded(node.attributes["in_features"].as_int()) // CODES_PER_WORD
+        tokens = list(x.shape)[:-1]
+        codes.shape, scale.shape = ir.Shape([*tokens, words]), ir.Shape(tokens)
+    return made
+
+
+def _make_node(
+    op: QuickOp,
+    inputs: list[ir.Value | None],
+    layer: ir.Node,
+    flags: dict[str, int],
+    name: str | None,
+) -> ir.Node:
+    """Return a node of a quick plugin with the layer's attributes that the plugin has."""
+    attributes = {n: flags[n] if n in flags else layer.attributes[n].value for n in op.attributes}
+    return ir.node(
+        op.name.rpartition("::")[2],
+        inputs,
+        attributes=attributes | PLUGIN_ATTRIBUTES,
+        domain=DOMAIN,
+        version=1,
+        num_outputs=op.num_outputs,
+        name=name,
+    )
