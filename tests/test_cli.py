@@ -58,7 +58,8 @@ class TestUsage:
         assert result.stderr == ""
 
     def test_every_stage_is_a_command(self) -> None:
-        assert set(main.commands) == {"run", "compare", "inspect", "doctor", *STAGE_NAMES}
+        others = {"run", "compare", "inspect", "doctor", "build", "bisect"}
+        assert set(main.commands) == {*others, *STAGE_NAMES}
         assert stages.STAGE_NAMES == STAGE_NAMES
 
     def test_every_option_is_explained(self) -> None:

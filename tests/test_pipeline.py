@@ -479,7 +479,7 @@ class TestFinishedRun:
 
     def test_keys_of_the_report(self, report: dict[str, Any]) -> None:
         promised = {"model", "plan", "quality", "parity", "bench", "size", "stages"}
-        assert set(report) == promised | {"search", "finetune"}
+        assert set(report) == promised | {"search", "finetune", "engines"}
         assert set(report["model"]) == {"name", "num_parameters", "num_quantized_layers"}
         assert set(report["plan"]) == {
             "average_weight_bits",
@@ -493,7 +493,7 @@ class TestFinishedRun:
         assert set(quality["quantized"]) == {"frechet_distance", "class_accuracy", "psnr_db"}
         assert set(report["parity"]) == {"ort", "ort_body"}
         parity = report["parity"]["ort"]
-        assert set(parity) == {"passed", "sqnr_db", "max_abs_error", "layers"}
+        assert set(parity) == {"runtime", "passed", "sqnr_db", "max_abs_error", "layers"}
         for layer in parity["layers"]:
             assert set(layer) == {"name", "sqnr_db", "equal_code_fraction"}
         assert set(report["bench"]) == {"rows", "speedup", "environment"}
