@@ -11,14 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from treeq_export.records import BenchRow, LayerParity, TargetParity
+from treeq_export.records import ORT_CPU, BenchRow, LayerParity, TargetParity
 from treeq_export.report.quantities import (
     INFINITY,
     format_bytes,
     format_limit,
     format_number,
     format_ratio,
-    name_with_runtime,
 )
 from treeq_export.report.svg import (
     ALARM,
@@ -55,7 +54,9 @@ def draw_parity(targets: Sequence[TargetParity], blocks: Mapping[str, int], limi
     def draw(figure: Figure) -> None:
         for axes, target in zip(make_panels(figure, len(targets)), targets, strict=True):
             _draw_layers(axes, target.layers, blocks, limit_db)
-            axes.set_title(name_with_runtime(target.target, target.runtime))
+            # The table beside it names the runtime; here the legend leaves no room for it.
+            emulated = "" if target.runtime == ORT_CPU else " (emulated)"
+            axes.set_title(f"{target.target}{emulated}")
 
     return to_svg("parity", 3.3 * len(targets), draw)
 
