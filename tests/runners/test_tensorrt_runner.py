@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tests.runners.fake_cuda import FakeCudart, Status
 from treeq_export.errors import RunnerError
 from treeq_export.runners import tensorrt_runner
-from treeq_export.runners.cuda_device import CudaDevice, load_cudart
+from treeq_export.runners.cuda_bindings import load_cudart
+from treeq_export.runners.cuda_device import CudaDevice
 from treeq_export.runners.tensorrt_library import Runtime
 from treeq_export.runners.tensorrt_runner import (
     OpenedEngine,

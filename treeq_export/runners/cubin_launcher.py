@@ -10,7 +10,6 @@ Untested: needs a GPU.
 
 import ctypes
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from treeq_gpu import choose
 from treeq_gpu.instantiations import DType
 
 from treeq_export.errors import RunnerError
+from treeq_export.runners.cuda_bindings import load_driver
 
 MANIFEST = "kernels.json"
 # More multiprocessors never need less workspace, and no GPU of today has as many.
@@ -188,20 +188,6 @@ class KernelFolder:
                 "`treeq-export doctor` shows GPU and driver."
             )
         return results[0] if results else None
-
-
-def load_driver() -> Any:
-    """Return the module `cuda.bindings.driver`.
-
-    Raises:
-        RunnerError: cuda-python is not installed.
-    """
-    try:
-        return importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise RunnerError(
-            f"cuda-python: cannot be imported ({error}). Run `pip install 'cuda-python>=12.9'`."
-        ) from error
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:

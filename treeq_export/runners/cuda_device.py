@@ -4,7 +4,6 @@ Every call's status is checked. What was allocated is freed when the device is l
 happened in between.
 """
 
-import importlib
 import logging
 from collections.abc import Callable
 from typing import Any, Self
@@ -13,22 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.runners.cuda_bindings import load_cudart
 
 _log = logging.getLogger(__name__)
-
-
-def load_cudart() -> Any:
-    """Return the module `cuda.bindings.runtime`.
-
-    Raises:
-        RunnerError: cuda-python is not installed.
-    """
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise RunnerError(
-            f"cuda-python: cannot be imported ({error}). Run `pip install 'cuda-python>=12.9'`."
-        ) from error
 
 
 class CudaDevice:

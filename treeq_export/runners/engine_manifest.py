@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import RunnerError
 from treeq_export.records.build import EngineManifest
-from treeq_export.runners.cubin_launcher import load_driver
+from treeq_export.runners.cuda_bindings import load_driver
 from treeq_export.runners.tensorrt_library import Runtime
 
 ENGINE_FILE = "model.engine"

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from treeq_gpu import choose
 
 from treeq_export.errors import RunnerError
-
-COLUMNS_PADDING = 128
 
 
 @cache
@@ -50,8 +49,8 @@ def _(
     x: Tensor, act_bits: int, act_scale: str, act_step: float, rotation_group: int
 ) -> tuple[Tensor, Tensor]:
     m = x.numel() // x.shape[-1]
-    padded = -(-x.shape[-1] // COLUMNS_PADDING) * COLUMNS_PADDING
-    return x.new_empty((m, padded), dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
+    codes = x.new_empty((m, choose.padded(x.shape[-1])), dtype=torch.int8)
+    return codes, x.new_empty(m, dtype=torch.float32)
 
 
 @torch.library.custom_op("treeq_gpu::product", mutates_args=())

@@ -29,8 +29,8 @@ from treeq_export.runners.cubin_launcher import (
     launch_monarch,
     launch_qlinear,
     linear_workspace_bytes,
-    load_driver,
 )
+from treeq_export.runners.cuda_bindings import load_driver
 from treeq_export.runners.op_definition import (
     MONARCH_OP,
     NAMESPACE,
