@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from treeq_export.artefacts import atomic_path
-from treeq_export.evaluate.scores import is_pixels
+from treeq_export.model.denoise import is_pixels, unpack_samples
 
 NUM_COLUMNS = 10
 MAX_ROWS = 10
@@ -30,16 +30,6 @@ class PixelMapping:
     low: NDArray[np.float32]
     high: NDArray[np.float32]
     description: str
-
-
-def unpack_samples(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return samples as (n, c, h, w); Flux' packed 2 x 2 patches (n, tokens, 4c) are unfolded."""
-    if samples.ndim == 4:
-        return samples
-    num, tokens, packed = samples.shape
-    side = round(tokens**0.5)
-    patches = samples.reshape(num, side, side, packed // 4, 2, 2)
-    return patches.transpose(0, 3, 1, 4, 2, 5).reshape(num, packed // 4, 2 * side, 2 * side)
 
 
 def choose_mapping(full_precision: NDArray[np.float32]) -> PixelMapping:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from treeq_export.errors import RecipeError
 from treeq_export.evaluate.frechet import Gaussian, fit_gaussian, frechet_distance
+from treeq_export.model.denoise import is_pixels
 from treeq_export.quant.metrics import psnr_db
 from treeq_export.recipe import EvaluateSection
 from treeq_export.records import QualityScores
@@ -24,7 +25,6 @@ BATCH_SIZE = 256
 _OUTPUTS = ["logits", "features"]
 _TENSORS = {"mean", "covariance"}
 _PIXEL_RANGE = 2.0  # images are in [-1, 1]
-_PIXEL_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class Judge:
 
     session: onnxruntime.InferenceSession | None = None
     reference: Gaussian | None = None
-
-
-def is_pixels(sample_shape: tuple[int, ...]) -> bool:
-    """Return whether samples of this shape are images in [-1, 1], not latents."""
-    return len(sample_shape) == 3 and sample_shape[0] in _PIXEL_CHANNELS
 
 
 def open_judge(section: EvaluateSection, sample_shape: tuple[int, ...]) -> Judge:

@@ -119,7 +119,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """
     where = checkpoint.path
     tensors = _read_tensors(checkpoint)
-    model = _build_model(checkpoint)
+    model = build_model(checkpoint)
     if where.is_file():
         dit_original.check_positions(where, tensors["pos_embed"], model)
         tensors = dit_original.convert_tensors(tensors, checkpoint.config["num_layers"])
@@ -235,8 +235,10 @@ def _read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def _build_model(checkpoint: Checkpoint) -> nn.Module:
+def build_model(checkpoint: Checkpoint) -> nn.Module:
     """Return the network with parameters on the meta device and its computed buffers real.
+
+    That is enough to know shapes and conventions without reading the weights.
 
     Buffers that are computed and not stored (position tables) belong to no block, so they are taken
     from a second network without blocks.

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
 from treeq_export.model.conditioning import load_prompts, text_shapes
+from treeq_export.model.denoise import NUM_TIMESTEPS
 from treeq_export.recipe import ModelSection
 
-NUM_TIMESTEPS = 1000
 _PIXELS_PER_LATENT = 8  # of the autoencoder that PixArt's resolution condition refers to
 _GUIDANCE = 3.5  # what guidance-distilled Flux is published with
 

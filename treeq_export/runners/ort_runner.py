@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from treeq_export import __version__
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.ort_session import open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,26 +70,14 @@ class OrtRunner:
         self._session: Any = None
 
     def __enter__(self) -> Self:
-        import onnxruntime
-
         if isinstance(self.model, Path) and not self.model.is_file():
             raise RunnerError(f"{self.model}: missing. Run the compile stage first.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Its default, 4, quantizes the activations of weight-only products silently.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
         library = find_library(ORT_LIBRARY) if self.use_kernels else None
         try:
             if library is not None:
                 check_version(library)
-                options.register_custom_ops_library(str(library))
-            self._session = onnxruntime.InferenceSession(
-                self.model,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=None if self.fold_constants else ["ConstantFolding"],
+            self._session = open_session(
+                self.model, library, threads=self.threads, fold_constants=self.fold_constants
             )
         except RunnerError:
             raise

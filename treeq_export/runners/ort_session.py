@@ -1,0 +1,40 @@
+"""An ONNX Runtime session as all of this package opens one. Imports nothing of this package.
+
+A served model opens its session by a copy of this file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def open_session(
+    model: Path | bytes,
+    library: Path | None,
+    *,
+    threads: int | None = None,
+    fold_constants: bool = True,
+) -> Any:
+    """Return a session on the CPU.
+
+    Args:
+        model: Path of the model, or its serialized bytes.
+        library: Custom-op library to register; None runs function bodies.
+        threads: Threads inside an operator; None lets ONNX Runtime choose.
+        fold_constants: Whether what does not depend on inputs is computed at load.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Its default, 4, quantizes the activations of weight-only products silently.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(
+        model,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=None if fold_constants else ["ConstantFolding"],
+    )
