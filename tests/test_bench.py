@@ -22,11 +22,11 @@ from onnxruntime import quantization
 from onnxruntime.quantization import quantize_static, shape_inference
 
 from treeq_export.bench import memory_child, run_bench, timing
-from treeq_export.bench.environment import describe_environment, read_cpu, warn_if_busy
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
 from treeq_export.bench.stage import compare_rows
 from treeq_export.bench.timing import compare_times, round_order, time_rounds, wait_until_idle
+from treeq_export.environment import describe_environment, read_cpu, warn_if_busy
 from treeq_export.errors import OutputError, PlanError, RunnerError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db

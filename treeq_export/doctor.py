@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
-from treeq_export.bench.environment import count_cores, read_cpu, version_of
+from treeq_export.environment import count_cores, read_cpu, version_of
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
 from treeq_export.runners.op_definition import OPS

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from contenders import open_contenders, versions
 
 from treeq_export.artefacts import write_json
-from treeq_export.bench.environment import describe_environment
 from treeq_export.bench.timing import compare_times, time_rounds
+from treeq_export.environment import describe_environment
 from treeq_export.runners.cpu_kernels import load_kernels, read_isa
 
 # K, N by name: the four linears of a block, q, k and v as one, and adaLN.

@@ -12,8 +12,8 @@ that the host made. Times are read after each round.
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from treeq_export.bench.environment import describe_environment, version_of
 from treeq_export.bench.timing import Ratio, compare_times, round_order
+from treeq_export.environment import describe_environment, version_of
 
 L2_FACTOR = 2
 NUM_RESAMPLES = 999  # thousands of ratios are made while a lent GPU waits

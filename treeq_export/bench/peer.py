@@ -26,7 +26,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file, write_json
-from treeq_export.bench.environment import read_cpu, runtime_version
+from treeq_export.environment import read_cpu, runtime_version
 from treeq_export.errors import OutputError, RunnerError
 
 Inputs = Mapping[str, NDArray[Any]]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from treeq_export.bench.environment import describe_environment, warn_if_busy
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer
 from treeq_export.bench.timing import compare_times, time_rounds
+from treeq_export.environment import describe_environment, warn_if_busy
 from treeq_export.errors import PlanError, RunnerError
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record

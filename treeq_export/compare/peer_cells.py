@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.bench.environment import version_of
 from treeq_export.compare.rows import QUALITY_FILE, read_quality, score_fields
+from treeq_export.environment import version_of
 from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.model.layers import discover_linears
 from treeq_export.model.trajectories import collect_rows

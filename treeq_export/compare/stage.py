@@ -16,13 +16,13 @@ import torch
 
 from treeq_export import __version__
 from treeq_export.artefacts import atomic_path, write_bytes
-from treeq_export.bench.environment import describe_environment
 from treeq_export.compare.cells import Cell, comparable_part, make_cells, shared_recipe
 from treeq_export.compare.figures import draw_png
 from treeq_export.compare.html import render_comparison
 from treeq_export.compare.options import CompareOptions, command_line
 from treeq_export.compare.peer_cells import is_peer_finished, make_peer_row, peer_folder, run_peer
 from treeq_export.compare.rows import make_row, read_quality, spread_accuracy, spread_distance
+from treeq_export.environment import describe_environment
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.pipeline import (
     check_recipe,

@@ -68,29 +68,40 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe_environment(threads: int) -> dict[str, Any]:
-    """Return the environment of a measurement that is about to start.
-
-    Args:
-        threads: Threads that every runtime is given.
+def describe_machine() -> dict[str, Any]:
+    """Return what of this machine a time depends on.
 
     Returns:
-        Processor, memory (bytes), load average over 1, 5 and 15 minutes, and versions.
+        Processor, memory (bytes), load average over 1, 5 and 15 minutes, versions.
     """
     model, instruction_sets = read_cpu()
     return {
         "cpu": model,
         "instruction_sets": instruction_sets,
         "cores": count_cores(),
-        "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
         "load_average": list(os.getloadavg()),
         "os": " ".join((platform.system(), *platform.libc_ver(), platform.machine())),
         "python": platform.python_version(),
-        "torch": version_of("torch"),
-        "onnxruntime": runtime_version(),
         "numpy": version_of("numpy"),
         "treeq_export": __version__,
+    }
+
+
+def describe_environment(threads: int) -> dict[str, Any]:
+    """Return the environment of a measurement of runtimes that is about to start.
+
+    Args:
+        threads: Threads that every runtime is given.
+
+    Returns:
+        As `describe_machine`, with the threads and the versions of the runtimes.
+    """
+    return {
+        **describe_machine(),
+        "threads": threads,
+        "torch": version_of("torch"),
+        "onnxruntime": runtime_version(),
     }
 
 
