@@ -2,8 +2,11 @@
 # make demo   a Diffusion Transformer trained on digits: plan, calibrate, compile, validate, bench,
 #             evaluate, report; ends with runs/digits/report.html
 # make engines  TensorRT-RTX engines of the demo's run, verified; no GPU needed
+# make triton-env  an environment with a Triton server, in .triton, for make serve and the tests
+# make serve  the demo's run on a real Triton server: images, health, a load test; no GPU needed
 # make test   all tests, with branch coverage
-# make apt    Debian packages for the tests of the ARM kernels, where root can install them
+# make apt    Debian packages for the tests: an ARM compiler with an emulator, and a browser, where
+#             root can install them
 # make check  format, lint, types, import order, then make test: the one gate
 # make wheel  build the wheel and try it in an empty environment
 
@@ -16,21 +19,32 @@ KERNELS := kernels/CMakeLists.txt $(wildcard kernels/*/*.[ch]* kernels/*/*.inl k
 DEMO_OUT ?= runs/digits
 ENGINE_GPUS ?= sm_80,sm_89,sm_120
 WHEEL_ENV ?= build/wheel-env
+TRITON_ENV ?= .triton
+LOAD_SECONDS ?= 30
 
-.PHONY: apt venv demo engines test check wheel clean
+.PHONY: apt venv triton-env demo engines serve test check wheel clean
 
-# What the kernels' tests need beside the compiler: an ARM compiler and an emulator.
+# What the tests need beside Python: an ARM compiler, an emulator, a browser.
 apt:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
-	  { apt-get update -qq; apt-get install -y -qq g++ g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
-	  echo "apt: not installed; the test of the ARM kernels is skipped"; fi
+	  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && \
+	  command -v chromium >/dev/null || \
+	  { apt-get update -qq; \
+	    apt-get install -y -qq g++ g++-aarch64-linux-gnu qemu-user chromium >/dev/null; } || \
+	  echo "apt: not installed; the tests of the ARM kernels and of the web page are skipped"; fi
 
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) -e '.[dev]'
+	touch $@
+
+triton-env: $(TRITON_ENV)/.installed
+
+$(TRITON_ENV)/.installed: samples/local_triton/requirements.txt
+	$(PYTHON) -m venv $(TRITON_ENV)
+	$(TRITON_ENV)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 demo: venv
@@ -40,7 +54,7 @@ engines: venv
 	$(BIN)/treeq-export build --run $(DEMO_OUT) --runtime tensorrt-rtx --gpu $(ENGINE_GPUS)
 	$(BIN)/treeq-export report --run $(DEMO_OUT)
 
-test: venv
+test: venv triton-env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term
 
 check: apt venv
@@ -61,4 +75,4 @@ wheel: venv
 	  --set evaluate.num_samples=50 --set evaluate.gates.max_frechet_ratio=null --set bench.rounds=3
 
 clean:
-	rm -rf build dist runs $(VENV)
+	rm -rf build dist runs $(VENV) $(TRITON_ENV)

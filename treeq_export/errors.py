@@ -7,6 +7,7 @@
     |-- PlanError            the plan: missing piece, other checkpoint, newer format
     |-- CompileError         the graph: a layer that did not become integer arithmetic
     |-- RunnerError          a runtime: missing package, input of a wrong shape
+    |-- ServeError           a Triton repository or server: does not fit, unreachable, refuses
     |-- OutputError          the output folder: not writable, disk full
     `-- GateError            exit status 3: a parity or quality gate is not met
 
@@ -42,6 +43,20 @@ class CompileError(TreeqError):
 
 class RunnerError(TreeqError):
     """A runtime could not load or run a model."""
+
+
+class ServeError(TreeqError):
+    """A Triton repository does not fit, or a server is unreachable, refuses or fails.
+
+    Args:
+        message: One line.
+        kind: "unreachable", "timeout", "refused" (the request is wrong) or "failed" (the server
+            is); "repository" where no server is involved.
+    """
+
+    def __init__(self, message: str, kind: str = "repository") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class OutputError(TreeqError):

@@ -15,39 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from treeq_export.build.engine import BuildOrder, BuildResult, build_engine
 from treeq_export.build.graph_facts import GraphFacts, read_facts
 from treeq_export.build.layer_list import EngineLayer, parse_layers
-from treeq_export.calibrate import run_calibrate
-from treeq_export.compile.stage import run_compile
-from treeq_export.plan import load_tensors
-from treeq_export.recipe import Recipe
 from treeq_export.runners.compiled import LAYERS_KEY
-from treeq_export.search.stage import run_search
-from treeq_export.workspace import Workspace
 
 K, N, ROWS = 64, 32, 16
 
 
 @pytest.fixture(scope="session")
-def digits_run(digits_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_run(make_digits_run: Callable[..., Path]) -> Path:
     """The digits sample, W4A4 with branches, compiled for both targets of TensorRT. Read-only."""
-    run = tmp_path_factory.mktemp("digits") / "run"
-    recipe = Recipe.model_validate(
-        {
-            "name": "digits",
-            "model": {"checkpoint": str(digits_checkpoint)},
-            "sampler": {"scheduler": "flow_match_euler", "steps": 2, "batch_size": 2},
-            "search": {"rotation_group": 128, "branch": {"b_in": 2, "b_out": 2, "rank": 4}},
-            "calibrate": {"num_samples": 2, "num_clip_steps": 4, "rounding": "nearest"},
-            "compile": {"targets": ["tensorrt", "tensorrt-native"], "max_batch": 8},
-        }
-    )
-    with Workspace(run, recipe) as workspace:
-        workspace.save()
-        denoiser = workspace.denoiser
-        plan = run_search(run, denoiser, workspace.checkpoint, recipe, lambda _: None)
-        plan = run_calibrate(run, denoiser, plan, recipe, lambda _: None)
-        tensors = load_tensors(run, plan)
-        run_compile(run, denoiser, plan, tensors, recipe.compile, lambda _: None)
-    return run
+    return make_digits_run("tensorrt", "tensorrt-native")
 
 
 @pytest.fixture

@@ -6,11 +6,27 @@ Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not me
 from treeq_export.cli import (
     bisect,
     build,
+    client,
     compare,
     inspect,
+    lint,
+    loadtest,
     search,
+    serve,
     stages,
 )  # each adds its commands
 from treeq_export.cli.console import main
 
-__all__ = ["bisect", "build", "compare", "inspect", "main", "search", "stages"]
+__all__ = [
+    "bisect",
+    "build",
+    "client",
+    "compare",
+    "inspect",
+    "lint",
+    "loadtest",
+    "main",
+    "search",
+    "serve",
+    "stages",
+]

@@ -1,0 +1,400 @@
+"""Writing repositories: what is in them, what is refused, what a kill leaves. No server."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as schema
+
+from treeq_export.artefacts import remove_stale
+from treeq_export.cli import main
+from treeq_export.errors import ServeError, TreeqError
+from treeq_export.serve import ServeOptions, run_serve
+from treeq_export.serve import stage as serve_stage
+
+Write = Callable[..., Path]
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(main, ["serve", *map(str, args)])
+
+
+def read_config(path: Path) -> Any:
+    return text_format.Parse(path.read_text(), schema.ModelConfig())
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def files_of(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): digest(p) for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ort_repository(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ort") / "triton"
+    result = invoke("--run", served_run, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(out / "launch.sh")
+    return out
+
+
+class TestOnnxRuntime:
+    def test_the_denoiser_has_the_inputs_of_the_graph(
+        self, ort_repository: Path, served_run: Path
+    ) -> None:
+        config = read_config(ort_repository / "denoiser" / "config.pbtxt")
+        assert config.platform == "onnxruntime_onnx"
+        assert config.max_batch_size == 8  # of the recipe, which is below 16
+        graph = onnx.load(served_run / "onnx" / "ort" / "model.onnx").graph
+        assert [tensor.name for tensor in config.input] == [value.name for value in graph.input]
+        dims = {tensor.name: list(tensor.dims) for tensor in config.input}
+        assert dims == {"sample": [1, 8, 8], "timestep": [1], "class_labels": [1]}
+        dropped = [t.name for t in config.input if t.HasField("reshape") and not t.reshape.shape]
+        assert dropped == ["timestep", "class_labels"]
+        assert [tensor.name for tensor in config.output] == ["prediction"]
+
+    def test_the_custom_op_library_is_named_by_its_absolute_path(
+        self, ort_repository: Path
+    ) -> None:
+        config = read_config(ort_repository / "denoiser" / "config.pbtxt")
+        (library,) = config.model_operations.op_library_filename
+        assert library == str(ort_repository / "denoiser" / "lib" / "libtreeq_ort.so")
+        assert Path(library).is_file()
+
+    def test_there_is_a_warmup_for_each_batch_of_the_profile(self, ort_repository: Path) -> None:
+        config = read_config(ort_repository / "denoiser" / "config.pbtxt")
+        assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 8]
+        for warmup in config.model_warmup:
+            assert set(warmup.inputs) == {"sample", "timestep", "class_labels"}
+
+    def test_the_sampler_reads_the_denoiser_of_its_version(self, ort_repository: Path) -> None:
+        settings = json.loads((ort_repository / "sampler" / "1" / "settings.json").read_text())
+        assert settings["network"]["file"] == "1/model.onnx"
+        assert (ort_repository / "denoiser" / settings["network"]["file"]).is_file()
+        assert settings["num_classes"] == 10
+        assert settings["null"] == {"class_labels": 10.0}
+        assert settings["image"] == "pixels"
+
+    def test_the_manifest_holds_every_file_of_the_models(self, ort_repository: Path) -> None:
+        manifest = json.loads((ort_repository / "manifest.json").read_text())
+        found = {name: d for name, d in files_of(ort_repository).items() if "/" in name}
+        assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == found
+        assert manifest["models"] == {"denoiser": [1], "sampler": [1]}
+        assert set(manifest["packages"]["sampler"]) == {"torch", "diffusers", "onnxruntime"}
+        assert manifest["denoiser"]["profile"] == {"min": 1, "opt": 2, "max": 8}
+
+    def test_writing_again_gives_the_same_bytes(
+        self, ort_repository: Path, served_run: Path, tmp_path: Path
+    ) -> None:
+        before = files_of(ort_repository)
+        assert invoke("--run", served_run, "--out", ort_repository).exit_code == 0
+        assert files_of(ort_repository) == before
+
+    def test_dry_run_prints_the_exact_command(self, ort_repository: Path) -> None:
+        done = subprocess.run(
+            [ort_repository / "launch.sh", "--dry-run", "--log-verbose=1"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": "/usr/bin:/bin", "HTTP_PORT": "9000", "TRITON_CONFIG": "cpu"},
+        )
+        assert done.stdout.split() == [
+            "tritonserver",
+            f"--model-repository={ort_repository}",
+            "--model-control-mode=explicit",
+            "--load-model=sampler",
+            "--http-address=0.0.0.0",
+            "--http-port=9000",
+            "--grpc-address=0.0.0.0",
+            "--grpc-port=8001",
+            "--metrics-address=0.0.0.0",
+            "--metrics-port=8002",
+            "--model-config-name=cpu",
+            "--log-verbose=1",
+        ]
+        assert done.stderr == ""
+
+    def test_launch_refuses_a_changed_file(self, ort_repository: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(ort_repository, tmp_path / "copy"))
+        model = copy / "denoiser" / "1" / "model.onnx"
+        model.write_bytes(model.read_bytes()[:-1] + b"x")
+        done = subprocess.run(
+            [copy / "launch.sh"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"},
+        )
+        assert done.returncode == 1
+        assert f"{model}: not the file that manifest.json names." in done.stderr
+        assert done.stdout == ""
+
+    def test_launch_refuses_a_moved_repository(self, ort_repository: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(ort_repository, tmp_path / "copy"))
+        done = subprocess.run(
+            [copy / "launch.sh"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"},
+        )
+        assert done.returncode == 1
+        assert f"{copy}: written for {ort_repository}" in done.stderr
+
+
+def test_modes_and_batching_are_in_the_configs(served_run: Path, tmp_path: Path):
+    invoke("--run", served_run, "--out", tmp_path / "a", "--mode", "bls")
+    sampler = read_config(tmp_path / "a" / "sampler" / "config.pbtxt")
+    denoiser = read_config(tmp_path / "a" / "denoiser" / "config.pbtxt")
+    assert sampler.parameters["treeq_mode"].string_value == "bls"
+    assert not sampler.HasField("dynamic_batching")
+    assert denoiser.dynamic_batching.max_queue_delay_microseconds == 100
+    launch = (tmp_path / "a" / "launch.sh").read_text()
+    assert "--load-model=denoiser" in launch
+    invoke("--run", served_run, "--out", tmp_path / "b", "--no-dynamic-batching")
+    for model in ("sampler", "denoiser"):
+        config = read_config(tmp_path / "b" / model / "config.pbtxt")
+        assert not config.HasField("dynamic_batching")
+    invoke("--run", served_run, "--out", tmp_path / "c", "--decoupled")
+    assert read_config(
+        tmp_path / "c" / "sampler" / "config.pbtxt"
+    ).model_transaction_policy.decoupled
+
+
+@pytest.fixture(scope="module")
+def tensorrt_repository(
+    engine_run: Path, plugin_library: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("trt") / "triton"
+    result = invoke(
+        "--run",
+        engine_run,
+        "--out",
+        out,
+        "--target",
+        "tensorrt",
+        "--plugin-library",
+        plugin_library,
+        "--root",
+        "/models/digits",
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+class TestTensorrt:
+    """The engine is a stand-in: bytes under the manifest of TensorRT, which is not here."""
+
+    def test_config(self, tensorrt_repository: Path) -> None:
+        config = read_config(tensorrt_repository / "denoiser" / "config.pbtxt")
+        assert config.platform == "tensorrt_plan"
+        assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+        cpu = read_config(tensorrt_repository / "denoiser" / "configs" / "cpu.pbtxt")
+        assert cpu.instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
+        labels = next(tensor for tensor in config.input if tensor.name == "class_labels")
+        assert labels.data_type == schema.TYPE_INT32
+        assert (tensorrt_repository / "denoiser" / "1" / "model.plan").is_file()
+
+    def test_the_plugin_is_loaded_by_flag_or_preload(self, tensorrt_repository: Path) -> None:
+        def dry_run(**environment: str) -> str:
+            done = subprocess.run(
+                [tensorrt_repository / "launch.sh", "--dry-run"],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={"PATH": "/usr/bin:/bin", **environment},
+            )
+            return done.stdout
+
+        plugin = tensorrt_repository / "denoiser" / "lib" / "libtreeq_plugins.so"
+        assert f"--backend-config=tensorrt,plugins={plugin}" in dry_run().replace("\\", "")
+        preloaded = dry_run(TREEQ_PRELOAD="1")
+        assert preloaded.startswith(f"env LD_PRELOAD={plugin} tritonserver ")
+        assert "--backend-config" not in preloaded
+
+    def test_the_manifest_names_runtime_gpu_and_profile(self, tensorrt_repository: Path) -> None:
+        manifest = json.loads((tensorrt_repository / "manifest.json").read_text())
+        assert manifest["gpu"] == "sm_89"
+        assert manifest["backend_version"] == "10.13.3.9"
+        assert manifest["denoiser"]["profile"] == {"min": 1, "opt": 2, "max": 8}
+        plugin = manifest["files"]["denoiser/lib/libtreeq_plugins.so"]["sha256"]
+        assert plugin == digest(tensorrt_repository / "denoiser" / "lib" / "libtreeq_plugins.so")
+
+    def test_an_engine_of_rtx_is_served_by_python(self, engine_run: Path, tmp_path: Path) -> None:
+        result = invoke(
+            "--run",
+            engine_run,
+            "--out",
+            tmp_path / "t",
+            "--target",
+            "tensorrt",
+            "--runtime",
+            "tensorrt-rtx",
+        )
+        assert result.exit_code == 0, result.output
+        config = read_config(tmp_path / "t" / "denoiser" / "config.pbtxt")
+        assert config.backend == "python"
+        settings = json.loads((tmp_path / "t" / "denoiser" / "1" / "settings.json").read_text())
+        assert settings["runtime"] == "tensorrt-rtx"
+        assert settings["gpu"] == "sm_89"
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
+def test_text_models_take_embeddings(
+    make_tiny_run: Callable[..., Any], family: str, tmp_path: Path
+):
+    tiny = make_tiny_run(family)
+    tiny.compile()
+    options = ServeOptions(target="portable", backend="python")
+    written = run_serve(tiny.run, tiny.denoiser, tiny.recipe, options, out=tmp_path / "triton")
+    config = read_config(tmp_path / "triton" / "sampler" / "config.pbtxt")
+    inputs = {tensor.name: list(tensor.dims) for tensor in config.input}
+    assert "label" not in inputs
+    shape = tiny.denoiser.row_shapes["encoder_hidden_states"]
+    assert inputs["encoder_hidden_states"] == list(shape)
+    assert [tensor.name for tensor in config.output] == ["latents", "step"]
+    settings = written.served.settings
+    assert settings.embedded_guidance == (3.5 if family == "flux" else None)
+    assert settings.null.get("encoder_attention_mask", 1.0) == 1.0
+    assert settings.null["encoder_hidden_states"] == 0.0
+
+
+class TestVersions:
+    @pytest.fixture
+    def repository(self, served_run: Path, tmp_path: Path) -> Path:
+        out = tmp_path / "triton"
+        assert invoke("--run", served_run, "--out", out).exit_code == 0
+        return out
+
+    def test_a_version_is_added(self, repository: Path, served_run: Path) -> None:
+        before = files_of(repository)
+        result = invoke("--run", served_run, "--out", repository, "--add-version")
+        assert result.exit_code == 0, result.output
+        after = files_of(repository)
+        kept = {name: value for name, value in before.items() if name != "manifest.json"}
+        assert kept.items() <= after.items()
+        manifest = json.loads((repository / "manifest.json").read_text())
+        assert manifest["models"] == {"denoiser": [1, 2], "sampler": [1, 2]}
+        assert list(manifest["plan_sha256"]) == ["1", "2"]
+        settings = json.loads((repository / "sampler" / "2" / "settings.json").read_text())
+        assert settings["network"]["file"] == "2/model.onnx"
+
+    def test_one_with_another_config_is_refused(self, repository: Path, served_run: Path) -> None:
+        before = files_of(repository)
+        result = invoke(
+            "--run", served_run, "--out", repository, "--add-version", "--max-batch", "4"
+        )
+        assert result.exit_code == 1
+        assert "config.pbtxt: the new version needs another one." in result.stderr
+        assert files_of(repository) == before
+
+    def test_a_killed_addition_leaves_no_version_that_loads(
+        self, repository: Path, served_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manifest = (repository / "manifest.json").read_bytes()
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(serve_stage, "save_record", die)
+        result = invoke("--run", served_run, "--out", repository, "--add-version")
+        assert result.exit_code == 1
+        assert (repository / "manifest.json").read_bytes() == manifest
+        monkeypatch.undo()
+        again = invoke("--run", served_run, "--out", repository, "--add-version")
+        assert again.exit_code == 0, again.output
+        assert json.loads((repository / "manifest.json").read_text())["models"]["sampler"] == [1, 2]
+
+    def test_without_a_repository(self, served_run: Path, tmp_path: Path) -> None:
+        result = invoke("--run", served_run, "--out", tmp_path / "none", "--add-version")
+        assert result.exit_code == 1
+        assert "Write the repository first" in result.stderr
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_failed_lint_leaves_nothing(
+    served_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise ServeError("sampler/config.pbtxt: wrong.")
+
+    monkeypatch.setattr(serve_stage, "check_repository", refuse)
+    result = invoke("--run", served_run, "--out", tmp_path / "triton")
+    assert result.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+    assert remove_stale(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target", "portable"], "model.onnx: missing. Add the target to compile.targets"),
+        (["--target", "tensorrt-native"], "model.onnx: missing."),
+        (["--target", "tensorrt"], "no engine. Run `treeq-export build --run"),
+        (["--max-batch", "9"], "--max-batch 9: ort takes at most 8 rows."),
+        (["--max-batch", "0"], "--max-batch: received 0, expected 1.."),
+        (["--queue-delay-us", "500"], "--queue-delay-us: received 500, expected 0..200."),
+        (["--backend", "tensorrt"], "--backend tensorrt: target ort is no engine."),
+        (["--target", "tensorrt", "--backend", "onnxruntime"], "target tensorrt is an engine."),
+        (
+            ["--target", "tensorrt", "--backend", "tensorrt", "--runtime", "tensorrt-rtx"],
+            "does not load engines of TensorRT-RTX",
+        ),
+        (["--root", "models"], "--root models: expected an absolute path"),
+        (["--vae", "nowhere"], "nowhere/config.json: cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    served_run: Path, tmp_path: Path, options: list[str], words: str
+):
+    result = invoke("--run", served_run, "--out", tmp_path / "triton", *options)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert result.stderr.strip().count("\n") <= 1  # the progress line and the error
+    assert not (tmp_path / "triton").exists()
+
+
+def test_a_folder_that_is_no_repository_is_left_alone(served_run: Path, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo").write_text("precious")
+    result = invoke("--run", served_run, "--out", tmp_path / "mine")
+    assert result.exit_code == 1
+    assert "is there and no repository of ours" in result.stderr
+    assert (tmp_path / "mine" / "photo").read_text() == "precious"
+
+
+def test_several_engines_need_a_choice(engine_run: Path, plugin_library: Path, tmp_path: Path):
+    run = Path(shutil.copytree(engine_run, tmp_path / "run"))
+    folder = run / "engines" / "tensorrt" / "tensorrt"
+    shutil.copytree(folder / "sm_89", folder / "sm_80")
+    arguments = ["--run", run, "--out", tmp_path / "t", "--target", "tensorrt"]
+    result = invoke(*arguments, "--plugin-library", plugin_library)
+    assert "engines for sm_80, sm_89. Choose one with --gpu." in result.stderr
+    result = invoke(*arguments, "--gpu", "sm_90")
+    assert "no engine for sm_90; there is sm_80, sm_89." in result.stderr
+    result = invoke(*arguments, "--gpu", "sm_89")
+    assert "libtreeq_plugins.so: not found, and the engine needs its plugins." in result.stderr
+
+
+def test_options_have_one_default_each():
+    """Those of the command line are those of ServeOptions."""
+    command = main.commands["serve"]
+    fields = {field.name: field.default for field in dataclasses.fields(ServeOptions)}
+    given = command.make_context("serve", ["--run", "x"]).params
+    assert {name: given[name] for name in fields} == fields
+
+
+def test_errors_are_of_our_tree():
+    assert issubclass(ServeError, TreeqError)
+    assert ServeError("x").kind == "repository"

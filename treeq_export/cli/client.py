@@ -1,0 +1,247 @@
+"""`treeq-export client`, `health` and `web`: the other side of a Triton server."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from treeq_export.cli.console import json_option, main, say, stderr
+from treeq_export.errors import ServeError
+
+if TYPE_CHECKING:
+    from treeq_export.client.connection import Connection
+    from treeq_export.client.images import ImageOrder
+    from treeq_export.client.request import SamplerInfo
+    from treeq_export.records.health import HealthRecord
+    from treeq_export.records.images import ImagesRecord
+
+url_option = click.option(
+    "--url",
+    default="http://localhost:8000",
+    show_default=True,
+    help="http://host:port or grpc://host:port of the server.",
+)
+model_option = click.option(
+    "--model", default="sampler", show_default=True, help="The sampler's name on the server."
+)
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest wait for an answer.",
+)
+conditioning_option = click.option(
+    "--conditioning",
+    type=click.Path(path_type=Path),
+    help="Safetensors file with embedded prompts, of a text model.",
+)
+
+
+@main.command()
+@url_option
+@model_option
+@click.option("--label", type=int, help="Class, of a class-conditional model.")
+@conditioning_option
+@click.option("--prompt", type=int, default=0, show_default=True, help="Row of --conditioning.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image.")
+@click.option("--num", type=int, default=1, show_default=True, help="Images, with the next seeds.")
+@click.option("--steps", type=int, help="Solver steps; the server's default, if left out.")
+@click.option("--guidance", type=float, help="Guidance scale, likewise.")
+@click.option("--out", type=click.Path(path_type=Path), help="PNG file; with --num, x.seed4.png.")
+@click.option("--scale", type=int, help="Whole factor; to at least 256 pixels, if left out.")
+@click.option("--latents", type=click.Path(path_type=Path), help="File of the raw samples, .npy.")
+@click.option("--stream", is_flag=True, help="Show the steps of a decoupled sampler; gRPC only.")
+@click.option("--preview-every", type=int, help="With --stream: x.step005.png every so many steps.")
+@timeout_option
+@json_option
+def client(
+    url: str,
+    model: str,
+    label: int | None,
+    conditioning: Path | None,
+    prompt: int,
+    seed: int,
+    num: int,
+    steps: int | None,
+    guidance: float | None,
+    out: Path | None,
+    scale: int | None,
+    latents: Path | None,
+    stream: bool,
+    preview_every: int | None,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Ask a Triton server for images."""
+    from treeq_export.client.connection import open_connection
+    from treeq_export.client.images import ImageOrder
+    from treeq_export.client.request import load_conditioning, pick_prompt, read_info
+
+    with open_connection(url, timeout_s) as connection:
+        info = read_info(connection, model)
+        _check_stream(connection, info, stream, preview_every)
+        rows = None
+        if conditioning is not None:
+            rows = pick_prompt(load_conditioning(conditioning, info), prompt)
+        order = ImageOrder(
+            label=label,
+            conditioning=rows,
+            seed=seed,
+            num=num,
+            steps=steps,
+            guidance=guidance,
+            preview_every=preview_every,
+            out=out,
+            scale=scale,
+            latents=latents,
+            digest=as_json,
+        )
+        record = _fetch(connection, info, order, stream)
+    if as_json:
+        click.echo(record.model_dump_json(indent=2))
+        return
+    _print_images(record)
+
+
+def _check_stream(
+    connection: "Connection", info: "SamplerInfo", stream: bool, preview_every: int | None
+) -> None:
+    if preview_every is not None and not stream:
+        raise ServeError("--preview-every: needs --stream. Add it.", kind="refused")
+    if info.decoupled and connection.address.scheme != "grpc":
+        raise ServeError(
+            f"{connection.url}: {info.name} streams, which HTTP cannot. Use --url grpc://"
+            f"{connection.address.host}:PORT; Triton's own port of gRPC is 8001.",
+            kind="refused",
+        )
+    if stream and not info.decoupled:
+        raise ServeError(
+            f"{connection.url}: {info.name} does not stream. Leave --stream out, or write its "
+            "repository with `treeq-export serve --decoupled`.",
+            kind="refused",
+        )
+
+
+def _fetch(
+    connection: "Connection", info: "SamplerInfo", order: "ImageOrder", stream: bool
+) -> "ImagesRecord":
+    """Fetch the images; with a progress bar or, where stderr is no terminal, a line per step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from treeq_export.client.images import fetch_images
+
+    if not stream:
+        return fetch_images(connection, info, order)
+    if not stderr.is_terminal:
+        return fetch_images(
+            connection, info, order, lambda step, steps: say(f"step {step}/{steps}")
+        )
+    bar = Progress(TextColumn("steps"), BarColumn(), MofNCompleteColumn(), console=stderr)
+    with bar:
+        task = bar.add_task("", total=order.steps or info.steps)
+        return fetch_images(
+            connection, info, order, lambda step, _: bar.update(task, completed=step)
+        )
+
+
+def _print_images(record: "ImagesRecord") -> None:
+    for image in record.images:
+        what = "" if image.label is None else f"label {image.label}  "
+        together = f" (batch of {image.batch})" if image.batch > 1 else ""
+        click.echo(
+            f"{what}seed {image.seed}  {image.step} steps  {image.latency_ms:.1f} ms{together}"
+            f"  {image.file or ''}".rstrip()
+        )
+        for path in image.previews:
+            click.echo(f"  {path}")
+    if record.latents is not None:
+        click.echo(f"raw samples  {record.latents}")
+
+
+@main.command()
+@url_option
+@model_option
+@click.option("--heal", is_flag=True, help="Unload and load the models that fail.")
+@click.option(
+    "--watch",
+    "every_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Check again and again, a line per change; Ctrl-C ends it.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="No answer within is unhealthy.",
+)
+@json_option
+def health(
+    url: str, model: str, heal: bool, every_s: float | None, timeout_s: float, as_json: bool
+) -> None:
+    """Check a server by one real inference: ready is not healthy. Status 1 if it is not."""
+    if every_s is not None:
+        with suppress(KeyboardInterrupt):
+            _watch(url, model, heal, every_s, timeout_s, as_json)
+        return
+    record = _check(url, model, heal, timeout_s)
+    if as_json:
+        click.echo(json.dumps(record.as_json(), indent=2))
+    if not record.healthy:
+        raise ServeError(f"{record.url}: {record.summary()}", kind="failed")
+    if not as_json:
+        click.echo(f"{record.url}: {record.summary()}")
+
+
+def _check(url: str, model: str, heal: bool, timeout_s: float) -> "HealthRecord":
+    from treeq_export.client.connection import open_connection
+    from treeq_export.client.health import check, check_and_heal
+
+    with open_connection(url, timeout_s) as connection:
+        return (check_and_heal if heal else check)(connection, model)
+
+
+def _watch(
+    url: str, model: str, heal: bool, every_s: float, timeout_s: float, as_json: bool
+) -> None:
+    """Check until Ctrl-C, and tell what has changed."""
+    before: tuple[object, ...] | None = None
+    while True:
+        start = time.monotonic()
+        record = _check(url, model, heal, timeout_s)
+        state = (record.error, *((each.name, each.healthy) for each in record.models))
+        if state != before or record.reloaded:
+            clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            if as_json:
+                click.echo(json.dumps({"time": clock, **record.as_json()}))
+            else:
+                word = "" if record.healthy else "NOT HEALTHY: "
+                click.echo(f"{clock} {record.url}: {word}{record.summary()}")
+        before = state
+        time.sleep(max(0.0, every_s - (time.monotonic() - start)))
+
+
+@main.command()
+@url_option
+@model_option
+@conditioning_option
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--address", default="127.0.0.1", show_default=True, help="Where it listens.")
+@timeout_option
+def web(
+    url: str, model: str, conditioning: Path | None, port: int, address: str, timeout_s: float
+) -> None:
+    """Serve a page that shows images of a Triton server, until Ctrl-C."""
+    from treeq_export.client.web import SideCar, run_web
+
+    side_car = SideCar(url, model, timeout_s=timeout_s, conditioning=conditioning)
+    run_web(side_car, address, port, lambda page: say(f"{page}  Ctrl-C stops it."))

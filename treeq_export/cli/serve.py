@@ -1,0 +1,85 @@
+"""`treeq-export serve`: a Triton model repository of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from treeq_export.cli.console import json_option, main, run_option, say, stage_progress
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@main.command()
+@run_option
+@click.option("--out", type=_FOLDER, help="The repository; DIR/triton, if left out.")
+@click.option(
+    "--target",
+    type=click.Choice(["ort", "portable", "tensorrt", "tensorrt-native"]),
+    default="ort",
+    show_default=True,
+    help="What is served: a compiled graph, or an engine that was built of it.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt", "python"]),
+    help="What runs the model `denoiser`; the target's own, if left out.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["inprocess", "bls"]),
+    default="inprocess",
+    show_default=True,
+    help="inprocess: the sampler runs the denoiser itself; bls: it calls it, step by step.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+    help="What the engine was built with.",
+)
+@click.option("--gpu", metavar="SM", help="Such as sm_89, where there are several engines.")
+@click.option(
+    "--root", type=_FOLDER, help="Where the repository will lie on the server, if elsewhere."
+)
+@click.option(
+    "--max-batch", type=int, help="Most rows of a call; 16, or what the target takes if less."
+)
+@click.option(
+    "--dynamic-batching/--no-dynamic-batching",
+    default=True,
+    show_default=True,
+    help="Whether the server may merge requests.",
+)
+@click.option(
+    "--queue-delay-us", default=100, show_default=True, help="Wait for others, microseconds."
+)
+@click.option(
+    "--concurrency", default=16, show_default=True, help="Most requests at a time in mode bls."
+)
+@click.option("--threads", type=int, help="Threads inside an operator of ONNX Runtime.")
+@click.option("--decoupled", is_flag=True, help="Stream previews; gRPC only.")
+@click.option("--vae", type=_FOLDER, help="Folder of a diffusers AutoencoderKL.")
+@click.option("--plugin-library", type=_FOLDER, help="libtreeq_plugins.so, if not installed.")
+@click.option("--add-version", is_flag=True, help="Add the next version to a repository.")
+@json_option
+def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Write a Triton model repository with its launch script, and lint it."""
+    from treeq_export.model.checkpoint import build_model
+    from treeq_export.model.zoo import make_denoiser
+    from treeq_export.serve import ServeOptions, run_serve
+    from treeq_export.workspace import Workspace
+
+    chosen = ServeOptions(**options)
+    chosen.check()
+    with Workspace.reopen(run) as workspace, stage_progress() as progress:
+        on_step = progress.start("serve", False)
+        checkpoint, recipe = workspace.checkpoint, workspace.recipe
+        denoiser = make_denoiser(build_model(checkpoint), checkpoint, recipe.model)
+        written = run_serve(run, denoiser, recipe, chosen, out=out, on_step=on_step)
+    if as_json:
+        click.echo(written.manifest.model_dump_json(indent=2))
+        return
+    say(f"wrote {written.root}, version {written.version}: {', '.join(written.served.models)}")
+    click.echo(written.root / "launch.sh")

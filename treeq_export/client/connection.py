@@ -1,0 +1,362 @@
+"""One Triton server over HTTP or gRPC, behind one interface.
+
+    with open_connection("http://localhost:8000") as connection:
+        connection.infer("sampler", {"label": ..., "seed": ...}, ["image"])
+
+Both protocols give equal arrays, equal JSON forms of configuration and statistics, and equal
+errors: one `ServeError` whose `kind` says whether the server was not reached, did not answer in
+time, refused the request, or failed. A connection may go from thread to thread, and be used by one
+at a time.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treeq_export.errors import ServeError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+DEFAULT_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 600.0  # an engine of many GB takes minutes to load
+_PORTS = {"http": 8000, "grpc": 8001}
+# What Triton adds to a message: the request's name, and the Python stack of a model's exception.
+_NOISE = re.compile(r"^\[request id: [^]]*\] |\s+At:\s.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server is.
+
+    Attributes:
+        scheme: "http" or "grpc".
+        host: Name or number; an IPv6 number without brackets.
+        port: TCP port.
+        path: Prefix of every path behind a reverse proxy, such as "/triton"; "" mostly.
+        user: For HTTP's basic authentication; "" is none.
+        password: Likewise.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+    user: str = ""
+    password: str = ""
+
+    @property
+    def target(self) -> str:
+        """Host and port, "localhost:8000"."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL, without user and password."""
+        return f"{self.scheme}://{self.target}{self.path}"
+
+
+def parse_url(url: str) -> ServerAddress:
+    """Read a server's URL.
+
+    Args:
+        url: http://host:port or grpc://host:port; host:port alone is HTTP.
+
+    Returns:
+        The address; port 8000 (HTTP) or 8001 (gRPC) where the URL names none.
+
+    Raises:
+        ServeError: Another scheme, no host, or no port number.
+
+    Example:
+        >>> parse_url("grpc://gpu-7").url
+        'grpc://gpu-7:8001'
+        >>> parse_url("gpu-7:9000").url
+        'http://gpu-7:9000'
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # of a port that is no number, or brackets that do not close
+        raise _wrong_url(url) from None
+    if parts.scheme not in _PORTS or not host:
+        raise _wrong_url(url)
+    return ServerAddress(
+        scheme=parts.scheme,
+        host=host,
+        port=port or _PORTS[parts.scheme],
+        path=parts.path.rstrip("/"),
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
+
+
+def _wrong_url(url: str) -> ServeError:
+    shown = re.sub(r"//[^@/]*@", "//", url)
+    return ServeError(
+        f"url: received {shown!r}, expected http://host:port or grpc://host:port. "
+        "Triton's own ports are 8000 (http) and 8001 (grpc).",
+        kind="refused",
+    )
+
+
+class Connection(ABC):
+    """A connection to one server; a context manager.
+
+    Args:
+        address: Where the server is.
+        timeout_s: Longest wait for an answer; loading a model may take LOAD_TIMEOUT_S.
+    """
+
+    def __init__(self, address: ServerAddress, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+
+    @property
+    def url(self) -> str:
+        """The server's URL, without user and password."""
+        return self.address.url
+
+    @property
+    def load_timeout_s(self) -> float:
+        """Longest wait for a model to load or unload."""
+        return max(self.timeout_s, LOAD_TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it; closing twice is fine."""
+
+    @abstractmethod
+    def is_server_live(self) -> bool:
+        """Return whether the server says that it runs.
+
+        Raises:
+            ServeError: It says nothing.
+        """
+
+    @abstractmethod
+    def is_server_ready(self) -> bool:
+        """Return whether the server says that all its models are ready; no proof that they work.
+
+        Raises:
+            ServeError: It says nothing.
+        """
+
+    @abstractmethod
+    def is_model_ready(self, model: str) -> bool:
+        """Return whether the server says that a model is ready; no proof that it works.
+
+        Raises:
+            ServeError: It says nothing.
+        """
+
+    @abstractmethod
+    def models(self) -> list[dict[str, Any]]:
+        """Return the index of the repository: name and, where loaded, version, state and reason.
+
+        Raises:
+            ServeError: Whatever went wrong.
+        """
+
+    @abstractmethod
+    def model_config(self, model: str) -> dict[str, Any]:
+        """Return a loaded model's configuration, in the JSON form of model_config.proto.
+
+        Raises:
+            ServeError: Whatever went wrong.
+        """
+
+    @abstractmethod
+    def statistics(self, model: str) -> dict[str, Any]:
+        """Return {"model_stats": [one entry per version]}; counts and nanoseconds are integers.
+
+        Raises:
+            ServeError: Whatever went wrong.
+        """
+
+    @abstractmethod
+    def load(self, model: str) -> None:
+        """Load a model, or load it again where its files have changed.
+
+        Raises:
+            ServeError: It does not load; one that was loaded before goes on serving.
+        """
+
+    @abstractmethod
+    def unload(self, model: str) -> None:
+        """Unload a model. The server answers before requests under way have ended.
+
+        Raises:
+            ServeError: Whatever went wrong.
+        """
+
+    @abstractmethod
+    def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Run one request.
+
+        Args:
+            model: Its name.
+            inputs: Input name to array with the batch axis.
+            outputs: Names of the wanted outputs.
+
+        Returns:
+            Output name to array with the batch axis.
+
+        Raises:
+            ServeError: Whatever went wrong.
+        """
+
+    @abstractmethod
+    def stream(
+        self, model: str, inputs: Arrays, outputs: Sequence[str]
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """Run one request and yield each of its responses; gRPC only.
+
+        Args:
+            model: Its name; decoupled, or it gives one response.
+            inputs: As for `infer`.
+            outputs: As for `infer`.
+
+        Yields:
+            Output name to array.
+
+        Raises:
+            ServeError: Whatever went wrong; kind "refused" over HTTP.
+        """
+
+    # What both protocols share.
+
+    def error(self, kind: str, message: str) -> ServeError:
+        """Return the one-line error for what the server said, with a remedy where one is known."""
+        line = " ".join(_NOISE.sub("", message).split()).rstrip(".") or "no message"
+        return ServeError(f"{self.url}: {line}{self._remedy(line)}", kind=kind)
+
+    def unreachable(self, reason: object) -> ServeError:
+        """Return the error for a server that could not be reached."""
+        line = " ".join(str(reason).split())
+        return ServeError(
+            f"{self.url}: not reached ({line}). Start the server, or name its address by --url.",
+            kind="unreachable",
+        )
+
+    def timeout(self, waited_s: float) -> ServeError:
+        """Return the error for a server that did not answer in time."""
+        return ServeError(
+            f"{self.url}: no answer within {waited_s:g} s. Raise --timeout, or look at the "
+            "server's queue and log.",
+            kind="timeout",
+        )
+
+    def _remedy(self, line: str) -> str:
+        """Return how a message ends."""
+        if "is not healthy" in line:
+            return (
+                ". The model's process has died: `treeq-export health --url "
+                f"{self.url} --heal` loads it again."
+            )
+        if "decoupled transaction policy" in line:
+            return ". It streams: use grpc:// and `stream`."
+        if "unknown model" in line:
+            with suppress(ServeError):
+                ready = sorted({m["name"] for m in self.models() if m.get("state") == "READY"})
+                return f". The server has {', '.join(ready) or 'no model loaded'}."
+        return "."
+
+    def encode_inputs(self, client: ModuleType, inputs: Arrays) -> list[Any]:
+        """Return tritonclient's form of the inputs.
+
+        Args:
+            client: `tritonclient.http` or `tritonclient.grpc`.
+            inputs: Name to array.
+
+        Raises:
+            ServeError: An array's dtype has no Triton type.
+        """
+        from tritonclient.utils import np_to_triton_dtype
+
+        encoded = []
+        for name, array in inputs.items():
+            datatype = np_to_triton_dtype(array.dtype)
+            if datatype is None:
+                raise ServeError(
+                    f"{name}: received dtype {array.dtype}, which Triton has not. Convert it to "
+                    "the data type in the model's config.pbtxt.",
+                    kind="refused",
+                )
+            value = client.InferInput(name, list(array.shape), datatype)
+            value.set_data_from_numpy(np.ascontiguousarray(array))
+            encoded.append(value)
+        return encoded
+
+    def decode_outputs(
+        self, model: str, result: Any, outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the arrays of tritonclient's result, as copies that may be written to.
+
+        Raises:
+            ServeError: An output is missing, or shorter than its shape says.
+        """
+        arrays = {}
+        for name in outputs:
+            try:
+                array = result.as_numpy(name)
+            except ValueError as error:  # what a server whose numpy is 2 or newer sends
+                raise self.error(
+                    "failed", f"{model}: {name}: fewer bytes than its shape ({error})"
+                ) from error
+            if array is None:
+                raise self.error("failed", f"{model}: {name}: missing in the response")
+            arrays[name] = array.copy()
+        return arrays
+
+
+def open_connection(url: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Connection:
+    """Open a connection; the server is not asked anything yet.
+
+    Args:
+        url: http://host:port or grpc://host:port; host:port alone is HTTP. A user and a password
+            in it are sent as basic authentication.
+        timeout_s: Longest wait for an answer, > 0.
+
+    Returns:
+        The connection, to be closed.
+
+    Raises:
+        ServeError: A malformed URL, or tritonclient is missing.
+    """
+    address = parse_url(url)
+    if not timeout_s > 0:
+        raise ServeError(
+            f"timeout_s: received {timeout_s}, expected more than 0 seconds.", kind="refused"
+        )
+    try:
+        if address.scheme == "grpc":
+            from treeq_export.client.grpc_connection import GrpcConnection
+
+            return GrpcConnection(address, timeout_s)
+        from treeq_export.client.http_connection import HttpConnection
+
+        return HttpConnection(address, timeout_s)
+    except ImportError as error:
+        raise ServeError(
+            f"tritonclient cannot be imported ({error}). Install it: "
+            "pip install 'treeq-export[serve]'"
+        ) from error

@@ -1,0 +1,92 @@
+"""settings.json of a served model: written by `treeq-export serve`, read inside the server."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SETTINGS_FILE = "settings.json"
+ONNXRUNTIME = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The denoiser, and how a process opens it.
+
+    Attributes:
+        model: Its folder in the repository.
+        runtime: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        file: The graph or engine, relative to that folder.
+        library: Library of custom ops, likewise; None where there is none.
+        inputs: numpy's name of the type of every input, in order.
+        output: Name of the output.
+        max_batch: Most rows of a call.
+        gpu: Such as "sm_89"; None on the CPU.
+        threads: Threads inside an operator; None lets the runtime choose.
+        fold_constants: Whether ONNX Runtime computes constants at load.
+    """
+
+    model: str
+    runtime: str
+    file: str
+    library: str | None
+    inputs: dict[str, str]
+    output: str
+    max_batch: int
+    gpu: str | None = None
+    threads: int | None = None
+    fold_constants: bool = True
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What the sampler does.
+
+    Attributes:
+        network: Its denoiser.
+        scheduler: "flow_match_euler" or "ddim".
+        steps: Where a request names none.
+        guidance_scale: Likewise.
+        sample_shape: Of one sample.
+        prediction_channels: Channels of the output that are the prediction; None takes all.
+        num_classes: Labels are 0..num_classes-1; None of text models.
+        conditioning: Shape of one row of every text input.
+        null: Value that fills each conditioning input in the unconditional half of guidance.
+        embedded_guidance: Default of the guidance that the network itself takes (distilled Flux):
+            then a request's guidance goes there; None of networks that take none.
+        image: "pixels" (samples are images in [-1, 1]), "vae", or None: latents only.
+        concurrency: Most requests that are sampled at a time in mode bls, or when streaming.
+    """
+
+    network: NetworkSettings
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    sample_shape: list[int]
+    prediction_channels: int | None
+    num_classes: int | None
+    conditioning: dict[str, list[int]]
+    null: dict[str, float]
+    embedded_guidance: float | None
+    image: str | None
+    concurrency: int
+
+
+def to_json(settings: NetworkSettings | SamplerSettings) -> str:
+    """Return the content of settings.json."""
+    return json.dumps(asdict(settings), indent=2) + "\n"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SETTINGS_FILE).read_text())
+
+
+def read_network(folder: Path) -> NetworkSettings:
+    """Read the settings of a denoiser from its version's folder."""
+    return NetworkSettings(**_read(folder))
+
+
+def read_sampler(folder: Path) -> SamplerSettings:
+    """Read the settings of a sampler from its version's folder."""
+    content = _read(folder)
+    return SamplerSettings(**content | {"network": NetworkSettings(**content["network"])})

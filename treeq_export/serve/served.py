@@ -1,0 +1,274 @@
+"""What a repository says, gathered from the run: the graph or engine, the sampler's settings."""
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from treeq_export import __version__
+from treeq_export.errors import RunnerError, ServeError
+from treeq_export.model.denoise import is_pixels
+from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
+from treeq_export.recipe import Recipe
+from treeq_export.records.build import EngineManifest
+from treeq_export.runners.compiled import model_path, runner_options, uses_kernels
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.engine_manifest import read_manifest
+from treeq_export.runners.ort_runner import check_version
+from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
+from treeq_export.serve.inside.settings import ONNXRUNTIME, NetworkSettings, SamplerSettings
+from treeq_export.serve.options import USUAL_BATCH, ServeOptions
+from treeq_export.serve.tensors import ServedGraph, read_graph
+from treeq_export.serve.vae import Vae, open_vae
+
+DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"
+ENGINES_FOLDER = "engines"
+ENGINE_FILE = "model.engine"
+_OWN_INPUTS = ("sample", "timestep")
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """Everything that is written, before it is written.
+
+    Attributes:
+        name: The run's name.
+        options: What was asked for.
+        graph: Inputs and outputs.
+        network_file: The graph or engine of the run.
+        engine: Manifest of the engine; None where a graph is served.
+        library: Library of custom ops or plugins; None where none is needed or none is there.
+        profile: Batch sizes "min", "opt" and "max" that the denoiser takes.
+        settings: Of the sampler, for version 1.
+        vae: The decoder of latents; None where there is none.
+    """
+
+    name: str
+    options: ServeOptions
+    graph: ServedGraph
+    network_file: Path
+    engine: EngineManifest | None
+    library: Path | None
+    profile: dict[str, int]
+    settings: SamplerSettings
+    vae: Vae | None
+
+    @property
+    def max_batch(self) -> int:
+        """Most rows of a request or a merged batch."""
+        return self.settings.network.max_batch
+
+    @property
+    def warmup_batches(self) -> list[int]:
+        """The batch sizes of the profile that the server may meet, ascending."""
+        return sorted({min(batch, self.max_batch) for batch in self.profile.values()})
+
+    @property
+    def sampler_warmup_batches(self) -> list[int]:
+        """The smallest and the largest batch."""
+        return sorted({1, self.max_batch})
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance of a request that names none."""
+        embedded = self.settings.embedded_guidance
+        return self.settings.guidance_scale if embedded is None else embedded
+
+    @property
+    def latent_shape(self) -> list[int]:
+        """Shape of one sample, unpacked, as the decoder takes it."""
+        shape = self.settings.sample_shape
+        if len(shape) == 3:
+            return shape
+        side = 2 * round(shape[0] ** 0.5)
+        return [shape[1] // 4, side, side]
+
+    @property
+    def image_shape(self) -> list[int] | None:
+        """(height, width, channels); None where only latents are served."""
+        channels, height, width = self.latent_shape
+        if self.settings.image == "pixels":
+            return [height, width, channels]
+        if self.vae is None:
+            return None
+        return [height * self.vae.factor, width * self.vae.factor, self.vae.channels]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models of the repository."""
+        return [DENOISER, SAMPLER, *([] if self.vae is None else [VAE_DECODER])]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Models to load at start: in mode inprocess the sampler has a denoiser of its own."""
+        return [model for model in self.models if model != DENOISER or self.options.mode == "bls"]
+
+
+def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions) -> Served:
+    """Read all that a repository needs.
+
+    Args:
+        run: The run folder, with the compiled target or the built engine.
+        denoiser: Gives shapes and conventions; its weights are not used.
+        recipe: Its name, sampler and compile sections.
+        options: What is asked for.
+
+    Raises:
+        ServeError: Something is missing or does not fit.
+        RunnerError: The custom-op library is of another version.
+    """
+    options.check()
+    graph_file = model_path(run, options.target)
+    graph = read_graph(graph_file)
+    engine_folder = _find_engine(run, options) if options.is_engine else None
+    engine = None if engine_folder is None else read_manifest(engine_folder)
+    profile = _read_profile(engine, recipe)
+    max_batch = options.max_batch or min(USUAL_BATCH, profile["max"])
+    if max_batch > profile["max"]:
+        raise ServeError(
+            f"--max-batch {max_batch}: {options.target} takes at most {profile['max']} "
+            "rows. Set compile.max_batch in the recipe and compile again, or ask for less."
+        )
+    vae = None if options.vae is None else open_vae(options.vae, denoiser.sample_shape)
+    library = _find_library(options, engine)
+    return Served(
+        name=recipe.name,
+        options=options,
+        graph=graph,
+        network_file=graph_file if engine_folder is None else engine_folder / ENGINE_FILE,
+        engine=engine,
+        library=library,
+        profile=profile,
+        settings=_make_settings(
+            denoiser,
+            recipe,
+            options,
+            network=NetworkSettings(
+                model=DENOISER,
+                runtime=ONNXRUNTIME if engine is None else engine.runtime,
+                file=network_path(options, 1),
+                library=None if library is None else f"lib/{library.name}",
+                inputs={tensor.name: tensor.dtype for tensor in graph.inputs},
+                output=graph.output.name,
+                max_batch=max_batch,
+                gpu=None if engine is None else engine.gpu,
+                threads=options.threads,
+                fold_constants=runner_options(graph_file, options.target)["fold_constants"],
+            ),
+            has_vae=vae is not None,
+        ),
+        vae=vae,
+    )
+
+
+def network_path(options: ServeOptions, version: int) -> str:
+    """Return where a version's graph or engine lies in the denoiser's folder."""
+    if not options.is_engine:
+        return f"{version}/model.onnx"
+    return f"{version}/{'model.plan' if options.chosen_backend == 'tensorrt' else ENGINE_FILE}"
+
+
+def _find_engine(run: Path, options: ServeOptions) -> Path:
+    folder = run / ENGINES_FOLDER / options.runtime / options.target
+    gpus = sorted(path.name for path in folder.glob("sm_*") if (path / ENGINE_FILE).is_file())
+    build = f"Run `treeq-export build --run {run} --runtime {options.runtime} --gpu GPU` first"
+    if options.gpu is not None and options.gpu not in gpus:
+        there = f"there is {', '.join(gpus)}" if gpus else "there is none"
+        raise ServeError(f"{folder}: no engine for {options.gpu}; {there}. {build}.")
+    if not gpus:
+        raise ServeError(f"{folder}: no engine. {build}.")
+    if options.gpu is None and len(gpus) > 1:
+        raise ServeError(f"{folder}: engines for {', '.join(gpus)}. Choose one with --gpu.")
+    return folder / (options.gpu or gpus[0])
+
+
+def _read_profile(engine: EngineManifest | None, recipe: Recipe) -> dict[str, int]:
+    """Return the batch sizes of an engine's profile, or of the recipe."""
+    if engine is None:
+        section = recipe.compile
+        return {"min": 1, "opt": section.opt_batch, "max": section.max_batch}
+    shapes = engine.profile["sample"]
+    return {"min": shapes.min[0], "opt": shapes.opt[0], "max": shapes.max[0]}
+
+
+def _find_library(options: ServeOptions, engine: EngineManifest | None) -> Path | None:
+    """Return the library that the denoiser's backend has to load."""
+    if engine is None:
+        library = find_library(ORT_LIBRARY) if uses_kernels(options.target) else None
+        if library is not None:
+            check_version(library)
+        return library
+    if not engine.plugins or options.chosen_backend == "python":
+        return None
+    library = options.plugin_library or find_library(PLUGIN_LIBRARY)
+    if library is None or not library.is_file():
+        raise ServeError(
+            f"{library or PLUGIN_LIBRARY}: not found, and the engine needs its plugins. "
+            "kernels/README.md says how to build it; then name it with --plugin-library."
+        )
+    return library
+
+
+def _make_settings(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    options: ServeOptions,
+    *,
+    network: NetworkSettings,
+    has_vae: bool,
+) -> SamplerSettings:
+    own = {*_OWN_INPUTS, "guidance"}
+    names = [name for name in denoiser.input_names if name not in own]
+    null = denoiser.null_conditioning(1)
+    packed = isinstance(denoiser, FluxDenoiser)
+    embedded = denoiser.make_conditioning(1, 0).get("guidance") if packed else None
+    pixels = is_pixels(denoiser.sample_shape)
+    if pixels and has_vae:
+        raise ServeError("--vae: this model paints pixels itself. Leave it out.")
+    is_labelled = isinstance(denoiser, DiTDenoiser)
+    return SamplerSettings(
+        network=network,
+        scheduler=recipe.sampler.scheduler,
+        steps=recipe.sampler.steps,
+        guidance_scale=recipe.sampler.guidance_scale,
+        sample_shape=list(denoiser.sample_shape),
+        prediction_channels=None if packed else denoiser.sample_shape[0],
+        num_classes=denoiser.num_classes if is_labelled else None,
+        conditioning={} if is_labelled else {n: list(denoiser.row_shapes[n]) for n in names},
+        null={name: float(null[name].flatten()[0]) for name in names},
+        embedded_guidance=None if embedded is None else float(embedded[0]),
+        image="pixels" if pixels else ("vae" if has_vae else None),
+        concurrency=options.concurrency,
+    )
+
+
+def packages(served: Served) -> dict[str, dict[str, str]]:
+    """Return the Python packages that each model's process imports, with their versions here.
+
+    Raises:
+        RunnerError: One is not installed here, so that its version is not known.
+    """
+    options, engine = served.options, served.engine
+    network = _network_packages(engine)
+    sampler = {"torch": _version("torch"), "diffusers": _version("diffusers")}
+    found = {SAMPLER: sampler | (network if options.mode == "inprocess" else {})}
+    if options.chosen_backend == "python":
+        found[DENOISER] = network
+    if served.vae is not None:
+        found[VAE_DECODER] = dict(sampler)
+    return found
+
+
+def _network_packages(engine: EngineManifest | None) -> dict[str, str]:
+    if engine is None:
+        return {"onnxruntime": _version("onnxruntime")}
+    return {"treeq-export": __version__, _PACKAGES[engine.runtime]: engine.runtime_version}
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-gpu"):
+        try:
+            return metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    raise RunnerError(f"{package}: not installed. `treeq-export doctor` says how to install it.")

@@ -1,0 +1,277 @@
+"""Writing a Triton repository, or the next version into one that is there.
+
+    DIR/triton/denoiser sampler vae_decoder/   config.pbtxt configs/cpu.pbtxt lib/ 1/ 2/ ...
+    DIR/triton/launch.sh check_manifest.py manifest.json README.md
+
+A repository is written under a temporary name, linted, and renamed. A new version is written beside
+the old ones, each folder under a name that Triton does not look at, and renamed; manifest.json is
+last, so that a kill leaves version folders that no model will load.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from treeq_export import __version__
+from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.errors import OutputError, ServeError
+from treeq_export.model import denoise
+from treeq_export.model.zoo import Denoiser
+from treeq_export.recipe import Recipe
+from treeq_export.records import save_record
+from treeq_export.records.serve import ServedFile, ServeManifest
+from treeq_export.runners import ort_session
+from treeq_export.serve import inside
+from treeq_export.serve.configs import render_configs, render_launch, render_readme
+from treeq_export.serve.inside.settings import SETTINGS_FILE, to_json
+from treeq_export.serve.lint import check_repository
+from treeq_export.serve.options import ServeOptions
+from treeq_export.serve.served import (
+    DENOISER,
+    SAMPLER,
+    VAE_DECODER,
+    Served,
+    gather,
+    network_path,
+    packages,
+)
+
+TRITON_FOLDER = "triton"
+MANIFEST_FILE = "manifest.json"
+_CHECK_FILE = "check_manifest.py"
+_INSIDE = Path(inside.__path__[0])
+# Names in a version's folder: what is copied there.
+_COMMON = {"treeq_manifest.py": _INSIDE / _CHECK_FILE}
+_LOOP = {"treeq_denoise.py": Path(denoise.__file__)}
+_NETWORK = {
+    "treeq_network.py": _INSIDE / "network.py",
+    "treeq_session.py": Path(ort_session.__file__),
+    "treeq_settings.py": _INSIDE / "settings.py",
+}
+_CODE = {
+    SAMPLER: {
+        "model.py": _INSIDE / "sampler_model.py",
+        "treeq_requests.py": _INSIDE / "requests.py",
+        **_COMMON,
+        **_LOOP,
+        **_NETWORK,
+    },
+    DENOISER: {"model.py": _INSIDE / "denoiser_model.py", **_COMMON, **_NETWORK},
+    VAE_DECODER: {"model.py": _INSIDE / "vae_model.py", **_COMMON, **_LOOP},
+}
+
+
+@dataclass(frozen=True)
+class ServedRepository:
+    """A written repository.
+
+    Attributes:
+        root: Its folder.
+        version: The version that was written.
+        manifest: Its manifest.
+        served: What was gathered for it.
+    """
+
+    root: Path
+    version: int
+    manifest: ServeManifest
+    served: Served
+
+
+def run_serve(
+    run: Path,
+    denoiser: Denoiser,
+    recipe: Recipe,
+    options: ServeOptions,
+    *,
+    out: Path | None = None,
+    on_step: Callable[[float], None] = lambda _: None,
+) -> ServedRepository:
+    """Write a repository for a run, or add a version.
+
+    Args:
+        run: The run folder.
+        denoiser: Gives shapes and conventions.
+        recipe: The run's recipe.
+        options: What to write.
+        out: The repository; None is DIR/triton.
+        on_step: Called with the fraction done, 0..1.
+
+    Raises:
+        ServeError: Something is missing, does not fit, or is not right by the lint.
+        OutputError: The folder cannot be written to.
+    """
+    served = gather(run, denoiser, recipe, options)
+    root = (out or run / TRITON_FOLDER).absolute()
+    on_step(0.1)
+    if options.add_version:
+        return _add_version(root, served, on_step)
+    if root.exists() and not (root / MANIFEST_FILE).is_file():
+        raise OutputError(f"{root}: is there and no repository of ours. Choose another --out.")
+    final = options.root or root
+    with atomic_folder(root) as temporary:
+        _write_shared(temporary, final, served)
+        for model in served.models:
+            _write_version(temporary / model / "1", model, served, 1)
+        on_step(0.5)
+        manifest = _make_manifest(
+            temporary, final, served, {model: [1] for model in served.models}, {}
+        )
+        save_record(temporary / MANIFEST_FILE, manifest)
+        on_step(0.9)
+        check_repository(temporary, final)
+    on_step(1.0)
+    return ServedRepository(root, 1, manifest, served)
+
+
+def _write_shared(folder: Path, final: Path, served: Served) -> None:
+    """Write what all versions share."""
+    for name, text in render_configs(served, final).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if served.options.mode == "inprocess":
+        warmup = folder / SAMPLER / "warmup"
+        warmup.mkdir()
+        (warmup / "one").write_bytes((1).to_bytes(4, "little"))
+        (warmup / "guidance").write_bytes(_float_bytes(served.default_guidance))
+    if served.library is not None:
+        library = folder / DENOISER / "lib" / served.library.name
+        library.parent.mkdir(parents=True)
+        shutil.copyfile(served.library, library)
+    launch = folder / "launch.sh"
+    launch.write_text(render_launch(served))
+    launch.chmod(0o755)
+    (folder / "README.md").write_text(render_readme(served, packages(served)))
+    shutil.copyfile(_INSIDE / _CHECK_FILE, folder / _CHECK_FILE)
+
+
+def _float_bytes(value: float) -> bytes:
+    import numpy as np
+
+    return np.float32(value).tobytes()
+
+
+def _write_version(folder: Path, model: str, served: Served, version: int) -> None:
+    """Write one version of one model."""
+    folder.mkdir(parents=True)
+    network = replace(served.settings.network, file=network_path(served.options, version))
+    if model == DENOISER:
+        _copy_network(folder, served)
+        if served.options.chosen_backend != "python":
+            return
+        (folder / SETTINGS_FILE).write_text(to_json(network))
+    if model == SAMPLER:
+        (folder / SETTINGS_FILE).write_text(to_json(replace(served.settings, network=network)))
+    if model == VAE_DECODER and served.vae is not None:
+        (folder / "vae").mkdir()
+        for file in served.vae.files:
+            shutil.copyfile(file, folder / "vae" / file.name)
+    for name, source in _CODE[model].items():
+        shutil.copyfile(source, folder / name)
+
+
+def _copy_network(folder: Path, served: Served) -> None:
+    """Put the graph or the engine into the denoiser's version."""
+    name = Path(network_path(served.options, 1)).name
+    shutil.copyfile(served.network_file, folder / name)
+    if served.engine is not None:
+        shutil.copyfile(served.network_file.with_name("manifest.json"), folder / "engine.json")
+    elif served.graph.has_data:
+        data = f"{served.network_file.name}.data"
+        shutil.copyfile(served.network_file.with_name(data), folder / data)
+
+
+def _make_manifest(
+    folder: Path,
+    final: Path,
+    served: Served,
+    models: dict[str, list[int]],
+    plans: dict[str, str],
+) -> ServeManifest:
+    """Return the manifest of a folder as it is now."""
+    options = served.options
+    version = str(max(models[SAMPLER]))
+    runtime = packages(replace(served, options=replace(options, mode="inprocess")))[SAMPLER]
+    engine = served.engine
+    return ServeManifest(
+        treeq_version=__version__,
+        name=served.name,
+        plan_sha256=plans | {version: served.graph.plan_sha256},
+        target=options.target,
+        mode=options.mode,
+        backend=options.chosen_backend,
+        backend_version=runtime["onnxruntime"] if engine is None else engine.runtime_version,
+        root=str(final) if options.chosen_backend == "onnxruntime" and served.library else None,
+        gpu=None if engine is None else engine.gpu,
+        denoiser=ServeManifest.Denoiser(profile=served.profile),
+        models=models,
+        packages=packages(served),
+        files={
+            str(path.relative_to(folder)): ServedFile(
+                bytes=path.stat().st_size, sha256=sha256_of_file(path)
+            )
+            for path in _list_files(folder, models)
+        },
+    )
+
+
+def _list_files(folder: Path, models: Iterable[str]) -> list[Path]:
+    """Return the files of all models, without what Python leaves behind."""
+    return sorted(
+        path
+        for model in models
+        for path in (folder / model).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -> ServedRepository:
+    """Add the next version of every model to a repository.
+
+    Raises:
+        ServeError: There is no repository, or it differs in more than the weights.
+    """
+    old = _read_manifest(root)
+    final = served.options.root or root
+    _check_same_configs(root, final, served)
+    version = 1 + max(number for numbers in old.models.values() for number in numbers)
+    for model in served.models:
+        with atomic_folder(root / model / str(version)) as temporary:
+            temporary.rmdir()  # which _write_version creates
+            _write_version(temporary, model, served, version)
+    on_step(0.5)
+    models = {model: [*old.models[model], version] for model in served.models}
+    manifest = _make_manifest(root, final, served, models, old.plan_sha256)
+    check_repository(root, final)
+    save_record(root / MANIFEST_FILE, manifest)
+    on_step(1.0)
+    return ServedRepository(root, version, manifest, served)
+
+
+def _read_manifest(root: Path) -> ServeManifest:
+    path = root / MANIFEST_FILE
+    try:
+        return ServeManifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ServeError(
+            f"{path}: missing or malformed. Write the repository first, without --add-version."
+        ) from error
+
+
+def _check_same_configs(root: Path, final: Path, served: Served) -> None:
+    """Check that a new version has the inputs, outputs and libraries of those that are there."""
+    remedy = "A server cannot exchange that under load; write a new repository with another --out."
+    for name, text in render_configs(served, final).items():
+        path = root / name
+        if not path.is_file() or path.read_text() != text:
+            raise ServeError(f"{path}: the new version needs another one. {remedy}")
+    if served.library is not None:
+        library = root / DENOISER / "lib" / served.library.name
+        digest = hashlib.sha256(served.library.read_bytes()).hexdigest()
+        if not library.is_file() or sha256_of_file(library) != digest:
+            raise ServeError(f"{library}: the new version needs another one. {remedy}")
