@@ -20,7 +20,8 @@ DEMO_OUT ?= runs/digits
 ENGINE_GPUS ?= sm_80,sm_89,sm_120
 WHEEL_ENV ?= build/wheel-env
 TRITON_ENV ?= .triton
-LOAD_SECONDS ?= 30
+LOAD_SECONDS ?= 120
+SWEEP_SECONDS ?= 5
 
 .PHONY: apt venv triton-env demo engines serve test check wheel clean
 
@@ -53,6 +54,13 @@ demo: venv
 engines: venv
 	$(BIN)/treeq-export build --run $(DEMO_OUT) --runtime tensorrt-rtx --gpu $(ENGINE_GPUS)
 	$(BIN)/treeq-export report --run $(DEMO_OUT)
+
+serve: venv triton-env
+	$(BIN)/treeq-export serve --run $(DEMO_OUT) --backend python
+	$(BIN)/treeq-export lint $(DEMO_OUT)/triton
+	$(BIN)/python samples/local_triton/loadtests.py $(DEMO_OUT) \
+	  --python $(TRITON_ENV)/bin/python --out $(DEMO_OUT)/serving \
+	  --duration $(LOAD_SECONDS) --sweep-duration $(SWEEP_SECONDS)
 
 test: venv triton-env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term

@@ -34,7 +34,8 @@ print("%d.%d" % sys.version_info[:2])
 print(sysconfig.get_config_var("LIBDIR"))
 """
 _EMULATED = Path(__file__).parent / "emulated"
-_SHUTDOWN_S = 40.0
+_EXIT_S = 6  # what the server waits for its models; one whose process was killed never unloads
+_SHUTDOWN_S = _EXIT_S + 4.0
 _ORPHANS_S = 1.5  # within which the processes of models notice that the server is gone
 
 
@@ -181,7 +182,7 @@ def serve(
         }
         command = [
             *_starter(repository, variables),
-            "--exit-timeout-secs=8",
+            f"--exit-timeout-secs={_EXIT_S}",
             "--allow-gpu-metrics=false",
             f"--cache-directory={installation.binary.parent.parent / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={prefix}",

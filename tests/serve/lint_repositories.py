@@ -84,32 +84,46 @@ def check_wrong(folder: Path, case: Wrong) -> None:
     assert all(message.endswith(".") and "\n" not in message for message in messages)
 
 
+def _external(name: str, location: str, offset: int) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    entries = {"location": location, "offset": str(offset), "length": "4"}
+    for key, text in entries.items():
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
 def make_graph(
     *,
     batch: str | int = "batch",
     body: bool = True,
     offset: int = 0,
     location: str = "model.onnx.data",
+    branch: str = "",
 ) -> bytes:
-    """Return a denoiser whose weight is external data."""
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1])
-    weight.data_location = TensorProto.EXTERNAL
-    entries = {"location": location, "offset": str(offset), "length": "4"}
-    for key, text in entries.items():
-        weight.external_data.add(key=key, value=text)
+    """Return a denoiser whose weight is external data; of a branch's constant where it is given."""
+    weight = _external("w", location, offset)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("treeq", 1)]
     multiply = helper.make_node("Mul", ["x", "s"], ["y"])
     scale = helper.make_function("treeq", "Scale", ["x", "s"], ["y"], [multiply], opsets)
     value = helper.make_tensor_value_info
+    choice = helper.make_graph([], "empty", [], [value("c", TensorProto.FLOAT, [1])])
+    if branch:
+        choice.node.append(helper.make_node("Constant", [], ["k"], value=_external("k", branch, 0)))
+    unused = helper.make_node("If", ["b"], ["c"], then_branch=choice, else_branch=choice)
     graph = helper.make_graph(
-        [helper.make_node("Scale", ["sample", "w"], ["prediction"], domain="treeq")],
+        [helper.make_node("Scale", ["sample", "w"], ["prediction"], domain="treeq"), unused],
         "denoiser",
         [
             value("sample", TensorProto.FLOAT, [batch, 4, 2, 2]),
             value("timestep", TensorProto.FLOAT, [batch]),
             value("class_labels", TensorProto.INT64, [batch]),
         ],
-        [value("prediction", TensorProto.FLOAT, [batch, 4, 2, 2])],
+        [
+            value("prediction", TensorProto.FLOAT, [batch, 4, 2, 2]),
+            value("scale", TensorProto.FLOAT, []),
+            value("free", TensorProto.FLOAT, None),
+        ],
         [weight],
     )
     functions = [scale] if body else []

@@ -158,6 +158,7 @@ def load(utilities: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         model = module.TritonPythonModel()
         threads = torch.get_num_threads()
@@ -262,9 +263,14 @@ class TestInprocess:
         assert np.isfinite(good.only.arrays()["latents"]).all()
 
     def test_a_cancelled_request_stops_and_its_neighbour_goes_on(
-        self, load: Callable[..., Any], repository: Path, expect: Callable[..., Any]
+        self,
+        load: Callable[..., Any],
+        repository: Path,
+        expect: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         model = load(repository, "sampler")
+        monkeypatch.setattr(sys.modules[type(model).__module__], "CANCELLED_EVERY_S", 0.0)
         gone, other = ask(1, steps=column(4)), ask(2)
         gone.sender.cancelled = True
         model.execute([gone, other])

@@ -120,12 +120,16 @@ RIGHT: dict[str, list[Edit]] = {
         (f"{GRAPH}/model.onnx", None, make_graph()),
         (f"{GRAPH}/model.onnx.data", None, bytes(4)),
     ],
+    "outputs of one number, and of any shape": [
+        add('output { name: "scale" data_type: TYPE_FP32 dims: 1 }', "denoiser"),
+        add('output { name: "free" data_type: TYPE_FP32 dims: [3, -1] }', "denoiser"),
+    ],
     "no library, but bodies": [("denoiser", LIBRARY, "")],
     "no bodies, but a library": [(GRAPH, None, make_graph(body=False))],
     "an engine": [
         *ENGINE,
         (DENOISER, "KIND_GPU", 'KIND_GPU gpus: [0, 1] profile: ["0"]'),
-        ("denoiser", "dims: [1] reshape", "dims: [1] is_shape_tensor: true reshape"),
+        ("denoiser", "2, 2] }\ninput", "2, 2] is_non_linear_format_io: true }\ninput"),
     ],
     "an engine for each GPU": [
         *ENGINE[:3],

@@ -1,4 +1,4 @@
-"""Repositories that are wrong in identity, files, tensors or batching; the rest is beside this."""
+"""Repositories that are wrong in identity, files, tensors, batches; the rest is beside this."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests.serve.lint_repositories import (
     SAMPLER,
     VAE,
     VAE_WARMUP,
+    WARMUP_LABELS,
     WARMUP_VALUE,
     Edit,
     Wrong,
@@ -308,6 +309,49 @@ WRONG = [
         "which answers once",
         add("model_transaction_policy { decoupled: true }", "denoiser"),
         also="sampler-has-denoiser",
+    ),
+    wrong(
+        "warmup-runs",
+        "skips the sample",
+        ("denoiser", "batch_size: 1\n", "\n"),
+        also="warmup-covers-profile",
+    ),
+    wrong(
+        "warmup-runs",
+        "received batch_size 16, expected at most 8",
+        ("denoiser", "batch_size: 8\n  inputs", "batch_size: 16\n  inputs"),
+        also="warmup-covers-profile",
+    ),
+    wrong("warmup-inputs", "received no latents", add("model_warmup { batch_size: 1 }")),
+    wrong(
+        "warmup-inputs",
+        "received more, expected inputs of the model only",
+        add(VAE_WARMUP.replace(" }\n", ' inputs { key: "more" value { } } }\n') % WARMUP_VALUE),
+        also="warmup-data",
+    ),
+    wrong(
+        "warmup-types",
+        "received TYPE_FP16, expected TYPE_FP32",
+        warmup(WARMUP_VALUE.replace("32", "16")),
+    ),
+    wrong("warmup-data", "received no data", warmup("data_type: TYPE_FP32 dims: [4, 2, 2]")),
+    wrong(
+        "warmup-data",
+        "no class has such a label",
+        ("denoiser", WARMUP_LABELS, "data_type: TYPE_INT64 dims: [1] random_data: true"),
+    ),
+    wrong("warmup-files", "not in the model's folder warmup/", ("denoiser/warmup", None, None)),
+    wrong("warmup-files", "of 7 bytes, expected 8", ("denoiser/warmup/c", None, bytes(7))),
+    wrong(
+        "warmup-covers-profile",
+        "received no sample of batch_size 4",
+        (MANIFEST, '"opt": 2', '"opt": 4'),
+    ),
+    *(
+        wrong(
+            "warmup-dims", f"received dims {dims}", warmup(WARMUP_VALUE.replace("[4, 2, 2]", dims))
+        )
+        for dims in ("[1, 4, 2, 2]", "[4, 2, 3]", "[4, -1, 2]")
     ),
 ]
 

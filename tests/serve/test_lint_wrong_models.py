@@ -1,4 +1,4 @@
-"""Repositories that are wrong in warmup, graphs, ensembles or samplers; no rule is left out."""
+"""Repositories that are wrong in graphs, ensembles or samplers; no rule is left out."""
 
 import functools
 from collections import Counter
@@ -21,16 +21,12 @@ from tests.serve.lint_repositories import (
     LABELS_INPUT,
     LATENTS,
     LIBRARY,
-    MANIFEST,
     NUM_CLASSES,
     PREDICTION,
     SAMPLE,
     SAMPLER,
     STEP_OUTPUT,
     VAE,
-    VAE_WARMUP,
-    WARMUP_LABELS,
-    WARMUP_VALUE,
     Edit,
     Wrong,
     add,
@@ -44,6 +40,7 @@ from tests.serve.test_lint_wrong import WRONG as WRONG_CONFIGS
 from treeq_export.serve import lint
 from treeq_export.serve.lint import CONFIG_RULES, REPOSITORY_RULES, lint_repository, rule_id
 
+SCALE = 'output { name: "scale" data_type: TYPE_FP32 dims: [1] }'
 WORDS: list[Edit] = [
     (SAMPLER, 'name: "label" data_type: TYPE_INT32', 'name: "words" data_type: TYPE_FP32'),
     (SAMPLER, NUM_CLASSES, ""),
@@ -54,58 +51,11 @@ def set_parameter(key: str, old: str, new: str) -> Edit:
     return SAMPLER, parameter(key, old), parameter(key, new)
 
 
-def warmup(value: str) -> Edit:
-    return add(VAE_WARMUP % value)
-
-
 def step_output(text: str) -> Edit:
     return ENSEMBLE, STEP_OUTPUT, f"{STEP_OUTPUT} {text}"
 
 
 WRONG = [
-    wrong(
-        "warmup-runs",
-        "skips the sample",
-        ("denoiser", "batch_size: 1\n", "\n"),
-        also="warmup-covers-profile",
-    ),
-    wrong(
-        "warmup-runs",
-        "received batch_size 16, expected at most 8",
-        ("denoiser", "batch_size: 8\n  inputs", "batch_size: 16\n  inputs"),
-        also="warmup-covers-profile",
-    ),
-    wrong("warmup-inputs", "received no latents", add("model_warmup { batch_size: 1 }")),
-    wrong(
-        "warmup-inputs",
-        "received more, expected inputs of the model only",
-        add(VAE_WARMUP.replace(" }\n", ' inputs { key: "more" value { } } }\n') % WARMUP_VALUE),
-        also="warmup-data",
-    ),
-    wrong(
-        "warmup-types",
-        "received TYPE_FP16, expected TYPE_FP32",
-        warmup(WARMUP_VALUE.replace("32", "16")),
-    ),
-    *(
-        wrong(
-            "warmup-dims", f"received dims {dims}", warmup(WARMUP_VALUE.replace("[4, 2, 2]", dims))
-        )
-        for dims in ("[1, 4, 2, 2]", "[4, 2, 3]", "[4, -1, 2]")
-    ),
-    wrong("warmup-data", "received no data", warmup("data_type: TYPE_FP32 dims: [4, 2, 2]")),
-    wrong(
-        "warmup-data",
-        "no class has such a label",
-        ("denoiser", WARMUP_LABELS, "data_type: TYPE_INT64 dims: [1] random_data: true"),
-    ),
-    wrong("warmup-files", "not in the model's folder warmup/", ("denoiser/warmup", None, None)),
-    wrong("warmup-files", "of 7 bytes, expected 8", ("denoiser/warmup/c", None, bytes(7))),
-    wrong(
-        "warmup-covers-profile",
-        "received no sample of batch_size 4",
-        (MANIFEST, '"opt": 2', '"opt": 4'),
-    ),
     wrong("graph-is-readable", "no ONNX graph", (GRAPH, None, b"\xff\xff garbage")),
     wrong("graph-is-readable", "no ONNX graph", (GRAPH, None, b"\x08\x0a")),
     wrong(
@@ -148,7 +98,13 @@ WRONG = [
         "received TYPE_FP16, expected TYPE_FP32",
         ("denoiser", PREDICTION, PREDICTION.replace("32", "16")),
     ),
+    wrong(
+        "graph-outputs",
+        "received dims [2], expected [1]",
+        ("denoiser", "instance_group", f"{SCALE.replace('1', '2')} instance_group"),
+    ),
     wrong("external-data", "received no such file", (DATA, None, None)),
+    wrong("external-data", "received no such file", (GRAPH, None, make_graph(branch="b.data"))),
     wrong(
         "external-data",
         "received 4 bytes, expected at least 12",
@@ -176,6 +132,14 @@ WRONG = [
         (ENSEMBLE, 'model_name: "vae_decoder" model_version: -1', ""),
         (ENSEMBLE, 'input_map { key: "latents" value: "z" }', ""),
         (ENSEMBLE, STEP_OUTPUT, ""),
+    ),
+    wrong(
+        "ensemble-form",
+        "received no step",
+        (ENSEMBLE, 'model_name: "vae_decoder" model_version: -1', ""),
+        (ENSEMBLE, "  step {\n    \n", ""),
+        (ENSEMBLE, 'input_map { key: "latents" value: "z" }', ""),
+        (ENSEMBLE, f"{STEP_OUTPUT}\n  }}", ""),
     ),
     wrong(
         "ensemble-form",
@@ -281,6 +245,12 @@ WRONG = [
         (SAMPLER, 'input { name: "seed" data_type: TYPE_INT64 dims: [1] }', ""),
     ),
     wrong("sampler-inputs", "expected TYPE_INT64, dims [1]", (SAMPLER, "TYPE_INT64", "TYPE_INT32")),
+    wrong(
+        "sampler-parameters",
+        "received treeq_num_classes without input label",
+        WORDS[0],
+        also="sampler-fits-denoiser",
+    ),
     wrong(
         "sampler-inputs",
         "expected either label or",

@@ -152,6 +152,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(load_setup, "open_connection", connect)
     monkeypatch.setattr(load_clients, "_PAUSE_S", 0.0)
     monkeypatch.setattr(loadtest, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(loadtest, "_IDLE_LOOK_S", 0.01)
     return server
 
 
@@ -256,7 +257,7 @@ class TestRecord:
 
     def test_doubts(self, server: Server, tmp_path: Path) -> None:
         record = load(tmp_path, 1)
-        calm = record.environment | {"load_average": [0.0, 0.0, 0.0]}
+        calm = record.environment | {"busy_cores": 0.1}
         level = record.levels[0]
         idle = level.client.model_copy(update={"cpu_share": 0.1})
         quiet = record.model_copy(
@@ -268,12 +269,12 @@ class TestRecord:
         changes = {"client": busy, "models": [more, level.models[1]]}
         noisy = record.model_copy(
             update={
-                "environment": calm | {"load_average": [9.0, 0.0, 0.0], "cores": 2},
+                "environment": calm | {"busy_cores": 1.5, "cores": 2},
                 "levels": [level.model_copy(update=changes)],
             }
         )
-        load_, client, others = find_doubts(noisy)
-        assert "9.0 on 2 cores" in load_
+        programs, client, others = find_doubts(noisy)
+        assert "kept 1.5 of 2 cores busy" in programs
         assert "0.90 of a core" in client
         assert "5 requests more" in others
 
@@ -362,15 +363,22 @@ class TestCommand:
     def test_table_record_and_picture(self, server: Server, tmp_path: Path) -> None:
         result = call(*self.QUICK, "--concurrency", "1,2", "--out", tmp_path / "a")
         assert result.exit_code == 0, result.stderr
-        assert "digits, ort, 25 steps: bls, dynamic batching of the sampler (100 us)" in (
-            result.stdout
+        assert "digits, ort, 25 steps: bls, dynamic batching of the sampler (100 us), http" in (
+            " ".join(result.stdout.split())
         )
-        assert "images/s" in result.stdout
+        assert "per s" in result.stdout
+        assert "growth" not in result.stdout
         assert "1 client   ..." in result.stderr
         assert {path.name for path in (tmp_path / "a").iterdir()} == {
             "loadtest.json",
             "loadtest.png",
         }
+
+    def test_memory_in_the_table(self, server: Server, tmp_path: Path) -> None:
+        pid = psutil.Process().pid
+        result = call(*self.QUICK, "--concurrency", 1, "--out", tmp_path, "--server-pid", pid)
+        assert result.exit_code == 0, result.stderr
+        assert "growth" in result.stdout
 
     def test_json(self, server: Server, tmp_path: Path) -> None:
         result = call(*self.QUICK, "--concurrency", "1", "--out", tmp_path, "--json")
@@ -388,7 +396,7 @@ class TestCommand:
         server.refuses = lambda number: number == 0
         result = call(*self.QUICK, "--concurrency", "1", "--out", tmp_path)
         assert result.exit_code == 1
-        assert "images/s" in result.stdout
+        assert "per s" in result.stdout
         assert "requests failed, first at concurrency 1: http://host:8000: sampler: no. (1x)" in (
             result.stderr
         )

@@ -166,6 +166,12 @@ def test_modes_and_batching_are_in_the_configs(served_run: Path, tmp_path: Path)
     for model in ("sampler", "denoiser"):
         config = read_config(tmp_path / "b" / model / "config.pbtxt")
         assert not config.HasField("dynamic_batching")
+    invoke("--run", served_run, "--out", tmp_path / "d", "--mode", "bls", "--instances", "3")
+    counts = {
+        model: read_config(tmp_path / "d" / model / "config.pbtxt").instance_group[0].count
+        for model in ("denoiser", "sampler")
+    }
+    assert counts == {"denoiser": 3, "sampler": 1}
     invoke("--run", served_run, "--out", tmp_path / "c", "--decoupled")
     assert read_config(
         tmp_path / "c" / "sampler" / "config.pbtxt"
@@ -344,6 +350,7 @@ def test_a_failed_lint_leaves_nothing(
         (["--target", "tensorrt"], "no engine. Run `treeq-export build --run"),
         (["--max-batch", "9"], "--max-batch 9: ort takes at most 8 rows."),
         (["--max-batch", "0"], "--max-batch: received 0, expected 1.."),
+        (["--instances", "0"], "--instances: received 0, expected 1..64."),
         (["--queue-delay-us", "500"], "--queue-delay-us: received 500, expected 0..200."),
         (["--backend", "tensorrt"], "--backend tensorrt: target ort is no engine."),
         (["--target", "tensorrt", "--backend", "onnxruntime"], "target tensorrt is an engine."),

@@ -241,7 +241,12 @@ def web(
     url: str, model: str, conditioning: Path | None, port: int, address: str, timeout_s: float
 ) -> None:
     """Serve a page that shows images of a Triton server, until Ctrl-C."""
-    from treeq_export.client.web import SideCar, run_web
+    try:
+        from treeq_export.client.web import SideCar, run_web
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is missing. Install it: pip install 'treeq-export[serve]'"
+        ) from error
 
     side_car = SideCar(url, model, timeout_s=timeout_s, conditioning=conditioning)
     run_web(side_car, address, port, lambda page: say(f"{page}  Ctrl-C stops it."))

@@ -141,32 +141,43 @@ def _print(record: "LoadTestRecord") -> None:
     from treeq_export.client.loadtest_figure import describe_record
 
     table = Table(title=describe_record(record), box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("clients", justify="right")
-    names = ("p50 ms", "p90 ms", "p95 ms", "p99 ms", "max ms", "images/s", "errors")
-    for name in (*names, *(f"batch of {model.name}" for model in record.setup.models)):
+    table.pad_edge, table.collapse_padding = False, True
+    sampled = any(level.memory is not None for level in record.levels)
+    for name in (
+        "clients",
+        *(f"{percentile}\nms" for percentile in ("p50", "p90", "p99", "max")),
+        "images\nper s",
+        "errors",
+        *(f"batch\n{model.name}" for model in record.setup.models),
+        *(("memory\nMB", "growth\nMB") if sampled else ()),
+    ):
         table.add_column(name, justify="right")
-    table.add_column("memory")
     for level in record.levels:
-        table.add_row(*_cells(level, len(record.setup.models)))
+        table.add_row(*_cells(level, len(record.setup.models), sampled))
     make_stdout().print(table)
 
 
-def _cells(level: "LoadLevel", num_models: int) -> list[str]:
-    from treeq_export.report.quantities import format_bytes, format_fixed
+def _cells(level: "LoadLevel", num_models: int, sampled: bool) -> list[str]:
+    from treeq_export.report.quantities import format_fixed
 
     batches = [model.average_batch for model in level.models] or [None] * num_models
-    memory = "-"
-    if level.memory is not None and level.memory.bytes:
-        growth = level.memory.growth_bytes
-        memory = f"{format_bytes(level.memory.bytes[-1])}, grew by {format_bytes(growth)}"
+    memory = level.memory if level.memory is not None and level.memory.bytes else None
+    growth = None if memory is None else memory.growth_bytes
     return [
         str(level.concurrency),
         *(
-            format_fixed(value)
-            for value in (level.p50_ms, level.p90_ms, level.p95_ms, level.p99_ms, level.max_ms)
+            format_fixed(value, 1)
+            for value in (level.p50_ms, level.p90_ms, level.p99_ms, level.max_ms)
         ),
         format_fixed(level.images_per_s, 1),
         str(level.num_errors),
         *(format_fixed(batch) for batch in batches),
-        memory,
+        *(
+            (
+                format_fixed(None if memory is None else memory.bytes[-1] / 1e6, 1),
+                format_fixed(None if growth is None else growth / 1e6),
+            )
+            if sampled
+            else ()
+        ),
     ]

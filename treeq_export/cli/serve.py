@@ -55,6 +55,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--queue-delay-us", default=100, show_default=True, help="Wait for others, microseconds."
 )
+@click.option("--instances", default=1, show_default=True, help="Copies of what runs the denoiser.")
 @click.option(
     "--concurrency", default=16, show_default=True, help="Most requests at a time in mode bls."
 )

@@ -6,7 +6,7 @@ compute: the sampler for one step, everything it is made of for the answer to ze
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "TYPE_INT32": np.int32,
     "TYPE_UINT8": np.uint8,
 }
-# A live model unloads within this, and frees its memory before it is loaded again; one whose process
-# has died stays "UNLOADING" for good (Triton 2.51), and loads nevertheless.
-_UNLOADED_WITHIN_S = 2.0
+_DIED = "is not healthy"  # in what Triton says of a model whose process has died
+_UNLOADED_WITHIN_S = 10.0
 
 
 def check(connection: Connection, model: str = SAMPLER) -> HealthRecord:
@@ -111,13 +110,22 @@ def _ask_with_zeros(connection: Connection, name: str) -> tuple[float, Mapping[s
     return (time.perf_counter() - start) * 1e3, arrays
 
 
-def heal(connection: Connection, models: Sequence[str], model: str = SAMPLER) -> HealthRecord:
+def heal(
+    connection: Connection,
+    models: Sequence[str],
+    model: str = SAMPLER,
+    *,
+    died: Collection[str] = (),
+) -> HealthRecord:
     """Unload and load models, parts before the sampler that calls them, and check again.
 
     Args:
         connection: To the server.
         models: Names of the models to heal.
         model: The sampler's name.
+        died: Those of them whose process is known to have died. Triton (2.51) never finishes to
+            unload such a model, and loads it nevertheless; of all others the memory is free before
+            they are loaded again.
 
     Returns:
         The health afterwards; `reloaded` says what was done.
@@ -128,7 +136,8 @@ def heal(connection: Connection, models: Sequence[str], model: str = SAMPLER) ->
         for name in reversed(order):
             connection.unload(name)
         for name in order:
-            _wait_until_unloaded(connection, name)
+            if name not in died:
+                _wait_until_unloaded(connection, name)
             connection.load(name)
             reloaded.append(name)
     except ServeError as error:
@@ -140,10 +149,24 @@ def heal(connection: Connection, models: Sequence[str], model: str = SAMPLER) ->
 
 
 def check_and_heal(connection: Connection, model: str = SAMPLER) -> HealthRecord:
-    """Check a server, and heal the models that fail."""
+    """Check a server, and heal the models that fail: parts first, since that may be all it needs.
+
+    Args:
+        connection: To the server.
+        model: The sampler's name.
+
+    Returns:
+        The health afterwards; `reloaded` is empty where nothing was to be done.
+    """
     record = check(connection, model)
-    sick = [each.name for each in record.models if not each.healthy]
-    return heal(connection, sick, model) if sick else record
+    reloaded: list[str] = []
+    for names in (PARTS, (model,)):
+        sick = [each for each in record.models if not each.healthy and each.name in names]
+        if sick:
+            died = [each.name for each in sick if _DIED in each.received]
+            record = heal(connection, [each.name for each in sick], model, died=died)
+            reloaded += record.reloaded
+    return record.model_copy(update={"reloaded": reloaded})
 
 
 def _wait_until_unloaded(connection: Connection, name: str) -> None:

@@ -22,7 +22,7 @@ from treeq_export.client.load_statistics import (
     subtract_counters,
     sum_counters,
 )
-from treeq_export.environment import describe_machine, version_of
+from treeq_export.environment import count_cores, describe_machine, version_of
 from treeq_export.errors import PlanError, ServeError
 from treeq_export.records.base import load_record, save_record
 from treeq_export.records.loadtest import (
@@ -36,10 +36,13 @@ from treeq_export.records.loadtest import (
 
 RECORD_FILE = "loadtest.json"
 FIGURE_FILE = "loadtest.png"
+BUSY_CORES = "busy_cores"
 _WARMUP_FROM = 2**40  # number of the first request of a warm-up, whose seeds no level has
 _SETTLE_S = 1.0  # Triton counts an execution shortly after it has answered
 _SETTLE_STEP_S = 0.05
-_BUSY_CORES = 0.5
+_IDLE_LOOK_S = 0.5
+_MAX_BUSY_CORES = 0.5  # while no client is sending
+_MAX_CLIENT_CORES = 0.5
 _MAX_MESSAGES = 20
 
 Start = Callable[[str, bool], Callable[[float], None]]  # level, kept -> callback of its fraction
@@ -110,15 +113,15 @@ def find_doubts(record: LoadTestRecord) -> list[str]:
         record: A finished record.
     """
     doubts: list[str] = []
-    load, cores = record.environment["load_average"][0], record.environment["cores"]
-    if load > cores:
+    busy = record.environment[BUSY_CORES]
+    if busy > _MAX_BUSY_CORES:
         doubts.append(
-            f"The load average was {load:.1f} on {cores} cores at the begin: other programs "
-            "disturb the times. Run it again with --fresh when they are done."
+            f"Other programs kept {busy:.1f} of {record.environment['cores']} cores busy at the "
+            "begin: they disturb the times. Run it again with --fresh when they are done."
         )
     for level in record.levels:
         where = f"At concurrency {level.concurrency}"
-        if level.client.cpu_share > _BUSY_CORES:
+        if level.client.cpu_share > _MAX_CLIENT_CORES:
             doubts.append(
                 f"{where} the clients themselves took {level.client.cpu_share:.2f} of a core: "
                 "the latencies hold their own waiting. Spread them over several load tests."
@@ -134,7 +137,11 @@ def find_doubts(record: LoadTestRecord) -> list[str]:
 
 def _open_record(path: Path, setup: LoadSetup, *, fresh: bool) -> LoadTestRecord:
     """Return the record to go on with: what is there, if it is of the same setup."""
-    environment = {**describe_machine(), "tritonclient": version_of("tritonclient")}
+    environment = {
+        **describe_machine(),
+        "tritonclient": version_of("tritonclient"),
+        BUSY_CORES: round(psutil.cpu_percent(_IDLE_LOOK_S) / 100 * count_cores(), 2),
+    }
     new = LoadTestRecord(setup=setup, environment=environment, levels=[])
     if fresh or not path.is_file():
         return new

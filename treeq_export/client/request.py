@@ -77,10 +77,9 @@ def read_info(connection: Connection, model: str = SAMPLER) -> SamplerInfo:
         key.removeprefix("treeq_"): value.get("string_value", "")
         for key, value in config.get("parameters", {}).items()
     }
-    outputs = _shapes(config["output"])
     try:
         classes = given.get("num_classes")
-        info = SamplerInfo(
+        return SamplerInfo(
             name=model,
             version=_ready_version(connection, model),
             model=given["model"],
@@ -92,21 +91,13 @@ def read_info(connection: Connection, model: str = SAMPLER) -> SamplerInfo:
             max_batch=max(int(config["max_batch_size"]), 1),
             decoupled=config.get("model_transaction_policy", {}).get("decoupled", False),
             inputs=_shapes(config["input"]),
-            outputs=outputs,
+            outputs=_shapes(config["output"]),
         )
     except (KeyError, ValueError) as error:
-        raise _no_sampler(connection, model) from error
-    if "latents" not in outputs:
-        raise _no_sampler(connection, model)
-    return info
-
-
-def _no_sampler(connection: Connection, model: str) -> ServeError:
-    return ServeError(
-        f"{connection.url}: {model}: no sampler of treeq-export (its configuration has no "
-        "treeq_* parameters). Name the sampler's model with --model.",
-        kind="refused",
-    )
+        raise _refused(
+            f"{connection.url}: {model}: no sampler of treeq-export (its configuration has no "
+            "treeq_* parameters). Name the sampler's model with --model."
+        ) from error
 
 
 def _shapes(tensors: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:

@@ -45,6 +45,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _STATUS = {"refused": 400, "failed": 502, "unreachable": 503, "timeout": 504}
 _MAX_REQUEST_BYTES = 64 * 1024
+_SHUTDOWN_TIMEOUT_S = 5.0  # for answers under way
 _NUM_THREADS = 8  # requests that wait for the server at a time
 
 
@@ -262,7 +263,9 @@ async def serve_web(
     Raises:
         ServeError: The address cannot be listened on.
     """
-    runner = web.AppRunner(make_app(side_car), access_log=None)
+    runner = web.AppRunner(
+        make_app(side_car), access_log=None, shutdown_timeout=_SHUTDOWN_TIMEOUT_S
+    )
     try:
         await runner.setup()
         try:
@@ -280,16 +283,21 @@ async def serve_web(
 
 
 def run_web(side_car: SideCar, address: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; see `serve_web`.
+    """Serve until SIGINT or SIGTERM, a second of which does not wait; see `serve_web`.
 
     Raises:
         ServeError: The address cannot be listened on.
     """
 
     async def run() -> None:
-        stop = asyncio.Event()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def end(number: int) -> None:
+            loop.remove_signal_handler(number)
+            stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, end, number)
         await serve_web(side_car, address, port, ready, stop)
 
     asyncio.run(run())

@@ -59,7 +59,10 @@ class HealthRecord(Record):
             return self.error
         bad = [model for model in self.models if not model.healthy]
         if bad:
-            return "; ".join(f"{m.name} (ready: {_word(m.ready)}): {m.received}" for m in bad)
+            cause = bad[-1]  # a part of the sampler, where one is ill
+            others = ", ".join(model.name for model in bad[:-1])
+            line = f"{cause.name} (ready: {_word(cause.ready)}): {cause.received}"
+            return f"{line.rstrip('.')}." + (f" Also not healthy: {others}." if others else "")
         done = ", ".join(f"{model.name} {model.latency_ms:.1f} ms" for model in self.models)
         again = f"; reloaded {', '.join(self.reloaded)}" if self.reloaded else ""
         return f"healthy: {done}{again}"

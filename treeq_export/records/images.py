@@ -13,6 +13,7 @@ class ImageRecord(Record):
         label: Its class; None of text models.
         step: Solver steps done.
         latency_ms: From sending its request to its last response; images of one request share it.
+            With previews it includes writing them.
         batch: Images in its request.
         shapes: Shape of every received output, without the batch axis.
         file: Its PNG; None where none was wanted.

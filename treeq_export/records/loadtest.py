@@ -107,8 +107,9 @@ class ClientCost(Record):
         cpu_ms: Processor time of the client's process per request.
         cpu_share: The same over the duration, in cores; with one core it would be the bottleneck.
         outside_ms: Mean latency less Triton's own time of a request (`ModelLoad.total_ms` of the
-            sampler): the client's encoding, the network and the server's reading and writing; None
-            where Triton does not time that.
+            sampler): the client's encoding, the network and the server's reading and writing. Less
+            than that where requests are merged, since the first answers leave before their batch's
+            execution ends. None where Triton does not time it.
     """
 
     cpu_ms: float
@@ -187,7 +188,8 @@ class LoadTestRecord(Record):
 
     Attributes:
         setup: What was loaded, and how.
-        environment: The client's machine when the first level began.
+        environment: The client's machine when the first level began; its "busy_cores" is how many
+            cores were at work then, before any client was.
         levels: What is finished.
     """
 

@@ -108,11 +108,13 @@ def _counts(dims: Sequence[int]) -> list[int]:
 def tensor_format(config: Config) -> Remarks:
     """Formats of images have three dimensions, and TensorRT's formats are left to TensorRT."""
     for where, tensor in stated_tensors(config):
-        image = hasattr(tensor, "format") and enum_name(tensor, "format") != "FORMAT_NONE"
-        if image and len(tensor.dims) != 3:
+        formats = ["is_non_linear_format_io"] if tensor.is_non_linear_format_io else []
+        if hasattr(tensor, "format") and enum_name(tensor, "format") != "FORMAT_NONE":
+            formats.append(enum_name(tensor, "format"))
+        if formats and len(tensor.dims) != 3:
             yield config.remark(
-                f"{where}: received {enum_name(tensor, 'format')} for dims {list(tensor.dims)}, "
-                "expected three dimensions. Remove format."
+                f"{where}: received {' and '.join(formats)} for dims {list(tensor.dims)}, "
+                "expected three dimensions. Remove it."
             )
         for name in ("is_shape_tensor", "is_non_linear_format_io"):
             if getattr(tensor, name) and config.backend != "tensorrt":

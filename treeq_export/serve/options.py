@@ -30,6 +30,7 @@ class ServeOptions:
         max_batch: Most rows of a call; None is 16, or what the target takes where that is less.
         dynamic_batching: Whether the server may merge requests.
         queue_delay_us: How long a request may wait for others, microseconds.
+        instances: Copies of the denoiser; in mode inprocess, of the sampler, a process each.
         concurrency: Most requests that are sampled at a time in mode bls.
         threads: Threads inside an operator of ONNX Runtime; None lets it choose.
         decoupled: Whether the sampler streams previews: gRPC only.
@@ -47,6 +48,7 @@ class ServeOptions:
     max_batch: int | None = None
     dynamic_batching: bool = True
     queue_delay_us: int = 100
+    instances: int = 1
     concurrency: int = 16
     threads: int | None = None
     decoupled: bool = False
@@ -95,6 +97,7 @@ class ServeOptions:
         ranges = {
             "--max-batch": (1 if self.max_batch is None else self.max_batch, 1, 4096),
             "--queue-delay-us": (self.queue_delay_us, 0, MOST_DELAY_US),
+            "--instances": (self.instances, 1, 64),
             "--concurrency": (self.concurrency, 1, 256),
             "--threads": (1 if self.threads is None else self.threads, 1, 1024),
         }

@@ -134,7 +134,7 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    if served.options.mode == "inprocess":
+    if served.options.mode == "inprocess" and served.settings.image != "vae":
         warmup = folder / SAMPLER / "warmup"
         warmup.mkdir()
         (warmup / "one").write_bytes((1).to_bytes(4, "little"))

@@ -1,6 +1,8 @@
 """A real server with stand-ins of all kinds of samplers, for the tests of the client side."""
 
+import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.web import SideCar, serve_web
 
 collect_ignore = ["fake_model.py"]  # it imports what only Triton has
 
@@ -120,7 +123,9 @@ def fake(
         (repository / name / "1").mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(config)
         shutil.copy2(Path(__file__).with_name("fake_model.py"), repository / name / "1/model.py")
-    with local_triton.serve(repository, server_python) as server:
+    # A model whose process was killed never ends to unload, which is what the server waits for.
+    quick_end = ["--exit-timeout-secs=1"]
+    with local_triton.serve(repository, server_python, arguments=quick_end) as server:
         yield Fake(f"http://{server.http}", f"grpc://{server.grpc}", repository, server.process.pid)
 
 
@@ -136,3 +141,48 @@ def connect(fake: Fake) -> Iterator[Callable[..., Connection]]:
     yield connect
     for connection in opened:
         connection.close()
+
+
+class RunningPage:
+    """A side-car in a thread of its own.
+
+    Args:
+        side_car: What it serves.
+    """
+
+    def __init__(self, side_car: SideCar) -> None:
+        self.url = ""
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._run(side_car),))
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _run(self, side_car: SideCar) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def ready(url: str) -> None:
+            self.url = url
+            self._ready.set()
+
+        await serve_web(side_car, "127.0.0.1", 0, ready, self._stop)
+
+    def close(self) -> None:
+        """Stop it; twice is fine."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+
+@pytest.fixture
+def open_page(fake: Fake) -> Iterator[Callable[..., RunningPage]]:
+    """A function: protocol or URL, model and options of SideCar -> its page, served."""
+    pages: list[RunningPage] = []
+
+    def open_page(server: str = "http", model: str = "sampler", **options: Any) -> RunningPage:
+        url = getattr(fake, server, server)
+        pages.append(RunningPage(SideCar(url, model, timeout_s=5.0, **options)))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()

@@ -89,4 +89,5 @@ def read_network(folder: Path) -> NetworkSettings:
 def read_sampler(folder: Path) -> SamplerSettings:
     """Read the settings of a sampler from its version's folder."""
     content = _read(folder)
-    return SamplerSettings(**content | {"network": NetworkSettings(**content["network"])})
+    content["network"] = NetworkSettings(**content["network"])
+    return SamplerSettings(**content)
