@@ -46,7 +46,7 @@ def test_the_treeq_export_commands_run(tmp_path: Path):
     (tmp_path / "my_recipe.yaml").write_text(recipe)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = [line for line in commands() if line.startswith("treeq-export")]
-    assert len(lines) == 11
+    assert len(lines) == 13
     for line in lines:
         done = subprocess.run(
             line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="Further ones of tritonserver, after --.")
     options = parser.parse_args()
     ports = [options.http_port + offset for offset in range(3)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
     with serve(
         options.repository,
         options.python,

@@ -443,7 +443,8 @@ def test_the_decoder_paints_what_diffusers_decodes(
 ):
     from diffusers import AutoencoderKL
 
-    from treeq_export.serve import ServeOptions, run_serve
+    from treeq_export.serve.options import ServeOptions
+    from treeq_export.serve.stage import run_serve
 
     tiny = make_tiny_run("flux" if packed else "dit")
     tiny.compile()

@@ -103,10 +103,15 @@ RIGHT: dict[str, list[Edit]] = {
         ("vae_decoder/3/model.py", None, PYTHON),
         ("vae_decoder/1/model.py", None, None),
     ],
+    "a copy that is not served": [
+        add("version_policy { specific { versions: 1 } }"),
+        ("vae_decoder/2.bak/model.py", None, PYTHON),
+    ],
     "an empty version policy": [add("version_policy { }")],
     "version 0": [("vae_decoder/0/model.py", None, PYTHON), ("vae_decoder/1", None, None)],
     "copies beside a version": [
-        (f"vae_decoder/{name}/x", None, "") for name in ("1.bak", "01", "v1", ".1.tmp", "old")
+        (f"vae_decoder/{name}/x", None, "")
+        for name in ("1.bak", "01", "v1", ".1.tmp", "old", "0.5", "-3")
     ],
     "a broken version that is not served": [(GRAPH.replace("/1/", "/0/"), None, b"no graph")],
     "another file name": [

@@ -14,6 +14,7 @@ from tests.serve.lint_repositories import (
     LATENTS,
     LIBRARY,
     MANIFEST,
+    PYTHON,
     SAMPLE,
     SAMPLER,
     VAE,
@@ -159,7 +160,12 @@ WRONG = [
     wrong("version-is-there", "git keeps no empty folders", ("pipeline/1", None, None)),
     wrong("version-is-there", "reads it as version 2", ("vae_decoder/2.bak/model.py", None, "")),
     wrong("version-is-there", "ignores it", ("vae_decoder/02/model.py", None, "")),
-    wrong("version-is-there", "as version -3", ("vae_decoder/-3/model.py", None, "")),
+    wrong(
+        "version-is-there",
+        "as version -3",
+        ("vae_decoder/1", None, None),
+        ("vae_decoder/-3/model.py", None, PYTHON),
+    ),
     wrong("version-is-there", 'Rename it to "2"', ("vae_decoder/v2/model.py", None, "")),
     wrong(
         "version-policy",

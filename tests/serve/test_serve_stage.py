@@ -18,8 +18,9 @@ from tritonclient.grpc import model_config_pb2 as schema
 from treeq_export.artefacts import remove_stale
 from treeq_export.cli import main
 from treeq_export.errors import ServeError, TreeqError
-from treeq_export.serve import ServeOptions, run_serve
 from treeq_export.serve import stage as serve_stage
+from treeq_export.serve.options import ServeOptions
+from treeq_export.serve.stage import run_serve
 
 Write = Callable[..., Path]
 

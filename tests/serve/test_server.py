@@ -29,7 +29,8 @@ from treeq_export.errors import ServeError
 from treeq_export.model.denoise import pixels_from_samples
 from treeq_export.model.sampler import sample
 from treeq_export.runners.ort_runner import OrtRunner
-from treeq_export.serve import ServeOptions, run_serve
+from treeq_export.serve.options import ServeOptions
+from treeq_export.serve.stage import run_serve
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

@@ -69,7 +69,8 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write a Triton model repository with its launch script, and lint it."""
     from treeq_export.model.checkpoint import build_model
     from treeq_export.model.zoo import make_denoiser
-    from treeq_export.serve import ServeOptions, run_serve
+    from treeq_export.serve.options import ServeOptions
+    from treeq_export.serve.stage import run_serve
     from treeq_export.workspace import Workspace
 
     chosen = ServeOptions(**options)

@@ -25,13 +25,17 @@ def model_files(config: Config) -> Iterator[Path]:
 def version_is_there(config: Config) -> Remarks:
     """There is at least one version, as Triton reads the folders' names."""
     folder = config.folder
+    served = config.served_versions()
     for name in folder.subfolders:
         number, plain = number_of_version(name), _meant(name)
-        if plain is None or plain == name or plain in folder.subfolders:
+        if plain is None or plain in folder.subfolders:
             continue
-        does = "ignores it"
-        if number is not None:
-            does = f"reads it as version {number} and waits for files of {number}/"
+        if number is None:
+            does = "ignores it"
+        elif number in served:
+            does = f"reads it as version {number}, which is not there, and waits for its files"
+        else:
+            continue  # as harmless as one that does not look like a version
         yield Remark(
             folder.path / name,
             f'received a folder "{name}", expected a plain number: Triton {does}. Rename it to '
