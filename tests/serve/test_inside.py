@@ -413,6 +413,17 @@ class TestManifest:
         with pytest.raises(TritonModelException, match="Copy the whole repository again"):
             load(out, model)
 
+    def test_a_sampler_checks_the_denoiser_that_it_opens(
+        self, load: Callable[..., Any], served_run: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "triton"
+        arguments = ["serve", "--run", str(served_run), "--out", str(out), "--backend", "python"]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        graph = out / "denoiser" / "1" / "model.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+        with pytest.raises(TritonModelException, match=r"model\.onnx: not the file that manifest"):
+            load(out, "sampler")
+
     def test_a_runtime_of_another_version_is_refused(
         self, load: Callable[..., Any], served_run: Path, tmp_path: Path
     ) -> None:

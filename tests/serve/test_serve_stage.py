@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,11 @@ class TestOnnxRuntime:
             f"--model-repository={ort_repository}",
             "--model-control-mode=explicit",
             "--load-model=sampler",
-            "--http-address=0.0.0.0",
+            "--http-address=127.0.0.1",
             "--http-port=9000",
-            "--grpc-address=0.0.0.0",
+            "--grpc-address=127.0.0.1",
             "--grpc-port=8001",
-            "--metrics-address=0.0.0.0",
+            "--metrics-address=127.0.0.1",
             "--metrics-port=8002",
             "--model-config-name=cpu",
             "--log-verbose=1",
@@ -296,6 +297,19 @@ class TestVersions:
         assert list(manifest["plan_sha256"]) == ["1", "2"]
         settings = json.loads((repository / "sampler" / "2" / "settings.json").read_text())
         assert settings["network"]["file"] == "2/model.onnx"
+
+    def test_a_removed_version_does_not_keep_the_server_from_starting(
+        self, repository: Path, served_run: Path
+    ) -> None:
+        assert invoke("--run", served_run, "--out", repository, "--add-version").exit_code == 0
+        check = [sys.executable, str(repository / "check_manifest.py")]
+        for version in ("2", "1"):
+            assert subprocess.run(check, check=False).returncode == 0
+            for model in ("denoiser", "sampler"):
+                shutil.rmtree(repository / model / version)
+        done = subprocess.run(check, check=False, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"{repository / 'denoiser'}: no version." in done.stderr
 
     def test_one_with_another_config_is_refused(self, repository: Path, served_run: Path) -> None:
         before = files_of(repository)

@@ -234,7 +234,13 @@ def _watch(
 @url_option
 @model_option
 @conditioning_option
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port of the page.",
+)
 @click.option("--address", default="127.0.0.1", show_default=True, help="Where it listens.")
 @timeout_option
 def web(

@@ -74,8 +74,11 @@ def check_repository(root: Path, backends: Path) -> list[str]:
             f"custom-op library. {_AGAIN} --root {root}."
         )
     for name, versions in manifest["models"].items():
-        for version in versions:
-            problems += _find_files(root, manifest, name, str(version))
+        there = [str(version) for version in versions if (root / name / str(version)).is_dir()]
+        if not there:
+            problems.append(f"{root / name}: no version. Copy the whole repository again.")
+        for version in there:  # others were removed, to go back to an older one
+            problems += _find_files(root, manifest, name, version)
         problems += _find_packages(manifest, name)
     return [*dict.fromkeys(problems), *_find_backend(manifest, backends)]
 

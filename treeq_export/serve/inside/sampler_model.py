@@ -54,19 +54,20 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"])
         self.name: str = args["model_name"]
+        inprocess = config["parameters"]["treeq_mode"]["string_value"] == INPROCESS
         try:
             check_model(folder, args["model_version"])
+            self.settings: SamplerSettings = read_sampler(folder / args["model_version"])
+            network = self.settings.network
+            if inprocess:  # then the denoiser's files are this process's too
+                check_model(folder.parent / network.model, network.file.split("/")[0])
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self.settings: SamplerSettings = read_sampler(folder / args["model_version"])
         torch.set_num_threads(1)  # beside the network there is elementwise work only
         make_scheduler(self.settings.scheduler, 1)  # whose import would take the first request 1 s
         self.decoupled: bool = pb_utils.using_decoupled_model_transaction_policy(config)
-        inprocess = config["parameters"]["treeq_mode"]["string_value"] == INPROCESS
         self.concurrent = self.decoupled or not inprocess
-        self._network = (
-            open_network(folder.parent, self.settings.network) if inprocess else self._call_denoiser
-        )
+        self._network = open_network(folder.parent, network) if inprocess else self._call_denoiser
         self._lock = threading.Lock() if inprocess else None
         self._pool = ThreadPoolExecutor(self.settings.concurrency)
         self._slots = threading.BoundedSemaphore(self.settings.concurrency)
