@@ -45,17 +45,22 @@ def server_python() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def local_triton() -> ModuleType:
-    """The sample that starts the wheel's server."""
-    path = ROOT / "samples" / "local_triton" / "server.py"
-    spec = importlib.util.spec_from_file_location("local_triton_server", path)
+def load_sample(name: str) -> ModuleType:
+    """Import a program of samples/local_triton."""
+    path = ROOT / "samples" / "local_triton" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"local_triton_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def local_triton() -> ModuleType:
+    """The sample that starts the wheel's server."""
+    return load_sample("server")
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,6 @@ class TritonError(Exception):
         return str(self)
 
 
-class TritonModelException(Exception):  # noqa: N818  (Triton's name)
-    pass
-
-
 @dataclass
 class Tensor:
     tensor_name: str
@@ -129,7 +125,6 @@ def utilities(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("triton_python_backend_utils")
     module.__dict__.update(
         TritonError=TritonError,
-        TritonModelException=TritonModelException,
         Tensor=Tensor,
         InferenceResponse=Response,
         InferenceRequest=type("InferenceRequest", (BlsRequest,), {}),
@@ -407,10 +402,10 @@ class TestManifest:
         assert CliRunner().invoke(main, arguments).exit_code == 0
         settings = out / model / "1" / "settings.json"
         settings.write_text(settings.read_text() + " ")
-        with pytest.raises(TritonModelException, match="not the file that manifest"):
+        with pytest.raises(ValueError, match="not the file that manifest"):
             load(out, model)
         settings.unlink()
-        with pytest.raises(TritonModelException, match="Copy the whole repository again"):
+        with pytest.raises(ValueError, match="Copy the whole repository again"):
             load(out, model)
 
     def test_a_sampler_checks_the_denoiser_that_it_opens(
@@ -421,7 +416,7 @@ class TestManifest:
         assert CliRunner().invoke(main, arguments).exit_code == 0
         graph = out / "denoiser" / "1" / "model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"x")
-        with pytest.raises(TritonModelException, match=r"model\.onnx: not the file that manifest"):
+        with pytest.raises(ValueError, match=r"model\.onnx: not the file that manifest"):
             load(out, "sampler")
 
     def test_a_runtime_of_another_version_is_refused(
@@ -433,14 +428,14 @@ class TestManifest:
         manifest = json.loads((out / "manifest.json").read_text())
         manifest["packages"]["sampler"]["onnxruntime"] = "0.1.0"
         (out / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(TritonModelException, match=r"onnxruntime is .*, expected 0\.1\.0"):
+        with pytest.raises(ValueError, match=r"onnxruntime is .*, expected 0\.1\.0"):
             load(out, "sampler")
         manifest["packages"]["sampler"] = {"no-such-package": "1.0"}
         (out / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(TritonModelException, match="no-such-package is not installed"):
+        with pytest.raises(ValueError, match="no-such-package is not installed"):
             load(out, "sampler")
         (out / "manifest.json").unlink()
-        with pytest.raises(TritonModelException, match="cannot be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             load(out, "sampler")
 
 

@@ -1,6 +1,5 @@
 """samples/local_triton/loadtests.py: what it calls a failure, and a short run of all of it."""
 
-import importlib.util
 import io
 import json
 import sys
@@ -11,19 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.serve.conftest import load_sample
 
 
 @pytest.fixture(scope="module")
 def loadtests() -> ModuleType:
-    path = ROOT / "samples" / "local_triton" / "loadtests.py"
-    spec = importlib.util.spec_from_file_location("local_triton_loadtests", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_sample("loadtests")
 
 
 def run(

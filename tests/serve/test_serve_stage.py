@@ -38,6 +38,17 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def launch(repository: Path) -> "subprocess.CompletedProcess[str]":
+    """Run launch.sh with a program that prints its arguments in the place of the server."""
+    return subprocess.run(
+        [repository / "launch.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"},
+    )
+
+
 def files_of(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): digest(p) for p in sorted(root.rglob("*")) if p.is_file()}
 
@@ -131,26 +142,14 @@ class TestOnnxRuntime:
         copy = Path(shutil.copytree(ort_repository, tmp_path / "copy"))
         model = copy / "denoiser" / "1" / "model.onnx"
         model.write_bytes(model.read_bytes()[:-1] + b"x")
-        done = subprocess.run(
-            [copy / "launch.sh"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"},
-        )
+        done = launch(copy)
         assert done.returncode == 1
         assert f"{model}: not the file that manifest.json names." in done.stderr
         assert done.stdout == ""
 
     def test_launch_refuses_a_moved_repository(self, ort_repository: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copytree(ort_repository, tmp_path / "copy"))
-        done = subprocess.run(
-            [copy / "launch.sh"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"},
-        )
+        done = launch(copy)
         assert done.returncode == 1
         assert f"{copy}: written for {ort_repository}" in done.stderr
 

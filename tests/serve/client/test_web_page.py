@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import io
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.serve.client.conftest import RAISING_SEED, RunningPage
-from tests.serve.conftest import ROOT, require
+from tests.serve.conftest import load_sample, require
 from treeq_export.client.connection import Connection
 from treeq_export.client.request import make_inputs, read_info
 
@@ -29,14 +28,7 @@ def screenshot() -> ModuleType:
     """The sample that takes pictures of the page."""
     if importlib.util.find_spec("playwright") is None:
         require("chromium", "playwright is not installed")
-    path = ROOT / "samples" / "local_triton" / "screenshot.py"
-    spec = importlib.util.spec_from_file_location("local_triton_screenshot", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_sample("screenshot")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from typing import Any
 
 MANIFEST_FILE = "manifest.json"
 _AGAIN = "Write the repository again with `treeq-export serve`"
+_BLOCK_BYTES = 1 << 20
 _BACKENDS = Path("/opt/tritonserver/backends")
 _ONNXRUNTIME_FILE = re.compile(r"libonnxruntime\.so\.(\d+\.\d+\.\d+)$")
 
@@ -102,8 +103,11 @@ def _find_files(root: Path, manifest: dict[str, Any], model: str, version: str) 
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK_BYTES):  # file_digest is not in a server's Python 3.10
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _find_packages(manifest: dict[str, Any], model: str) -> Iterator[str]:

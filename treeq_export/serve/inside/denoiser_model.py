@@ -22,13 +22,10 @@ class TritonPythonModel:
             args: As Triton gives them.
 
         Raises:
-            TritonModelException: The repository is not what its manifest says.
+            ValueError: The repository is not what its manifest says.
         """
         folder = Path(args["model_repository"])
-        try:
-            check_model(folder, args["model_version"])
-        except ValueError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        check_model(folder, args["model_version"])
         self.name: str = args["model_name"]
         self.settings = read_network(folder / args["model_version"])
         self._run = open_network(folder.parent, self.settings)

@@ -49,20 +49,17 @@ class TritonPythonModel:
             args: model_config, model_repository, model_version and more, as Triton gives them.
 
         Raises:
-            TritonModelException: The repository is not what its manifest says.
+            ValueError: The repository is not what its manifest says.
         """
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"])
         self.name: str = args["model_name"]
         inprocess = config["parameters"]["treeq_mode"]["string_value"] == INPROCESS
-        try:
-            check_model(folder, args["model_version"])
-            self.settings: SamplerSettings = read_sampler(folder / args["model_version"])
-            network = self.settings.network
-            if inprocess:  # then the denoiser's files are this process's too
-                check_model(folder.parent / network.model, network.file.split("/")[0])
-        except ValueError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        check_model(folder, args["model_version"])
+        self.settings: SamplerSettings = read_sampler(folder / args["model_version"])
+        network = self.settings.network
+        if inprocess:  # then the denoiser's files are this process's too
+            check_model(folder.parent / network.model, network.file.split("/")[0])
         torch.set_num_threads(1)  # beside the network there is elementwise work only
         make_scheduler(self.settings.scheduler, 1)  # whose import would take the first request 1 s
         self.decoupled: bool = pb_utils.using_decoupled_model_transaction_policy(config)

@@ -21,15 +21,12 @@ class TritonPythonModel:
             args: As Triton gives them.
 
         Raises:
-            TritonModelException: The repository is not what its manifest says.
+            ValueError: The repository is not what its manifest says.
         """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         folder = Path(args["model_repository"])
-        try:
-            check_model(folder, args["model_version"])
-        except ValueError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        check_model(folder, args["model_version"])
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         vae: Any = AutoencoderKL.from_pretrained(str(folder / args["model_version"] / "vae"))
