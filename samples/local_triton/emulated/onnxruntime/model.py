@@ -49,7 +49,7 @@ class TritonPythonModel:
             failed = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
             return [failed for _ in requests]
         ends = np.cumsum([len(next(iter(part.values()))) for part in parts])[:-1]
-        split = [np.split(result, ends) for result in results]
+        split = [np.split(np.asarray(result), ends) for result in results]
         return [
             pb_utils.InferenceResponse(
                 [
