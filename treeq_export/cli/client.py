@@ -1,8 +1,11 @@
 """`treeq-export client`, `health` and `web`: the other side of a Triton server."""
 
 import json
+import signal
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,8 +193,8 @@ def health(
 ) -> None:
     """Check a server by one real inference: ready is not healthy. Status 1 if it is not."""
     if every_s is not None:
-        with suppress(KeyboardInterrupt):
-            _watch(url, model, heal, every_s, timeout_s, as_json)
+        with _stopped_by_signals() as stop:
+            _watch(url, model, heal, every_s, timeout_s, as_json, stop)
         return
     record = _check(url, model, heal, timeout_s)
     if as_json:
@@ -210,12 +213,38 @@ def _check(url: str, model: str, heal: bool, timeout_s: float) -> "HealthRecord"
         return (check_and_heal if heal else check)(connection, model)
 
 
+@contextmanager
+def _stopped_by_signals() -> Generator[threading.Event]:
+    """Yield an event that Ctrl-C and SIGTERM set, also where a shell's `&` had Ctrl-C ignored.
+
+    An exception would do, but for gRPC: one that is raised inside a call may be lost.
+    """
+    stop = threading.Event()
+
+    def end(_number: int, _frame: object) -> None:
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _watch(
-    url: str, model: str, heal: bool, every_s: float, timeout_s: float, as_json: bool
+    url: str,
+    model: str,
+    heal: bool,
+    every_s: float,
+    timeout_s: float,
+    as_json: bool,
+    stop: threading.Event,
 ) -> None:
-    """Check until Ctrl-C, and tell what has changed."""
+    """Check until a signal, and tell what has changed."""
     before: tuple[object, ...] | None = None
-    while True:
+    while not stop.is_set():
         start = time.monotonic()
         record = _check(url, model, heal, timeout_s)
         state = (record.error, *((each.name, each.healthy) for each in record.models))
@@ -227,7 +256,7 @@ def _watch(
                 word = "" if record.healthy else "NOT HEALTHY: "
                 click.echo(f"{clock} {record.url}: {word}{record.summary()}")
         before = state
-        time.sleep(max(0.0, every_s - (time.monotonic() - start)))
+        stop.wait(max(0.0, every_s - (time.monotonic() - start)))
 
 
 @main.command()

@@ -8,8 +8,8 @@ the old ones, each folder under a name that Triton does not look at, and renamed
 last, so that a kill leaves version folders that no model will load.
 """
 
-import hashlib
 import shutil
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
 from treeq_export.model import denoise
 from treeq_export.model.zoo import Denoiser
@@ -137,8 +137,8 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
     if served.options.mode == "inprocess" and served.settings.image != "vae":
         warmup = folder / SAMPLER / "warmup"
         warmup.mkdir()
-        (warmup / "one").write_bytes((1).to_bytes(4, "little"))
-        (warmup / "guidance").write_bytes(_float_bytes(served.default_guidance))
+        (warmup / "one").write_bytes(struct.pack("<i", 1))
+        (warmup / "guidance").write_bytes(struct.pack("<f", served.default_guidance))
     if served.library is not None:
         library = folder / DENOISER / "lib" / served.library.name
         library.parent.mkdir(parents=True)
@@ -150,15 +150,9 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
     shutil.copyfile(_INSIDE / _CHECK_FILE, folder / _CHECK_FILE)
 
 
-def _float_bytes(value: float) -> bytes:
-    import numpy as np
-
-    return np.float32(value).tobytes()
-
-
 def _write_version(folder: Path, model: str, served: Served, version: int) -> None:
     """Write one version of one model."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     network = replace(served.settings.network, file=network_path(served.options, version))
     if model == DENOISER:
         _copy_network(folder, served)
@@ -237,12 +231,12 @@ def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -
         ServeError: There is no repository, or it differs in more than the weights.
     """
     old = _read_manifest(root)
+    remove_stale(root)
     final = served.options.root or root
     _check_same_configs(root, final, served)
     version = 1 + max(number for numbers in old.models.values() for number in numbers)
     for model in served.models:
         with atomic_folder(root / model / str(version)) as temporary:
-            temporary.rmdir()  # which _write_version creates
             _write_version(temporary, model, served, version)
     on_step(0.5)
     models = {model: [*old.models[model], version] for model in served.models}
@@ -272,6 +266,5 @@ def _check_same_configs(root: Path, final: Path, served: Served) -> None:
             raise ServeError(f"{path}: the new version needs another one. {remedy}")
     if served.library is not None:
         library = root / DENOISER / "lib" / served.library.name
-        digest = hashlib.sha256(served.library.read_bytes()).hexdigest()
-        if not library.is_file() or sha256_of_file(library) != digest:
+        if not library.is_file() or sha256_of_file(library) != sha256_of_file(served.library):
             raise ServeError(f"{library}: the new version needs another one. {remedy}")

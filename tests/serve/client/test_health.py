@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.serve.client.conftest import Fake
+from treeq_export.cli import client as client_command
 from treeq_export.cli import main
 from treeq_export.client.connection import Connection
 from treeq_export.client.health import check, check_and_heal, heal
@@ -166,15 +167,29 @@ def relay(port: int, target: str) -> Iterator[None]:
             each.close()
 
 
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_watching_copes_with_a_server_that_goes_and_comes(fake: Fake, protocol: str):
+@contextmanager
+def ended(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Kill a process that outlives the block: else a failed test would wait for its end."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(("protocol", "end"), [("http", signal.SIGINT), ("grpc", signal.SIGTERM)])
+def test_watching_copes_with_a_server_that_goes_and_comes(
+    fake: Fake, protocol: str, end: signal.Signals
+):
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "treeq_export.cli", "health", "--json", "--heal"]
     command += ["--url", f"{protocol}://127.0.0.1:{port}", "--watch", "0.1", "--timeout", "5"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        ) as process,
+        ended(process),
+    ):
         assert process.stdout is not None
         assert process.stderr is not None
 
@@ -196,19 +211,24 @@ def test_watching_copes_with_a_server_that_goes_and_comes(fake: Fake, protocol: 
                 assert (healed["healthy"], healed["reloaded"]) == (True, ["sampler"])
         assert next_line()["healthy"] is False
         time.sleep(0.3)  # no line without a change
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         rest, errors = process.communicate(timeout=10)
         assert (process.returncode, rest, errors) == (0, "", "")
 
 
 def test_watching_in_words(fake: Fake, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(time, "sleep", _interrupt)
+    # Ctrl-C in the middle of the first check.
+    ask = client_command._check
+
+    def check_and_interrupt(*arguments: Any) -> HealthRecord:
+        signal.raise_signal(signal.SIGINT)
+        return ask(*arguments)
+
+    monkeypatch.setattr(client_command, "_check", check_and_interrupt)
+    handler = signal.getsignal(signal.SIGINT)
     done = health("--url", fake.http, "--watch", 5)
     assert done.exit_code == 0
     assert f" {fake.http}: healthy: sampler " in done.stdout
     down = health("--url", "127.0.0.1:1", "--watch", 5)
     assert " http://127.0.0.1:1: NOT HEALTHY: not reached (Connection refused)" in down.stdout
-
-
-def _interrupt(_seconds: float) -> None:
-    raise KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) is handler
