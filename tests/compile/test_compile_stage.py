@@ -11,7 +11,6 @@ import pytest
 
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.compile.stage import (
-    PLAN_KEY,
     compile_target,
     initializer_bytes,
     run_compile,
@@ -22,7 +21,7 @@ from treeq_export.errors import CompileError
 from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import CompileSection
 from treeq_export.records import CompileRecord, load_record
-from treeq_export.runners.compiled import model_path
+from treeq_export.runners.compiled import PLAN_KEY, model_path
 from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]

@@ -16,11 +16,10 @@ import onnx_ir as ir
 
 from treeq_export.errors import CompileError
 from treeq_export.records.build import PluginReference, ShapeRange
-from treeq_export.runners.compiled import PROFILE_KEY, read_layers
+from treeq_export.runners.compiled import PLAN_KEY, PROFILE_KEY, read_layers
 from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, OPS, QLINEAR_OP, VERSION
 from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP
 
-PLAN_KEY = "treeq.plan_sha256"
 WEIGHT_SUFFIX = ".weight_quantized"
 _BRANCH_SUFFIX = "/branch"
 _LAYER_OPS = (QLINEAR_OP.name, PRODUCT_OP.name.rpartition("::")[2])

@@ -20,11 +20,16 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
-from treeq_export.runners.compiled import MODEL_FILE, PACKED, TENSORRT_TARGETS, model_path
+from treeq_export.runners.compiled import (
+    MODEL_FILE,
+    PACKED,
+    PLAN_KEY,
+    TENSORRT_TARGETS,
+    model_path,
+)
 
 RECORD_FILE = "compile.json"
 DATA_FILE = "model.onnx.data"
-PLAN_KEY = "treeq.plan_sha256"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 _PROTOBUF_LIMIT_BYTES = 2_000_000_000
 

@@ -27,6 +27,7 @@ TENSORRT_TARGETS = (TENSORRT, TENSORRT_NATIVE)
 _BODY = "_body"
 _FOLD_BELOW_BYTES = 100_000_000
 LAYERS_KEY = "treeq.layers"
+PLAN_KEY = "treeq.plan_sha256"
 # The shapes that an engine is built for, see compile/batch_profile.py.
 PROFILE_KEY = "treeq.batch_profile"
 

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treeq_export.errors import ServeError
+from treeq_export.serve.inside.settings import DENOISER as DENOISER
+from treeq_export.serve.inside.settings import SAMPLER as SAMPLER
+from treeq_export.serve.inside.settings import VAE_DECODER as VAE_DECODER
 
 MAIN = "config.pbtxt"
 CPU = "cpu"  # the variant for machines without a GPU
-DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"
 BACKEND_OF_PLATFORM = {
     "onnxruntime_onnx": "onnxruntime",
     "tensorrt_plan": "tensorrt",

@@ -1,10 +1,10 @@
 """What a repository says, gathered from the run: the graph or engine, the sampler's settings."""
 
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from treeq_export import __version__
+from treeq_export.environment import runtime_version, version_of
 from treeq_export.errors import RunnerError, ServeError
 from treeq_export.model.denoise import is_pixels
 from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
@@ -12,19 +12,24 @@ from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
 from treeq_export.runners.compiled import model_path, runner_options, uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
-from treeq_export.runners.engine_manifest import read_manifest
+from treeq_export.runners.engine_manifest import ENGINE_FILE, read_manifest
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
-from treeq_export.serve.inside.settings import ONNXRUNTIME, NetworkSettings, SamplerSettings
+from treeq_export.serve.inside.settings import (
+    DENOISER,
+    ONNXRUNTIME,
+    SAMPLER,
+    VAE_DECODER,
+    NetworkSettings,
+    SamplerSettings,
+)
 from treeq_export.serve.options import USUAL_BATCH, ServeOptions
 from treeq_export.serve.tensors import ServedGraph, read_graph
 from treeq_export.serve.vae import Vae, open_vae
 
-DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"
 ENGINES_FOLDER = "engines"
-ENGINE_FILE = "model.engine"
 _OWN_INPUTS = ("sample", "timestep")
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+_LOOP_PACKAGES = ("torch", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ def packages(served: Served) -> dict[str, dict[str, str]]:
     """
     options, engine = served.options, served.engine
     network = _network_packages(engine)
-    sampler = {"torch": _version("torch"), "diffusers": _version("diffusers")}
+    sampler = {package: _known(package, version_of(package)) for package in _LOOP_PACKAGES}
     found = {SAMPLER: sampler | (network if options.mode == "inprocess" else {})}
     if options.chosen_backend == "python":
         found[DENOISER] = network
@@ -260,15 +265,25 @@ def packages(served: Served) -> dict[str, dict[str, str]]:
 
 
 def _network_packages(engine: EngineManifest | None) -> dict[str, str]:
+    version = backend_version(engine)
     if engine is None:
-        return {"onnxruntime": _version("onnxruntime")}
-    return {"treeq-export": __version__, _PACKAGES[engine.runtime]: engine.runtime_version}
+        return {ONNXRUNTIME: version}
+    return {"treeq-export": __version__, engine.runtime: version}
 
 
-def _version(package: str) -> str:
-    for name in (package, f"{package}-gpu"):
-        try:
-            return metadata.version(name).split("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
-    raise RunnerError(f"{package}: not installed. `treeq-export doctor` says how to install it.")
+def backend_version(engine: EngineManifest | None) -> str:
+    """Return the version of the runtime that a repository is written for.
+
+    Raises:
+        RunnerError: A graph is served and ONNX Runtime is not installed.
+    """
+    return _known(ONNXRUNTIME, runtime_version()) if engine is None else engine.runtime_version
+
+
+def _known(package: str, version: str | None) -> str:
+    """Return a version without its local part."""
+    if version is None:
+        raise RunnerError(
+            f"{package}: not installed. `treeq-export doctor` says how to install it."
+        )
+    return version.split("+")[0]

@@ -35,6 +35,7 @@ from treeq_export.serve.served import (
     SAMPLER,
     VAE_DECODER,
     Served,
+    backend_version,
     gather,
     network_path,
     packages,
@@ -190,7 +191,6 @@ def _make_manifest(
     """Return the manifest of a folder as it is now."""
     options = served.options
     version = str(max(models[SAMPLER]))
-    runtime = packages(replace(served, options=replace(options, mode="inprocess")))[SAMPLER]
     engine = served.engine
     return ServeManifest(
         treeq_version=__version__,
@@ -199,7 +199,7 @@ def _make_manifest(
         target=options.target,
         mode=options.mode,
         backend=options.chosen_backend,
-        backend_version=runtime["onnxruntime"] if engine is None else engine.runtime_version,
+        backend_version=backend_version(engine),
         root=str(final) if options.chosen_backend == "onnxruntime" and served.library else None,
         gpu=None if engine is None else engine.gpu,
         denoiser=ServeManifest.Denoiser(profile=served.profile),

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from treeq_export.errors import ServeError
+from treeq_export.runners.compiled import PLAN_KEY
 
 # ONNX's name: Triton's data_type, numpy's name. Triton has no type for anything below 8 bits.
 _TYPES = {
@@ -15,7 +16,6 @@ _TYPES = {
     "INT64": ("TYPE_INT64", "int64"),
     "INT32": ("TYPE_INT32", "int32"),
 }
-PLAN_KEY = "treeq.plan_sha256"
 
 
 @dataclass(frozen=True)

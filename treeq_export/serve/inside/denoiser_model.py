@@ -50,14 +50,12 @@ class TritonPythonModel:
             else:
                 good.append((index, inputs))
         if good:
-            for index, response in zip(
-                (index for index, _ in good), self._answer(good), strict=True
-            ):
+            for (index, _), response in zip(good, self._answer(good), strict=True):
                 responses[index] = response
         return responses
 
     def _read(self, request: Any) -> dict[str, NDArray[Any]]:
-        """Return the inputs by name; a column becomes an input with no axis but the batch."""
+        """Return the inputs by name; the server has applied their reshape."""
         return {
             name: pb_utils.get_input_tensor_by_name(request, name).as_numpy()
             for name in self.settings.inputs

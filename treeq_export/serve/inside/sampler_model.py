@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,9 @@ from treeq_denoise import (
 from treeq_manifest import check_model
 from treeq_network import Arrays, open_network, run_in_batches
 from treeq_requests import CancelledError, Group, Job, RefusedError, group_rows, read_job
-from treeq_settings import SamplerSettings, read_sampler
+from treeq_settings import VAE_DECODER, SamplerSettings, read_sampler
 
 INPROCESS = "inprocess"
-VAE_MODEL = "vae_decoder"
 CANCELLED_EVERY_S = 0.1  # between two looks, each of which costs 0.2 ms
 
 
@@ -64,8 +64,12 @@ class TritonPythonModel:
         make_scheduler(self.settings.scheduler, 1)  # whose import would take the first request 1 s
         self.decoupled: bool = pb_utils.using_decoupled_model_transaction_policy(config)
         self.concurrent = self.decoupled or not inprocess
-        self._network = open_network(folder.parent, network) if inprocess else self._call_denoiser
-        self._lock = threading.Lock() if inprocess else None
+        self._network = (
+            open_network(folder.parent, network)
+            if inprocess
+            else lambda inputs: run_in_batches(self._call_denoiser, inputs, network)
+        )
+        self._one_at_a_time = threading.Lock() if inprocess else nullcontext()
         self._pool = ThreadPoolExecutor(self.settings.concurrency)
         self._slots = threading.BoundedSemaphore(self.settings.concurrency)
 
@@ -171,11 +175,8 @@ class TritonPythonModel:
     def _predict(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the denoiser's prediction."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        if self._lock is None:
-            output = run_in_batches(self._network, arrays, self.settings.network)
-        else:
-            with self._lock:
-                output = self._network(arrays)
+        with self._one_at_a_time:
+            output = self._network(arrays)
         predicted = torch.from_numpy(output.astype(np.float32, copy=False))
         channels = self.settings.prediction_channels
         return predicted if channels is None else predicted[:, :channels]
@@ -215,7 +216,7 @@ class TritonPythonModel:
         """Return images (n, h, w, c)."""
         if self.settings.image == "pixels":
             return pixels_from_samples(latents)
-        return _call(VAE_MODEL, {"latents": unpack_samples(latents)}, "image")
+        return _call(VAE_DECODER, {"latents": unpack_samples(latents)}, "image")
 
     def _call_denoiser(self, inputs: Arrays) -> NDArray[Any]:
         """Call the model `denoiser`; what has no axis but the batch is a column there."""

@@ -7,6 +7,7 @@ from typing import Any
 
 SETTINGS_FILE = "settings.json"
 ONNXRUNTIME = "onnxruntime"
+DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"  # the models
 
 
 @dataclass(frozen=True)
