@@ -3,6 +3,7 @@
 #             evaluate, report; ends with runs/digits/report.html
 # make engines  TensorRT-RTX engines of the demo's run, verified; no GPU needed
 # make triton-env  an environment with a Triton server, in .triton, for make serve and the tests
+# make foreign-env  an environment with OpenVINO, onnxruntime-web and -node, in .foreign, for the tests
 # make serve  the demo's run on a real Triton server: images, health, a load test; no GPU needed
 # make test   all tests, with branch coverage
 # make apt    Debian packages for the tests: an ARM compiler with an emulator, and a browser, where
@@ -20,10 +21,11 @@ DEMO_OUT ?= runs/digits
 ENGINE_GPUS ?= sm_80,sm_89,sm_120
 WHEEL_ENV ?= build/wheel-env
 TRITON_ENV ?= .triton
+FOREIGN_ENV := .foreign
 LOAD_SECONDS ?= 120
 SWEEP_SECONDS ?= 5
 
-.PHONY: apt venv triton-env demo engines serve test check wheel clean
+.PHONY: apt venv triton-env foreign-env demo engines serve test check wheel clean
 
 # What the tests need beside Python: an ARM compiler, an emulator, a browser.
 apt:
@@ -46,6 +48,16 @@ triton-env: $(TRITON_ENV)/.installed
 $(TRITON_ENV)/.installed: samples/local_triton/requirements.txt
 	$(PYTHON) -m venv $(TRITON_ENV)
 	$(TRITON_ENV)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+foreign-env: $(FOREIGN_ENV)/.installed
+
+$(FOREIGN_ENV)/.installed: tests/foreign/requirements.txt tests/foreign/package.json
+	$(PYTHON) -m venv $(FOREIGN_ENV)
+	$(FOREIGN_ENV)/bin/python -m pip install --quiet --requirement $<
+	mkdir -p $(FOREIGN_ENV)/node && cp tests/foreign/package.json $(FOREIGN_ENV)/node/
+	command -v npm >/dev/null && npm --prefix $(FOREIGN_ENV)/node install --ignore-scripts --silent || \
+	  echo "foreign-env: no npm; the tests of onnxruntime-web and -node are skipped"
 	touch $@
 
 demo: venv
@@ -83,4 +95,4 @@ wheel: venv
 	  --set evaluate.num_samples=50 --set evaluate.gates.max_frechet_ratio=null --set bench.rounds=3
 
 clean:
-	rm -rf build dist runs $(VENV) $(TRITON_ENV)
+	rm -rf build dist runs $(VENV) $(TRITON_ENV) $(FOREIGN_ENV)

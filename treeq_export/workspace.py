@@ -184,6 +184,11 @@ def read_run(run: Path) -> RunRecord:
         PlanError: Missing or malformed.
     """
     path = run / RUN_FILE
+    if run.is_file():
+        raise PlanError(
+            f"{run}: received a file, expected a run folder, as `treeq-export run` writes it. A "
+            "graph that was made elsewhere is no input; give it to its runtime directly."
+        )
     if not path.is_file():
         raise PlanError(f"{path}: missing. Run `treeq-export run RECIPE --out {run}` first.")
     try:
