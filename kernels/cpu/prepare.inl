@@ -1,19 +1,26 @@
 /* The first phase of a run: a panel of tokens is normalised, quantized, and multiplied by R. */
 
-/* Adds x[i] - mean, or its square, to the lanes; those behind k add nothing. */
+/* Lane by lane, the sum of x[i] - mean, or of its square. */
 template <bool kSquare>
 Floats add_deviations(const float* x, int64_t k, float mean) {
-  Floats sum{};
+  Floats sum = splat(0.0f);
+  const Floats means = splat(mean);
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
-    const Floats d = load(x + i) - mean;
-    sum += kSquare ? d * d : d;
+    const Floats d = load(x + i) - means;
+    sum = sum + (kSquare ? d * d : d);
   }
-  for (int lane = 0; i + lane < k; ++lane) {
-    const float d = x[i + lane] - mean;
-    sum[lane] += kSquare ? d * d : d;
-  }
-  return sum;
+  if (i == k) return sum;
+  /* The lanes behind k hold the mean: they add nothing. */
+  alignas(kVector) float last[kLanes];
+  store(last, means);
+  __builtin_memcpy(last, x + i, size_t(k - i) * sizeof(float));
+  const Floats d = load(last) - means;
+  return sum + (kSquare ? d * d : d);
+}
+
+TREEQ_INLINE Floats normalise(Floats x, Floats mean, Floats inverse, Floats scale, Floats shift) {
+  return (x - mean) * inverse * (scale + splat(1.0f)) + shift;
 }
 
 /* LayerNorm(x) * (1 + scale) + shift of one token. */
@@ -21,11 +28,16 @@ void normalise_token(const float* x, int64_t k, float epsilon, const float* scal
                      const float* shift, float* out) {
   const float mean = sum_of_lanes(add_deviations<false>(x, k, 0.0f)) / float(k);
   const float variance = sum_of_lanes(add_deviations<true>(x, k, mean)) / float(k);
-  const float inverse = 1.0f / __builtin_sqrtf(variance + epsilon);
+  const Floats inverse = splat(1.0f / __builtin_sqrtf(variance + epsilon)), means = splat(mean);
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes)
-    store(out + i, (load(x + i) - mean) * inverse * (load(scale + i) + 1.0f) + load(shift + i));
-  for (; i < k; ++i) out[i] = (x[i] - mean) * inverse * (scale[i] + 1.0f) + shift[i];
+    store(out + i, normalise(load(x + i), means, inverse, load(scale + i), load(shift + i)));
+  const int64_t left = k - i;
+  if (!left) return;
+  store_some(out + i,
+             normalise(load_some(x + i, left), means, inverse, load_some(scale + i, left),
+                       load_some(shift + i, left)),
+             left);
 }
 
 void prepare_layer(const Run& run, int64_t first, int rows, const float* x, uint8_t* scratch) {

@@ -1,25 +1,9 @@
 /* AVX-512 with VNNI: vpdpbusd multiplies 64 unsigned weight codes by 64 signed activation codes. */
-#include <immintrin.h>
-
-#include "layer.h"
-#include "vectors.h"
+#include "rows.h"
+#include "vectors_avx512.h"
 
 namespace treeq {
 namespace {
-
-constexpr bool kFastMultiplyAdd = true;
-
-Floats multiply_add(Floats a, Floats b, Floats c) { return Floats(_mm512_fmadd_ps(a, b, c)); }
-
-Ints round_clamped(Floats v, Floats low, Floats high) {
-  /* Both return the second operand where there is a NaN. */
-  const __m512 clipped = _mm512_min_ps(high, _mm512_max_ps(low, v));
-  const __mmask16 ordered = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
-  return Ints(_mm512_maskz_cvt_roundps_epi32(ordered, clipped,
-                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-Bytes narrow(Ints v) { return Bytes(_mm512_cvtepi32_epi8(__m512i(v))); }
 
 /* The four vectors of a chunk, and the address behind it. */
 template <int kBits>
@@ -101,22 +85,22 @@ template <int kRows>
 __attribute__((noinline)) void multiply_rows(const uint8_t* codes, const int32_t* x, int64_t words, int32_t* sums) {
   constexpr int kSets = kRows <= 3 ? 2 : 1;
   __m512i sum[kSets][kRows][2];
-#pragma GCC unroll 24
+  TREEQ_UNROLL
   for (int i = 0; i < kSets * kRows; ++i)
     sum[i / kRows][i % kRows][0] = sum[i / kRows][i % kRows][1] = _mm512_setzero_si512();
   for (int64_t w = 0; w < words; w += 2, codes += 4 * kVector, x += 2 * kRows) {
-#pragma GCC unroll 2
+    TREEQ_UNROLL
     for (int u = 0; u < 2; ++u) {
       const __m512i w0 = _mm512_load_si512(codes + 2 * u * kVector);
       const __m512i w1 = _mm512_load_si512(codes + (2 * u + 1) * kVector);
-#pragma GCC unroll 12
+      TREEQ_UNROLL
       for (int t = 0; t < kRows; ++t)
         accumulate(sum[u % kSets][t][0], sum[u % kSets][t][1], x + u * kRows + t, w0, w1);
     }
   }
-#pragma GCC unroll 12
+  TREEQ_UNROLL
   for (int t = 0; t < kRows; ++t)
-#pragma GCC unroll 2
+    TREEQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       __m512i total = sum[0][t][h];
       if (kSets == 2) total = _mm512_add_epi32(total, sum[kSets - 1][t][h]);
@@ -146,12 +130,12 @@ void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t wo
 constexpr int kMaxPackedRows = 4;
 constexpr int kPrefetchBytes = 2048;
 
-bool can_multiply_packed(int64_t m) { return m <= kMaxPackedRows; }
+bool can_multiply_packed(int64_t m, const treeq_qlinear_config&) { return m <= kMaxPackedRows; }
 
 template <int kBits, int kRows>
 __attribute__((noinline)) void multiply_packed_rows(const uint8_t* stream, const int32_t* x, int64_t chunks, int32_t* sums) {
   __m512i sum[2][kRows][2];
-#pragma GCC unroll 8
+  TREEQ_UNROLL
   for (int i = 0; i < 2 * kRows; ++i)
     sum[i / kRows][i % kRows][0] = sum[i / kRows][i % kRows][1] = _mm512_setzero_si512();
   for (int64_t c = 0; c < chunks; ++c, x += 2 * kRows) {
@@ -159,13 +143,13 @@ __attribute__((noinline)) void multiply_packed_rows(const uint8_t* stream, const
       _mm_prefetch(reinterpret_cast<const char*>(stream + kPrefetchBytes + byte), _MM_HINT_T0);
     __m512i v[kVectors];
     stream = unpack_chunk<kBits>(stream, v);
-#pragma GCC unroll 2
+    TREEQ_UNROLL
     for (int u = 0; u < 2; ++u)
-#pragma GCC unroll 4
+      TREEQ_UNROLL
       for (int t = 0; t < kRows; ++t)
         accumulate(sum[u][t][0], sum[u][t][1], x + u * kRows + t, v[2 * u], v[2 * u + 1]);
   }
-#pragma GCC unroll 4
+  TREEQ_UNROLL
   for (int t = 0; t < kRows; ++t)
     for (int h = 0; h < 2; ++h)
       _mm512_storeu_si512(sums + t * kTile + h * kLanes,
@@ -183,9 +167,9 @@ void multiply_packed_bits(const uint8_t* stream, const int32_t* x, int rows, int
   }
 }
 
-void multiply_packed(const uint8_t* stream, int bits, const int32_t* x, int rows, int64_t chunks,
-                     int32_t* sums) {
-  switch (bits) {
+void multiply_packed(const uint8_t* stream, const int32_t* x, int rows, int64_t chunks,
+                     const treeq_qlinear_config& config, int32_t* sums) {
+  switch (config.weight_bits) {
     case 2: return multiply_packed_bits<2>(stream, x, rows, chunks, sums);
     case 3: return multiply_packed_bits<3>(stream, x, rows, chunks, sums);
     case 4: return multiply_packed_bits<4>(stream, x, rows, chunks, sums);
@@ -201,17 +185,17 @@ void multiply_packed(const uint8_t* stream, int bits, const int32_t* x, int rows
 int32_t peak(int64_t iterations, int64_t* num_operations) {
   constexpr int kSums = 16;  // more than latency x throughput anywhere
   __m512i sum[kSums];
-#pragma GCC unroll 16
+  TREEQ_UNROLL
   for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
   const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 16
+    TREEQ_UNROLL
     for (int i = 0; i < kSums; ++i)
       asm volatile("vpdpbusd %1, %2, %0" : "+v"(sum[i]) : "v"(a), "v"(b));
   }
   *num_operations = iterations * kSums * kVector * 2;
   __m512i all = sum[0];
-#pragma GCC unroll 16
+  TREEQ_UNROLL
   for (int i = 1; i < kSums; ++i) all = _mm512_xor_si512(all, sum[i]);
   return _mm_cvtsi128_si32(_mm512_castsi512_si128(all));
 }

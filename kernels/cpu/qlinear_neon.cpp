@@ -1,37 +1,12 @@
 /* 64-bit ARM with the dot-product extension: sdot multiplies signed by signed, so codes of 8 bits lose
  * 128 before and get it back by the sum of the activation codes. */
-#include <arm_neon.h>
-
-#include "layer.h"
-#include "vectors.h"
+#include "rows.h"
+#include "vectors_neon.h"
 
 namespace treeq {
 namespace {
 
-constexpr bool kFastMultiplyAdd = true;
-constexpr int kQuarter = 4;
-
-union Quarters {
-  Floats whole;
-  Ints ints;
-  float32x4_t f[kQuarter];
-  int32x4_t i[kQuarter];
-};
-
-Floats multiply_add(Floats a, Floats b, Floats c) {
-  Quarters x{a}, y{b}, z{c};
-  for (int i = 0; i < kQuarter; ++i) z.f[i] = vfmaq_f32(z.f[i], x.f[i], y.f[i]);
-  return z.whole;
-}
-
-Ints round_clamped(Floats v, Floats low, Floats high) {
-  Quarters x{v}, l{low}, h{high};
-  for (int i = 0; i < kQuarter; ++i)  // minimum and maximum keep NaN, the conversion makes it 0
-    x.i[i] = vcvtnq_s32_f32(vminq_f32(h.f[i], vmaxq_f32(l.f[i], x.f[i])));
-  return x.ints;
-}
-
-Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
+constexpr int kQuarter = 4;  // registers of 16 codes in a vector
 
 #include "unpack.inl"
 

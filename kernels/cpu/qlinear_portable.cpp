@@ -1,28 +1,10 @@
 /* The definition in C++: any processor, no intrinsics. Everything else is compared with it. */
 #include "layer.h"
-#include "vectors.h"
+#include "rows.h"
+#include "vectors_portable.h"
 
 namespace treeq {
 namespace {
-
-constexpr bool kFastMultiplyAdd = false;
-
-Floats multiply_add(Floats a, Floats b, Floats c) {
-  Floats out;
-  for (int i = 0; i < kLanes; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return out;
-}
-
-Ints round_clamped(Floats v, Floats low, Floats high) {
-  v = v < low ? low : v;
-  v = v > high ? high : v;
-  v = v == v ? v : Floats{};
-  /* Adding 1.5 * 2^23 leaves the integer nearest to v, ties to even, in the low bits. */
-  const Floats magic = Floats{} + 12582912.0f;
-  return reinterpret_cast<Ints>(v + magic) - reinterpret_cast<Ints>(magic);
-}
-
-Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
 
 #include "unpack.inl"
 

@@ -1,38 +1,32 @@
 /* A token to its codes: rotation, scale, rounding, clipping. */
 
-Floats splat(float value) { return Floats{} + value; }
-
-Floats load(const float* p) {
-  Floats v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
-
-/* Sum of lanes, in a tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
-float sum_of_lanes(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-/* One butterfly inside a vector: lane i becomes x[i] + x[i ^ stride], or the difference in the upper
- * lane of a pair. */
+/* One butterfly: lane i becomes x[i] + x[i ^ stride], or the difference in the upper lane of a pair. */
 template <int kStride>
-inline __attribute__((always_inline)) Floats butterfly(Floats x) {
-  Ints order;
-  Floats sign;
-  for (int i = 0; i < kLanes; ++i) {
-    order[i] = i ^ kStride;
-    sign[i] = i & kStride ? -1.0f : 1.0f;
+TREEQ_INLINE Floats butterfly(Floats x) {
+  if constexpr (kStride >= kPartLanes) {
+    constexpr int stride = kStride / kPartLanes;
+    TREEQ_UNROLL
+    for (int i = 0; i < kParts; ++i) {
+      if (i & stride) continue;
+      const FloatPart sum = x.part[i] + x.part[i + stride];
+      x.part[i + stride] = x.part[i] - x.part[i + stride];
+      x.part[i] = sum;
+    }
+  } else {
+#define TREEQ_SIGN(i) (i) & kStride ? -1.0f : 1.0f
+    const FloatPart sign = {TREEQ_LANES(TREEQ_SIGN)};
+#undef TREEQ_SIGN
+    TREEQ_UNROLL
+    for (int i = 0; i < kParts; ++i) {
+      const FloatPart partner = swap_lanes<kStride>(x.part[i]);
+      x.part[i] = kFastMultiplyAdd ? multiply_add(x.part[i], sign, partner)
+                                   : partner + x.part[i] * sign;
+    }
   }
-  const Floats partner = __builtin_shuffle(x, order);
-  return kFastMultiplyAdd ? multiply_add(x, sign, partner) : partner + x * sign;
+  return x;
 }
 
-inline __attribute__((always_inline)) Floats butterflies(Floats x, int group) {
+TREEQ_INLINE Floats butterflies(Floats x, int group) {
   if (group > 1) x = butterfly<1>(x);
   if (group > 2) x = butterfly<2>(x);
   if (group > 4) x = butterfly<4>(x);
@@ -44,11 +38,11 @@ inline __attribute__((always_inline)) Floats butterflies(Floats x, int group) {
 template <int kCount>
 void transform_block(const float* x, float* out, Floats norm) {
   Floats v[kCount];
-#pragma GCC unroll 8
+  TREEQ_UNROLL
   for (int i = 0; i < kCount; ++i) v[i] = butterflies(load(x + i * kLanes), kLanes);
-#pragma GCC unroll 3
+  TREEQ_UNROLL
   for (int stride = 1; stride < kCount; stride *= 2) {
-#pragma GCC unroll 8
+    TREEQ_UNROLL
     for (int i = 0; i < kCount; ++i) {
       if (i & stride) continue;
       const Floats sum = v[i] + v[i + stride];
@@ -56,17 +50,20 @@ void transform_block(const float* x, float* out, Floats norm) {
       v[i] = sum;
     }
   }
-#pragma GCC unroll 8
+  TREEQ_UNROLL
   for (int i = 0; i < kCount; ++i) store(out + i * kLanes, v[i] * norm);
 }
 
 void transform_group(const float* x, int64_t group, float* out, Floats norm) {
-  constexpr int64_t kBlock = 8 * kLanes;
+  constexpr int64_t kBlock = kBlockVectors * kLanes;
   if (group == kLanes) return transform_block<1>(x, out, norm);
-  if (group == 2 * kLanes) return transform_block<2>(x, out, norm);
-  if (group == 4 * kLanes) return transform_block<4>(x, out, norm);
-  if (group == kBlock) return transform_block<8>(x, out, norm);
-  for (int64_t k = 0; k < group; k += kBlock) transform_block<8>(x + k, out + k, splat(1.0f));
+  if constexpr (kBlockVectors > 2)
+    if (group == 2 * kLanes) return transform_block<2>(x, out, norm);
+  if constexpr (kBlockVectors > 4)
+    if (group == 4 * kLanes) return transform_block<4>(x, out, norm);
+  if (group == kBlock) return transform_block<kBlockVectors>(x, out, norm);
+  for (int64_t k = 0; k < group; k += kBlock)
+    transform_block<kBlockVectors>(x + k, out + k, splat(1.0f));
   for (int64_t stride = kBlock; stride < group; stride *= 2) {
     const Floats factor = 2 * stride == group ? norm : splat(1.0f);
     for (int64_t first = 0; first < group; first += 2 * stride)
@@ -85,7 +82,7 @@ const float* rotate_token(const float* x, int64_t k, int group, float* out) {
   const Floats norm = splat(1.0f / __builtin_sqrtf(float(group)));
   if (group == 1 && k == padded) return x;
   if (group < kLanes) {
-    for (int64_t i = 0; i < k; ++i) out[i] = x[i];
+    __builtin_memcpy(out, x, size_t(k) * sizeof(float));
     for (int64_t i = k; i < padded; ++i) out[i] = 0.0f;
     if (group == 1) return out;
     for (int64_t i = 0; i < padded; i += kLanes)
@@ -97,27 +94,26 @@ const float* rotate_token(const float* x, int64_t k, int group, float* out) {
 }
 
 float root_mean_square(const float* x, int64_t k) {
-  Floats even{}, odd{};  // two chains of additions, for their latency
+  Floats even = splat(0.0f), odd = even;  // two chains of additions, for their latency
   int64_t i = 0;
   for (; i + kLanes < k; i += 2 * kLanes) {
-    even += load(x + i) * load(x + i);
-    odd += load(x + i + kLanes) * load(x + i + kLanes);
+    even = even + load(x + i) * load(x + i);
+    odd = odd + load(x + i + kLanes) * load(x + i + kLanes);
   }
-  if (i < k) even += load(x + i) * load(x + i);
+  if (i < k) even = even + load(x + i) * load(x + i);
   return __builtin_sqrtf(sum_of_lanes(even + odd) / float(k));
 }
 
 /* max |x|, NaN where there is one: above infinity as integers. */
 float absolute_maximum(const float* x, int64_t k) {
-  Ints most{};
+  Ints most = splat(0);
   for (int64_t i = 0; i < k; i += kLanes) {
-    Ints v;
-    __builtin_memcpy(&v, x + i, sizeof v);
-    v &= 0x7fffffff;
-    most = v > most ? v : most;
+    const Ints v = bits_of(load(x + i)) & splat(0x7fffffff);
+    most = select_greater(v, most, v, most);
   }
-  int32_t best = 0;
-  for (int i = 0; i < kLanes; ++i) best = most[i] > best ? most[i] : best;
+  int32_t lanes[kLanes], best = 0;
+  store(lanes, most);
+  for (int i = 0; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   float value;
   __builtin_memcpy(&value, &best, sizeof value);
   return value;
@@ -134,6 +130,7 @@ float activation_scale(const treeq_qlinear_config& config, const float* x) {
   return scale < kScaleFloor ? kScaleFloor : scale;  // NaN stays
 }
 
+/* Sums of the codes of groups that are no whole vectors. */
 void sum_groups(const Layer& layer, const int8_t* q, int32_t* sums) {
   for (int64_t g = 0; g < layer.num_groups; ++g) {
     int32_t sum = 0;
@@ -170,20 +167,20 @@ void quantize_token(const Run& run, const float* source, int64_t row, int column
   const Floats inverse = splat(1.0f / scale);
   const float high = float((1 << (config.act_bits - 1)) - 1);
   const Floats highs = splat(high), lows = splat(-high - 1.0f);
-  Ints sum{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const Ints v = round_clamped(load(x + i) * inverse, lows, highs);
-    const Bytes codes = narrow(v);
-    __builtin_memcpy(q + i, &codes, sizeof codes);
-    sum += v;  // zeros behind the last input have the code 0
-  }
-  run.scales[row] = scale;
   int32_t* sums = run.row_sums + row * layer.num_groups;
-  if (layer.num_groups > 1) {
-    sum_groups(layer, q, sums);
-  } else {
-    *sums = 0;
-    for (int lane = 0; lane < kLanes; ++lane) *sums += sum[lane];
+  /* Zeros behind the last input have the code 0. */
+  const bool whole = layer.num_groups == 1 || layer.group_size % kLanes == 0;
+  const int64_t size = whole && layer.num_groups > 1 ? layer.group_size : padded;
+  for (int64_t first = 0; first < padded; first += size) {
+    Ints sum = splat(0);
+    for (int64_t i = first; i < first + size; i += kLanes) {
+      const Ints v = round_clamped(load(x + i) * inverse, lows, highs);
+      store_bytes(q + i, v);
+      sum = sum + v;
+    }
+    if (whole) *sums++ = sum_of_lanes(sum);
   }
+  if (!whole) sum_groups(layer, q, sums);
+  run.scales[row] = scale;
   scatter_codes(layer, q, rows, panel + column);
 }

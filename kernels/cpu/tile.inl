@@ -2,9 +2,10 @@
 
 /* e^x for x <= 0 and for x up to 88: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], error below
  * 2e-7 of the result. */
-Floats exponential(Floats x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
+TREEQ_INLINE Floats exponential(Floats x) {
+  const Floats low = splat(-87.0f), high = splat(88.0f);
+  x = select_greater(low, x, low, x);
+  x = select_greater(x, high, high, x);
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in its low bits
   const Floats shifted = multiply_add(x, splat(1.44269504f), magic);
   const Floats n = shifted - magic;
@@ -19,27 +20,29 @@ Floats exponential(Floats x) {
   p = multiply_add(p, r, splat(0.5f));
   p = multiply_add(p, r, splat(1.0f));
   p = multiply_add(p, r, splat(1.0f));
-  const Ints exponent = (reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic)) << 23;
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + exponent);
+  const Ints exponent = (bits_of(shifted) - bits_of(magic)) << 23;
+  return floats_of(bits_of(p) + exponent);
 }
 
 /* x / 2 * (1 + tanh(u)) = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3). */
-Floats gelu_tanh(Floats x) {
+TREEQ_INLINE Floats gelu_tanh(Floats x) {
   const Floats cubic = multiply_add(x * x * x, splat(0.044715f), x);
-  const Floats exponent = cubic * -1.59576912f;
-  const Floats y = x / (exponential(exponent) + 1.0f);
-  return exponent > 88.0f ? x * 0.0f : y;  // e^88 is the largest that is computed
+  const Floats exponent = cubic * splat(-1.59576912f);
+  const Floats y = x / (exponential(exponent) + splat(1.0f));
+  /* e^88 is the largest that is computed. */
+  return select_greater(exponent, splat(88.0f), x * splat(0.0f), y);
 }
 
 /* Two vectors of which `width` floats exist. */
-void load_part(const float* p, int width, Floats out[2]) {
-  if (width == kTile) {
-    out[0] = load(p);
-    out[1] = load(p + kLanes);
-    return;
-  }
-  out[0] = out[1] = Floats{};
-  __builtin_memcpy(out, p, size_t(width) * sizeof(float));
+TREEQ_INLINE void load_part(const float* p, int width, Floats out[2]) {
+  const int first = width < kLanes ? width : kLanes;
+  out[0] = first == kLanes ? load(p) : load_some(p, first);
+  out[1] = width == kTile ? load(p + kLanes) : load_some(p + first, width - first);
+}
+TREEQ_INLINE void store_part(float* p, int width, const Floats v[2]) {
+  const int first = width < kLanes ? width : kLanes;
+  first == kLanes ? store(p, v[0]) : store_some(p, v[0], first);
+  width == kTile ? store(p + kLanes, v[1]) : store_some(p + first, v[1], width - first);
 }
 
 /* Where a panel's 32 output channels go. */
@@ -78,19 +81,19 @@ struct Products {
 };
 
 /* (sum of codes) * s_w of one token, one group and half h of a tile. */
-inline __attribute__((always_inline)) Floats scaled_sum(const Run& run, int64_t tile, int64_t group,
+TREEQ_INLINE Floats scaled_sum(const Run& run, int64_t tile, int64_t group,
                                                         int64_t row, int h, const int32_t* sums) {
   const Layer& layer = *run.layer;
-  Ints v;
-  __builtin_memcpy(&v, sums + h * kLanes, sizeof v);
-  v -= run.row_sums[row * layer.num_groups + group] * (1 << (layer.config.weight_bits - 1));
+  const int32_t offset = run.row_sums[row * layer.num_groups + group] *
+                         (1 << (layer.config.weight_bits - 1));
+  const Ints v = load(sums + h * kLanes) - splat(offset);
   if (__builtin_expect(run.sums != nullptr, 0)) {
     const int64_t n = layer.config.out_features, column = tile * kTile + h * kLanes;
     int32_t* target = run.sums + (row * layer.num_groups + group) * n + column;
-    for (int i = 0; i < kLanes && column + i < n; ++i) target[i] = v[i];
+    if (column < n) store_some(target, v, n - column < kLanes ? n - column : kLanes);
   }
   const float* scale = layer.weight_scale + (tile * layer.num_groups + group) * kTile;
-  return __builtin_convertvector(v, Floats) * load(scale + h * kLanes);
+  return to_floats(v) * load(scale + h * kLanes);
 }
 
 /* Adds up all groups but the last in `out`. */
@@ -105,19 +108,19 @@ void add_group(const Run& run, int64_t tile, int64_t group, int64_t first, int r
 }
 
 /* One vector of outputs: products, scale, bias, branch, activation. */
-inline __attribute__((always_inline)) Floats finish(const Run& run, int64_t tile, int64_t row,
+TREEQ_INLINE Floats finish(const Run& run, int64_t tile, int64_t row,
                                                     int h, int at, const Products& products,
                                                     const float* branch) {
   Floats y;
   if (products.sums) {
     y = scaled_sum(run, tile, run.layer->num_groups - 1, row, h, products.sums + at - h * kLanes);
-    if (products.floats) y += load(products.floats + at);
-    y *= run.scales[row];
+    if (products.floats) y = y + load(products.floats + at);
+    y = y * splat(run.scales[row]);
   } else {
     y = load((products.floats ? products.floats : branch) + at);
   }
-  if (run.layer && run.layer->bias) y += load(run.layer->bias + tile * kTile + h * kLanes);
-  if (run.layer && branch) y += load(branch + at);
+  if (run.layer && run.layer->bias) y = y + load(run.layer->bias + tile * kTile + h * kLanes);
+  if (run.layer && branch) y = y + load(branch + at);
   return run.fusion.activation == TREEQ_ACTIVATION_GELU_TANH ? gelu_tanh(y) : y;
 }
 
@@ -132,59 +135,47 @@ void write_rows(const Run& run, int64_t tile, int64_t first, int rows, const Pro
                  expanded);
   for (int t = 0; t < rows; ++t) {
     const int64_t row = first + t;
-    Floats y0 = finish(run, tile, row, 0, t * kTile, products, branch);
-    Floats y1 = finish(run, tile, row, 1, t * kTile + kLanes, products, branch);
+    Floats y[2];
+    TREEQ_UNROLL
+    for (int h = 0; h < 2; ++h)
+      y[h] = finish(run, tile, row, h, t * kTile + h * kLanes, products, branch);
     if (fusion.gate) {
       const int64_t column = tile * kTile;
       Floats gate[2], residual[2];
       load_part(fusion.gate + row / fusion.tokens * target.stride + column, target.width, gate);
       load_part(fusion.residual + row * target.stride + column, target.width, residual);
-      y0 = residual[0] + gate[0] * y0;
-      y1 = residual[1] + gate[1] * y1;
+      TREEQ_UNROLL
+      for (int h = 0; h < 2; ++h) y[h] = residual[h] + gate[h] * y[h];
     }
-    float* to = target.y + row * target.stride;
-    if (target.width == kTile) {
-      store(to, y0);
-      store(to + kLanes, y1);
-    } else {
-      const Floats both[2] = {y0, y1};
-      __builtin_memcpy(to, both, size_t(target.width) * sizeof(float));
-    }
+    store_part(target.y + row * target.stride, target.width, y);
   }
 }
 
 /* Codes of an unpacked tile as floats times s_w: [group_size][32] per group. */
 void dequantize_tile(const Layer& layer, int64_t tile, const uint8_t* codes, float* weight) {
-  const int32_t offset = 1 << (layer.config.weight_bits - 1);
+  const Ints offset = splat(1 << (layer.config.weight_bits - 1)), mask = splat(255);
   for (int64_t g = 0; g < layer.num_groups; ++g) {
-    const float* scale = layer.weight_scale + (tile * layer.num_groups + g) * kTile;
-    for (int64_t k = 0; k < layer.group_size; ++k)
+    const float* scales = layer.weight_scale + (tile * layer.num_groups + g) * kTile;
+    const Floats scale[2] = {load(scales), load(scales + kLanes)};
+    for (int64_t k = 0; k < layer.group_size; ++k, weight += kTile) {
+      const int64_t word = g * layer.group_words + k / kInputs;
+      const int shift = 8 * int(k % kInputs);
+      TREEQ_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int64_t word = g * layer.group_words + k / kInputs;
-        Ints v;
-        __builtin_memcpy(&v, codes + (word * 2 + h) * kVector, sizeof v);
-        v = ((v >> (8 * int(k % kInputs))) & 255) - offset;
-        store(weight + ((g * layer.group_size + k) * 2 + h) * kLanes,
-              __builtin_convertvector(v, Floats) * load(scale + h * kLanes));
+        const Ints four = load_as<Ints>(codes + (word * 2 + h) * kVector);
+        store(weight + h * kLanes, to_floats(((four >> shift) & mask) - offset) * scale[h]);
       }
+    }
   }
 }
 
 template <int kRows>
 void multiply_floats(const float* x, int64_t stride, const float* weight, int64_t k, float* out) {
-  Floats sum[kRows][2] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    const Floats w0 = load(weight + i * kTile), w1 = load(weight + i * kTile + kLanes);
-#pragma GCC unroll 4
-    for (int t = 0; t < kRows; ++t) {
-      const Floats value = splat(x[t * stride + i]);
-      sum[t][0] = multiply_add(value, w0, sum[t][0]);
-      sum[t][1] = multiply_add(value, w1, sum[t][1]);
-    }
-  }
-  for (int t = 0; t < kRows; ++t) {
-    store(out + t * kTile, sum[t][0]);
-    store(out + t * kTile + kLanes, sum[t][1]);
+  for (int h = 0; h < 2; h += kFloatHalves) {
+    Floats sum[kRows][kFloatHalves];
+    clear(sum);
+    add_products(x, stride, weight + h * kLanes, kTile, k, sum);
+    store_rows(sum, out + h * kLanes);
   }
 }
 
@@ -196,11 +187,10 @@ void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* w
     const int64_t first = first_row(run.panels, p);
     const int rows = num_rows(run.panels, p);
     float out[kMaxRows * kTile];
-    int t = 0;
-    for (; t + 4 <= rows; t += 4)
-      multiply_floats<4>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
-    for (; t < rows; ++t)
-      multiply_floats<1>(run.rotated + (first + t) * stride, stride, weight, k, out + t * kTile);
+    for_rows<kFloatRows>(rows, [&](auto count, int t) {
+      multiply_floats<decltype(count)::value>(run.rotated + (first + t) * stride, stride, weight, k,
+                                              out + t * kTile);
+    });
     write_rows(run, tile, first, rows, {out, nullptr});
   }
 }
@@ -223,7 +213,8 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
       multiply_panel(codes + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.config,
                      sums);
     else
-      multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), bits, xg, rows, chunks, sums);
+      multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), xg, rows, chunks,
+                      layer.config, sums);
     if (g + 1 < layer.num_groups) add_group(run, tile, g, first, rows, sums, out);
   }
   write_rows(run, tile, first, rows, {layer.num_groups > 1 ? out : nullptr, sums});
@@ -232,7 +223,7 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
 void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scratch) {
   const Layer& layer = *run.layer;
   const size_t codes = size_t(layer.num_words) * kTile * kInputs;
-  const bool packed = can_multiply_packed(run.panels.m);
+  const bool packed = can_multiply_packed(run.panels.m, layer.config);
   for (int64_t tile = begin; tile < end && !packed; ++tile)
     unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
                 layer.num_words * kInputs / kChunk, scratch + size_t(tile - begin) * codes);
