@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from treeq_export.errors import PlanError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
 from treeq_export.model.zoo import Denoiser
@@ -49,9 +48,9 @@ from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
     LayerSite,
     load_compiled,
+    load_layers,
     model_path,
     open_target,
-    read_layers,
     runner_options,
     uses_kernels,
     ways_to_run,
@@ -244,14 +243,7 @@ def compare_target(
     Raises:
         PlanError: The target is missing, or was compiled from another plan's layers.
     """
-    model = load_compiled(run, target)
-    sites = read_layers(model)
-    names = {layer.name for layer in plan.layers}
-    if {site.name for site in sites} != names:
-        raise PlanError(
-            f"{model_path(run, target)}: holds {len(sites)} layers, the plan {len(names)}. "
-            f"Run `treeq-export compile --run {run}` again."
-        )
+    model, sites = load_layers(run, target, [layer.name for layer in plan.layers])
     with open_target(run, target) as runner:
         output = runner.run(trace.inputs)
     inside = run_with_layers(run, target, sites, trace)

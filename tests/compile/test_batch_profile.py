@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from treeq_export.compile.batch_profile import read_batch_profile, write_batch_profile
-from treeq_export.errors import CompileError
+from treeq_export.compile.batch_profile import write_batch_profile
+from treeq_export.errors import CompileError, PlanError
 from treeq_export.recipe import CompileSection
-from treeq_export.runners.compiled import PROFILE_KEY
+from treeq_export.runners.compiled import PROFILE_KEY, read_profile
 
 Make = Callable[..., Any]
 
@@ -16,7 +16,9 @@ Make = Callable[..., Any]
 def test_profile_of_every_input(exported_dit: Any):
     model = exported_dit.clone()
     write_batch_profile(model, 2, 8)
-    profile = read_batch_profile(model)
+    profile = read_profile(model)
+    assert profile is not None
+    profile = {name: shapes.model_dump() for name, shapes in profile.items()}
     assert profile == json.loads(model.metadata_props[PROFILE_KEY])
     assert profile == {
         "sample": {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 8, 8]},
@@ -27,8 +29,11 @@ def test_profile_of_every_input(exported_dit: Any):
 
 def test_errors(make_layer: Make, make_model: Make):
     model = make_model(make_layer())
-    with pytest.raises(CompileError, match=r"no batch profile\. Run `treeq-export compile`"):
-        read_batch_profile(model)
+    assert read_profile(model) is None
+    for text in ("[", "[]", '{"x": 1}', '{"x": {"min": [1], "opt": [2]}}', "[" * 100_000):
+        model.metadata_props[PROFILE_KEY] = text
+        with pytest.raises(PlanError, match=r"^the graph: treeq\.batch_profile: .*compile` again"):
+            read_profile(model)
     model.graph.inputs[0].shape = None
     with pytest.raises(CompileError, match=r"^x: .*does not say its shape"):
         write_batch_profile(model, 1, 2)

@@ -12,7 +12,6 @@ import pytest
 
 from treeq_export import stages
 from treeq_export.compile.audit_tensorrt import INT8_GEMM, PLUGIN
-from treeq_export.compile.batch_profile import read_batch_profile
 from treeq_export.compile.stage import compile_target
 from treeq_export.compile.value_types import FLOATS, infer_types
 from treeq_export.recipe import CompileSection, Recipe, ValidateSection
@@ -23,6 +22,7 @@ from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
     load_compiled,
     model_path,
+    read_profile,
 )
 from treeq_export.validate import run_validate
 
@@ -88,9 +88,9 @@ def test_graph_is_strongly_typed_and_half(compiled: Any):
 def test_profile_and_branches(compiled: Any):
     tiny, _ = compiled
     model = load_compiled(tiny.run, TENSORRT)
-    profile = read_batch_profile(model)
+    profile = read_profile(model) or {}
     assert list(profile) == [value.name for value in model.graph.inputs]
-    batches = {tuple(shape[0] for shape in entry.values()) for entry in profile.values()}
+    batches = {(entry.min[0], entry.opt[0], entry.max[0]) for entry in profile.values()}
     assert batches == {(1, 4, 8)}
     layers = [node for node in model.graph if node.op_type == "QLinear"]
     assert len(layers) == len(tiny.plan.layers)

@@ -6,6 +6,7 @@ import pytest
 
 from treeq_export.errors import PlanError
 from treeq_export.runners.compiled import (
+    LAYERS_KEY,
     TENSORRT_TARGETS,
     LayerSite,
     load_compiled,
@@ -46,6 +47,26 @@ def test_layers_are_read_as_written():
     sites = [LayerSite("b.1", "x", "y"), LayerSite("a.0", "y", 'odd "name"')]
     write_layers(model, sites)
     assert read_layers(model) == sites
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not JSON"),
+        ("{}", "the whole: received {}"),
+        ("[1]", "0: received 1"),
+        ('[{"name": "x", "y": 1}]', "0.input: missing"),
+        ('[{"name": "x", "input": "a", "output": "b", "size": []}]', "0.size: received []"),
+        ("[" * 100_000, "more than 64 levels deep"),
+    ],
+)
+def test_malformed_metadata_are_one_line(text: str, problem: str):
+    model = ir.Model(ir.Graph([], [], nodes=[], name="g"), ir_version=10)
+    model.metadata_props[LAYERS_KEY] = text
+    with pytest.raises(PlanError) as caught:
+        read_layers(model)
+    assert str(caught.value).startswith(f"the graph: treeq.layers: {problem}")
+    assert str(caught.value).endswith("Run `treeq-export compile` again.")
 
 
 @pytest.mark.parametrize("target", ["portable", "ort"])

@@ -24,7 +24,7 @@ from treeq_export.build.engine import ENGINE_FILE, BuildOrder, build_engine
 from treeq_export.errors import RunnerError
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.records import save_record
-from treeq_export.runners.compiled import LayerSite, load_compiled, read_layers
+from treeq_export.runners.compiled import LayerSite, load_layers
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.tensorrt_runner import TensorrtRunner
 from treeq_export.validate import Trace
@@ -106,17 +106,17 @@ def bisect_engine(
 
     Raises:
         RunnerError: There is no such engine, or it cannot run here.
-        PlanError: Its graph is missing.
+        PlanError: Its graph is missing, damaged or of another plan.
     """
     folder = run / name
     manifest = read_manifest(folder)
-    model = load_compiled(run, manifest.target)
+    model, sites = load_layers(run, manifest.target, trace.layer_outputs)
     ir.external_data.load_to_model(model)
 
     def run_model(prefix: ir.Model, inputs: Mapping[str, Any]) -> NDArray[Any]:
         return run_as_engine(prefix, inputs, folder)
 
-    return bisect_network(name, model, read_layers(model), trace, run_model, min_sqnr_db, on_step)
+    return bisect_network(name, model, sites, trace, run_model, min_sqnr_db, on_step)
 
 
 def run_as_engine(model: ir.Model, inputs: Mapping[str, Any], like: Path) -> NDArray[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from treeq_export.bisect.record import BisectRecord
-from treeq_export.errors import PlanError
 from treeq_export.model.quantized import linear_of, quantized_layers
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
@@ -16,9 +15,7 @@ from treeq_export.recipe import ParityGates
 from treeq_export.records import LayerParity
 from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
-    load_compiled,
-    model_path,
-    read_layers,
+    load_layers,
     uses_kernels,
 )
 from treeq_export.runners.kernel_probe import KernelProbe
@@ -80,13 +77,7 @@ def compare_compiled(
     Raises:
         PlanError: The target is missing, or was compiled from another plan's layers.
     """
-    model = load_compiled(run, target)
-    sites = read_layers(model)
-    if {site.name for site in sites} != {layer.name for layer in plan.layers}:
-        raise PlanError(
-            f"{model_path(run, target)}: holds {len(sites)} layers, the plan {len(plan.layers)}. "
-            f"Run `treeq-export compile --run {run}` again."
-        )
+    model, sites = load_layers(run, target, [layer.name for layer in plan.layers])
     inside = run_with_layers(run, target, sites, trace)
     references = quantized_layers(quantized)
     make_probe = KernelProbe if uses_kernels(target) else LayerProbe

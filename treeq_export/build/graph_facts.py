@@ -7,7 +7,6 @@ The engine's layer list names ONNX nodes. Of each planned layer the node of its 
    change its scale, type or shape.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import onnx_ir as ir
 
 from treeq_export.errors import CompileError
 from treeq_export.records.build import PluginReference, ShapeRange
-from treeq_export.runners.compiled import PLAN_KEY, PROFILE_KEY, read_layers
+from treeq_export.runners.compiled import PLAN_KEY, read_layers, read_profile
+from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, OPS, QLINEAR_OP, VERSION
 from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP
 
@@ -57,9 +57,10 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
         opt_batch: Batch to tune for, likewise.
 
     Raises:
-        CompileError: An input's shape is not known.
+        CompileError: The file is damaged, or an input's shape is not known.
+        PlanError: Its metadata are malformed.
     """
-    model = ir.load(path)
+    model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
     sites = {site.name: site.node or site.name for site in read_layers(model)}
     packed = {node.name or "" for node in model.graph if _is(node, *_LAYER_OPS)}
     weights = {
@@ -114,9 +115,9 @@ def _read_profile(
     path: Path, model: ir.Model, opt_batch: int, max_batch: int
 ) -> dict[str, ShapeRange]:
     """Return the metadata's profile, or the batch put in for the dynamic axes."""
-    text = model.metadata_props.get(PROFILE_KEY)
-    if text is not None:
-        return {name: ShapeRange(**shapes) for name, shapes in json.loads(text).items()}
+    profile = read_profile(model)
+    if profile is not None:
+        return profile
     profile = {}
     for value in model.graph.inputs:
         if value.shape is None or value.name is None:

@@ -35,6 +35,7 @@ from treeq_export.runners.compiled import (
     uses_kernels,
 )
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.plain_layer import cut_packed
 
 # Integer matrix products of ONNX Runtime's CPU provider.
@@ -74,7 +75,7 @@ def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> i
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CompileError(f"{path}: ONNX Runtime refuses it: {reason}") from error
-    return ir.load(folder / "optimized.onnx")
+    return read_graph(folder / "optimized.onnx", error=CompileError, remedy=_REMEDY)
 
 
 def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> list[AuditLayer]:

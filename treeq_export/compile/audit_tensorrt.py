@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from treeq_export.compile.fuse_modulate import producer_of
 from treeq_export.compile.signature import QLINEAR, nodes_of
+from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.packing import pack
 from treeq_export.records import AuditLayer
+from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 
 PLUGIN, INT8_GEMM, WEIGHT_ONLY = "QLinear plugin", "int8 Q/DQ gemm", "weight-only"
@@ -42,8 +44,9 @@ def audit_tensorrt(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) 
     Returns:
         One entry per layer, in execution order.
     """
+    model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
     found: dict[str, set[str]] = {}
-    for digest, kind in _read_kinds(ir.load(path)):
+    for digest, kind in _read_kinds(model):
         found.setdefault(digest, set()).add(kind)
     return [_audit_layer(layer, tensors[f"{layer.name}.codes"], found) for layer in plan.layers]
 

@@ -36,17 +36,3 @@ def write_batch_profile(model: ir.Model, opt_batch: int, max_batch: int) -> None
             for key, batch in batches.items()
         }
     model.metadata_props[PROFILE_KEY] = json.dumps(profile)
-
-
-def read_batch_profile(model: ir.Model) -> dict[str, dict[str, list[int]]]:
-    """Return {input: {"min", "opt", "max": shape}} of a compiled model.
-
-    Raises:
-        CompileError: The model has none.
-    """
-    try:
-        return json.loads(model.metadata_props[PROFILE_KEY])
-    except KeyError:
-        raise CompileError(
-            "the compiled graph has no batch profile. Run `treeq-export compile` again."
-        ) from None

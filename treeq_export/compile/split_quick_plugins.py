@@ -21,6 +21,8 @@ from treeq_export.compile.check_patterns import CheckPatterns
 from treeq_export.compile.fused import input_of
 from treeq_export.compile.lower_monarch import LowerMonarch
 from treeq_export.compile.signature import DOMAIN, QLINEAR, nodes_of
+from treeq_export.errors import CompileError
+from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES, QLINEAR_OP
 from treeq_export.runners.tensorrt_quick_plugin import (
     CODES_PER_WORD,
@@ -64,7 +66,7 @@ def split_file(path: Path) -> Path:
     Returns:
         The new model file.
     """
-    model = ir.load(path)
+    model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
     for rewrite in PASSES:
         rewrite(model)
     quick = path.with_name(QUICK_FILE)

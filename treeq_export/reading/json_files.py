@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from treeq_export.errors import TreeqError
 from treeq_export.reading.files import read_bytes
@@ -20,7 +20,7 @@ from treeq_export.reading.limits import (
     decode,
 )
 
-Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 
 def read_json(
@@ -45,8 +45,8 @@ def read_object(
     return value
 
 
-def read_record(path: Path, kind: type[Model], *, error: type[TreeqError], remedy: str) -> Model:
-    """Read a JSON file into a pydantic model.
+def read_record(path: Path, kind: type[T], *, error: type[TreeqError], remedy: str) -> T:
+    """Read a JSON file into a pydantic model, or another type that pydantic can check.
 
     Raises:
         TreeqError: As `read_json`, or a key does not fit the model; of the class `error`.
@@ -97,20 +97,20 @@ def parse_json(
 
 def parse_record(
     data: bytes | str,
-    kind: type[Model],
+    kind: type[T],
     where: str | Path,
     *,
     error: type[TreeqError],
     remedy: str,
-) -> Model:
-    """Parse JSON into a pydantic model.
+) -> T:
+    """Parse JSON into a pydantic model, or another type that pydantic can check.
 
     Raises:
         TreeqError: As `parse_json`, or a key does not fit the model; of the class `error`.
     """
     parse_json(data, where, error=error, remedy=remedy)
     try:
-        return kind.model_validate_json(data if isinstance(data, str) else decode(data))
+        return TypeAdapter(kind).validate_json(data if isinstance(data, str) else decode(data))
     except ValidationError as fault:
         raise error(f"{where}: {first_problem(fault)} {remedy}") from fault
 

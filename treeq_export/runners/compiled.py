@@ -10,14 +10,17 @@ bodies. That shows what the graph says, not what an engine does.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
 
 from treeq_export.errors import PlanError
+from treeq_export.reading import parse_record
+from treeq_export.records.build import ShapeRange
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.graph_file import path_of, read_graph
 from treeq_export.runners.ort_runner import OrtRunner
 
 MODEL_FILE = "model.onnx"
@@ -30,6 +33,9 @@ LAYERS_KEY = "treeq.layers"
 PLAN_KEY = "treeq.plan_sha256"
 # The shapes that an engine is built for, see compile/batch_profile.py.
 PROFILE_KEY = "treeq.batch_profile"
+
+
+T = TypeVar("T")
 
 
 class LayerSite(NamedTuple):
@@ -105,12 +111,42 @@ def load_compiled(run: Path, target: str) -> ir.Model:
     """Read a compiled graph; its weights are mapped, not copied.
 
     Raises:
-        PlanError: The target has not been compiled.
+        PlanError: The target has not been compiled, or its file is damaged.
     """
     path = model_path(run, target)
     if not path.is_file():
         raise PlanError(f"{path}: missing. Run `treeq-export compile --run {run}` first.")
-    return ir.load(path)
+    return read_graph(
+        path, error=PlanError, remedy=f"Run `treeq-export compile --run {run}` again."
+    )
+
+
+def load_layers(run: Path, target: str, names: Collection[str]) -> tuple[ir.Model, list[LayerSite]]:
+    """Read a compiled graph and its list of layers, and check that both fit together.
+
+    Args:
+        run: The run folder.
+        target: As `ways_to_run` names it.
+        names: The plan's layers.
+
+    Raises:
+        PlanError: As `load_compiled`, or the graph was compiled from another plan's layers.
+    """
+    model = load_compiled(run, target)
+    sites = read_layers(model)
+    again = f"Run `treeq-export compile --run {run}` again."
+    if {site.name for site in sites} != set(names):
+        raise PlanError(
+            f"{path_of(model)}: holds {len(sites)} layers, the plan {len(names)}. {again}"
+        )
+    values = ir.convenience.create_value_mapping(model.graph)
+    for site in sites:
+        for value in (site.input, site.output):
+            if value and value not in values:
+                raise PlanError(
+                    f"{path_of(model)}: {LAYERS_KEY}: {site.name}: no value {value!r}. {again}"
+                )
+    return model, sites
 
 
 def write_layers(model: ir.Model, sites: list[LayerSite]) -> None:
@@ -119,5 +155,27 @@ def write_layers(model: ir.Model, sites: list[LayerSite]) -> None:
 
 
 def read_layers(model: ir.Model) -> list[LayerSite]:
-    """Return the quantized layers from the model's metadata, in graph order."""
-    return [LayerSite(**entry) for entry in json.loads(model.metadata_props.get(LAYERS_KEY, "[]"))]
+    """Return the quantized layers from the model's metadata, in graph order.
+
+    Raises:
+        PlanError: The metadata are malformed.
+    """
+    text = model.metadata_props.get(LAYERS_KEY, "[]")
+    return _parse(model, LAYERS_KEY, text, list[LayerSite])
+
+
+def read_profile(model: ir.Model) -> dict[str, ShapeRange] | None:
+    """Return the shapes by input that an engine is built for; None where the metadata have none.
+
+    Raises:
+        PlanError: The metadata are malformed.
+    """
+    text = model.metadata_props.get(PROFILE_KEY)
+    return None if text is None else _parse(model, PROFILE_KEY, text, dict[str, ShapeRange])
+
+
+def _parse(model: ir.Model, key: str, text: str, kind: type[T]) -> T:
+    where = f"{path_of(model)}: {key}"
+    return parse_record(
+        text, kind, where, error=PlanError, remedy="Run `treeq-export compile` again."
+    )

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from treeq_export.errors import ServeError
+from treeq_export.runners import graph_file
 from treeq_export.runners.compiled import PLAN_KEY
 
 # ONNX's name: Triton's data_type, numpy's name. Triton has no type for anything below 8 bits.
@@ -63,14 +64,16 @@ def read_graph(path: Path) -> ServedGraph:
     """Read a compiled graph.
 
     Raises:
-        ServeError: It is missing, or has a tensor that Triton cannot carry.
+        ServeError: It is missing or damaged, or has a tensor that Triton cannot carry.
     """
     if not path.is_file():
         raise ServeError(
             f"{path}: missing. Add the target to compile.targets in the recipe and run "
             "`treeq-export run` again."
         )
-    model = ir.load(path)
+    model = graph_file.read_graph(
+        path, error=ServeError, remedy="Run `treeq-export compile` again."
+    )
     return ServedGraph(
         inputs=tuple(_read_tensor(path, value) for value in model.graph.inputs),
         output=_read_tensor(path, model.graph.outputs[0]),
