@@ -1,10 +1,9 @@
 """Runs `treeq-export` as a process of its own, again and again, without its start-up time.
 
 One JSON order a line on stdin, one JSON answer a line on stdout. Every command runs in a child
-forked from this process, which has imported everything and never computes anything but exports:
+forked from this process, which has imported everything and never computes anything:
 
-    {"export": RUN}                      export that run's two graphs, for the children
-    {"args": [...], "trap": {...}|null}  run a command -> {"status", "stdout", "stderr"}
+    {"args": [...], "trap": {...}|null}  run a command -> {"status", "stdout", "stderr", "cpu_s"}
 
 A negative status is the signal that ended the child. A trap acts while a stage is at work:
 
@@ -14,8 +13,8 @@ on the n-th progress step, or before the n-th file or folder takes its final nam
 the name of a signal that the child sends to itself, "ENOSPC" (a write that fails), or a number: no
 file may grow above so many bytes from then on until the stage ends.
 
-What takes long and has its own tests is replaced: a graph is exported once for the same weights and
-formats, and bench's processes that measure memory are not started.
+What takes long and has its own tests is replaced: exports come from the cache of the tests, and
+bench's processes that measure memory are not started.
 """
 
 import dataclasses
@@ -35,34 +34,11 @@ import diffusers
 
 import treeq_export.bench.stage
 import treeq_export.compile.stage
+from tests.commands import measure_nothing
+from tests.export_cache import export_once
 from treeq_export import pipeline
 from treeq_export.cli import main
-from treeq_export.compile.export import export_graph
-from treeq_export.evaluate.samples import digest_denoiser
-from treeq_export.model.quantized import quantize_model, quantized_layers
-from treeq_export.records import BenchMemory
 from treeq_export.workspace import Workspace
-
-EXPORTED: dict[str, Any] = {}
-
-
-def export_once(denoiser: Any, max_batch: int) -> Any:
-    layers = {name: repr(module.layer) for name, module in quantized_layers(denoiser).items()}
-    key = json.dumps([digest_denoiser(denoiser), layers, max_batch])
-    if key not in EXPORTED:
-        EXPORTED[key] = export_graph(denoiser, max_batch)
-    return EXPORTED[key].clone()
-
-
-def export_run(run: Path) -> None:
-    with Workspace.reopen(run) as workspace:
-        quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
-        for denoiser in (quantized, workspace.denoiser):
-            export_once(denoiser, workspace.recipe.compile.max_batch)
-
-
-def measure_nothing(target: str, *_: Any) -> BenchMemory:
-    return BenchMemory(target=target, after_load_bytes=1, peak_bytes=1, file_bytes=1, load_s=0.1)
 
 
 class Trap:
@@ -145,13 +121,14 @@ def run_child(args: list[str], trap: dict[str, Any] | None) -> dict[str, Any]:
         os.close(send)
         with os.fdopen(receive, "rb") as stderr:
             errors = stderr.read()
-        _, status = os.waitpid(pid, 0)
+        _, status, usage = os.wait4(pid, 0)
         stdout.seek(0)
         output = stdout.read()
     return {
         "status": os.waitstatus_to_exitcode(status),
         "stdout": output.decode(),
         "stderr": errors.decode(),
+        "cpu_s": usage.ru_utime + usage.ru_stime,
     }
 
 
@@ -161,11 +138,7 @@ def serve() -> None:
     treeq_export.bench.stage.measure_memory = measure_nothing
     for line in sys.stdin:
         order = json.loads(line)
-        answer: dict[str, Any] = {}
-        if "export" in order:
-            export_run(Path(order["export"]))
-        else:
-            answer = run_child(order["args"], order["trap"])
+        answer = run_child(order["args"], order["trap"])
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -116,7 +116,7 @@ def run_onnx() -> Callable[[ir.Model, NDArray[Any]], NDArray[Any]]:
 
 @pytest.fixture(scope="session")
 def exported_dit(compiled_dit: Any) -> ir.Model:
-    """A second export of the compiled tiny DiT, before any pass. Read-only: clone it."""
+    """The exported tiny DiT, before any pass. Read-only: clone it."""
     return compiled_dit.export()
 
 

@@ -75,8 +75,9 @@ def find_modulation(value: ir.Value | None) -> Modulation | None:
                 assert x is not None
                 if not (is_row_of(scale_row, x) and is_row_of(shift_row, x)):
                     continue
-                epsilon = norm.attributes.get_float("epsilon", 1e-5)
-                return Modulation(x, scale_row, shift_row, epsilon)
+                # As a file holds it: the name of the function body must not depend on a save.
+                epsilon = np.float32(norm.attributes.get_float("epsilon", 1e-5))
+                return Modulation(x, scale_row, shift_row, float(epsilon))
     return None
 
 

@@ -1,0 +1,55 @@
+"""The shipped sample, and runs of it that are compiled without a search."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from treeq_export.calibrate import run_calibrate
+from treeq_export.compile.stage import run_compile
+from treeq_export.plan import load_tensors
+from treeq_export.recipe import Recipe
+from treeq_export.search.stage import run_search
+from treeq_export.workspace import Workspace
+
+
+@pytest.fixture(scope="session")
+def digits_folder() -> Path:
+    """The shipped sample: checkpoint/, classifier.onnx, reference.safetensors."""
+    return Path(__file__).parents[1] / "samples" / "digits"
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint(digits_folder: Path) -> Path:
+    """The folder of the trained digits checkpoint."""
+    return digits_folder / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def make_digits_run(
+    digits_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A function: targets -> the digits sample, W4A4 with branches, compiled for them."""
+
+    def make(*targets: str) -> Path:
+        run = tmp_path_factory.mktemp("digits") / "run"
+        recipe = Recipe.model_validate(
+            {
+                "name": "digits",
+                "model": {"checkpoint": str(digits_checkpoint)},
+                "sampler": {"scheduler": "flow_match_euler", "steps": 2, "batch_size": 2},
+                "search": {"rotation_group": 128, "branch": {"b_in": 2, "b_out": 2, "rank": 4}},
+                "calibrate": {"num_samples": 2, "num_clip_steps": 4, "rounding": "nearest"},
+                "compile": {"targets": list(targets), "max_batch": 8},
+            }
+        )
+        with Workspace(run, recipe) as workspace:
+            workspace.save()
+            denoiser = workspace.denoiser
+            plan = run_search(run, denoiser, workspace.checkpoint, recipe, lambda _: None)
+            plan = run_calibrate(run, denoiser, plan, recipe, lambda _: None)
+            tensors = load_tensors(run, plan)
+            run_compile(run, denoiser, plan, tensors, recipe.compile, lambda _: None)
+        return run
+
+    return make
