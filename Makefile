@@ -5,7 +5,8 @@
 # make triton-env  an environment with a Triton server, in .triton, for make serve and the tests
 # make foreign-env  an environment with OpenVINO, onnxruntime-web and -node, in .foreign, for the tests
 # make serve  the demo's run on a real Triton server: images, health, a load test; no GPU needed
-# make test   all tests, with branch coverage
+# make test   every rule of the product in minutes: all tests but those of the long tier
+# make test-all  all tests, with branch coverage
 # make apt    Debian packages for the tests: an ARM compiler with an emulator, and a browser, where
 #             root can install them
 # make check  format, lint, types, import order, then make test: the one gate
@@ -24,8 +25,9 @@ TRITON_ENV ?= .triton
 FOREIGN_ENV := .foreign
 LOAD_SECONDS ?= 120
 SWEEP_SECONDS ?= 5
+TEST_CPU_S ?= 5
 
-.PHONY: apt venv triton-env foreign-env demo engines serve test check wheel clean
+.PHONY: apt venv triton-env foreign-env demo engines serve test test-all check wheel clean
 
 # What the tests need beside Python: an ARM compiler, an emulator, a browser.
 apt:
@@ -74,8 +76,13 @@ serve: venv triton-env
 	  --python $(TRITON_ENV)/bin/python --out $(DEMO_OUT)/serving \
 	  --duration $(LOAD_SECONDS) --sweep-duration $(SWEEP_SECONDS)
 
-test: venv triton-env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --cov --cov-report=term
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
+
+test: venv
+	TREEQ_TEST_CPU_S=$(TEST_CPU_S) $(PYTEST) -m "not slow and not triton and not compiler"
+
+test-all: venv triton-env
+	$(PYTEST) --cov --cov-report=term
 
 check: apt venv
 	$(BIN)/ruff format --check .

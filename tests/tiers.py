@@ -1,12 +1,9 @@
 """The two tiers of the tests.
 
-`make test` leaves out what is marked with one of LONG; a test that takes longer than LIMIT_S
-CPU-seconds, its children's included, without one of these markers fails. What a fixture takes that
-tests share is not charged to the test that happens to be first, but has the same limit: all tests
-that use a longer one have to be marked. Exports are not charged, see export_cache.
-
-Nothing is enforced under coverage, which takes a multiple. TREEQ_TEST_CPU_S sets another limit, for
-a slow processor; 0 is none.
+`make test` leaves out what is marked with one of LONG. A test without such a marker fails if it and
+its children take more CPU-seconds than TREEQ_TEST_CPU_S says; `make test` sets 5. What a fixture
+takes that tests share is not charged to the test that happens to be first, but has the same limit:
+all tests that use a longer one have to be marked. Exports are not charged, see export_cache.
 """
 
 import os
@@ -18,8 +15,7 @@ import pytest
 from tests import export_cache, meter
 from treeq_export.environment import count_cores
 
-LONG = ("slow", "server", "compiler")
-LIMIT_S = 5.0
+LONG = ("slow", "triton", "compiler")
 SPENT = pytest.StashKey[float]()
 
 _fixture_s: dict[tuple[str, str], float] = {}  # by name and place, without those it uses
@@ -35,13 +31,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Tidy the exports, in the process that starts the workers."""
     if not hasattr(session.config, "workerinput"):
         export_cache.remove_unused()
-
-
-def limit_s(config: pytest.Config) -> float:
-    """Return the limit of this session; infinite where there is none."""
-    if config.getoption("cov_source", None):
-        return float("inf")
-    return float(os.environ.get("TREEQ_TEST_CPU_S", LIMIT_S)) or float("inf")
 
 
 def is_long(item: pytest.Item) -> bool:
@@ -90,7 +79,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 def find_fault(item: pytest.Item, when: str) -> str | None:
     """Return what is wrong with the time of a test that passed, or None."""
-    limit = limit_s(item.config)
+    limit = float(os.environ.get("TREEQ_TEST_CPU_S", "inf"))
     remedy = f"the limit is {limit:g}. Make it cheaper, or mark the test as slow."
     if when == "call" and item.stash[SPENT] > limit:
         return f"took {item.stash[SPENT]:.1f} CPU-seconds; {remedy}"

@@ -6,7 +6,6 @@ tiny DiT in three formats; what comes out is compared with the fake-quantized Py
 """
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.required import skip_or_fail
 from treeq_export.compile.stage import run_compile
 from treeq_export.model.quantized import quantize_model
 from treeq_export.quant.metrics import sqnr_db
@@ -109,12 +109,8 @@ class OwnOnnxRuntime:
 
 def require(path: Path) -> None:
     """Skip where a runtime is not installed, or fail where TREEQ_REQUIRE names foreign."""
-    if path.exists():
-        return
-    reason = f"{path.relative_to(ROOT)} is missing: run `make foreign-env`"
-    if "foreign" in os.environ.get("TREEQ_REQUIRE", "").split(","):
-        pytest.fail(f"TREEQ_REQUIRE names foreign: {reason}")
-    pytest.skip(reason)
+    if not path.exists():
+        skip_or_fail("foreign", f"{path.relative_to(ROOT)} is missing: run `make foreign-env`")
 
 
 def write_order(folder: Path, model: Path, inputs: dict[str, NDArray[Any]]) -> Path:

@@ -14,20 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from treeq_gpu.instantiations import INSTANTIATIONS
+
+from tests.required import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "tensorrt"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")
 CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-
-
-def skip_or_fail(what: str, reason: str) -> None:
-    """Skip, or fail where TREEQ_REQUIRE names `what`."""
-    if what in os.environ.get("TREEQ_REQUIRE", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def header_roots() -> list[str]:

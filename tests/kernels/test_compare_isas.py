@@ -1,11 +1,12 @@
 """Every instruction set against the portable kernels, without Python: here and on emulated ARM."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.required import skip_or_fail
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 CROSS = "aarch64-linux-gnu-g++"
@@ -38,9 +39,7 @@ def test_native(tmp_path: Path):
 def test_neon_compiles_cleanly_and_agrees(tmp_path: Path):
     missing = [name for name in (CROSS, EMULATOR) if shutil.which(name) is None]
     if missing:
-        required = "neon" in os.environ.get("TREEQ_REQUIRE", "").split(",")
-        message = f"{', '.join(missing)} not installed; `make apt` does it"
-        pytest.fail(message) if required else pytest.skip(message)
+        skip_or_fail("neon", f"{', '.join(missing)} not installed; `make apt` does it")
     binary = build(
         tmp_path,
         "-DTREEQ_WERROR=ON",

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.kernels.plugin_build import ROOT, run, skip_or_fail
+from tests.kernels.plugin_build import ROOT, run
+from tests.required import skip_or_fail
 from treeq_export.quant.packing import pack
 
 KERNEL = ROOT / "kernels" / "gpu" / "int4" / "qlinear_int4.cu"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.required import skip_or_fail
 from treeq_export.runners.cpu_kernels import KERNELS_LIBRARY, ORT_LIBRARY, find_library
 
 ORT_SOURCES = Path(__file__).parents[2] / "kernels" / "ort"
@@ -84,13 +85,12 @@ def find_header() -> Path:
     """Folder of the installed header; skips or fails where there is none."""
     system = Path("/usr/include/onnxruntime")
     given = os.environ.get("ONNXRUNTIME_INCLUDE")
-    for folder in [Path(given)] if given else [system, system / "core" / "session"]:
-        if (folder / HEADER).is_file():
-            return folder
-    reason = f"{HEADER} is not in {given or system}; ONNXRUNTIME_INCLUDE names its folder"
-    if "ort-headers" in os.environ.get("TREEQ_REQUIRE", "").split(","):
-        pytest.fail(reason)
-    pytest.skip(reason)
+    folders = [Path(given)] if given else [system, system / "core" / "session"]
+    found = [folder for folder in folders if (folder / HEADER).is_file()]
+    if not found:
+        reason = f"{HEADER} is not in {given or system}; ONNXRUNTIME_INCLUDE names its folder"
+        skip_or_fail("ort-headers", reason)
+    return found[0]
 
 
 def make_source(entries: list[str]) -> str:
@@ -143,7 +143,7 @@ def test_a_missing_header_fails_where_it_is_required(
     with pytest.raises(pytest.skip.Exception, match="ONNXRUNTIME_INCLUDE names its folder"):
         find_header()
     monkeypatch.setenv("TREEQ_REQUIRE", "gpu,ort-headers")
-    with pytest.raises(pytest.fail.Exception, match=f"{HEADER} is not in"):
+    with pytest.raises(pytest.fail.Exception, match=f"ort-headers: {HEADER} is not in"):
         find_header()
 
 

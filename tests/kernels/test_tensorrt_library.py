@@ -20,8 +20,8 @@ from tests.kernels.plugin_build import (
     header_roots,
     require_headers,
     run,
-    skip_or_fail,
 )
+from tests.required import skip_or_fail
 from treeq_export.runners.op_definition import NAMESPACE, OPS, VERSION
 
 EMBED = ROOT / "kernels" / "tensorrt" / "embed.py"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.required import skip_or_fail
 from treeq_export import __version__
 from treeq_export.model.sampler import sample
 from treeq_export.records.build import (
@@ -29,19 +30,12 @@ from treeq_export.workspace import Workspace
 ROOT = Path(__file__).parents[2]
 
 
-def require(what: str, reason: str) -> None:
-    """Skip, or fail where TREEQ_REQUIRE names `what`."""
-    if what in os.environ.get("TREEQ_REQUIRE", "").split(","):
-        pytest.fail(f"TREEQ_REQUIRE names {what}: {reason}")
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def server_python() -> Path:
     """Python of the server's environment."""
     path = Path(os.environ.get("TREEQ_TRITON_PYTHON", ROOT / ".triton" / "bin" / "python"))
     if not path.is_file():
-        require("triton", f"{path}: missing. Run `make triton-env`.")
+        skip_or_fail("triton", f"{path}: missing. Run `make triton-env`.")
     return path
 
 

@@ -14,8 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.required import skip_or_fail
 from tests.serve.client.conftest import RAISING_SEED, RunningPage
-from tests.serve.conftest import load_sample, require
+from tests.serve.conftest import load_sample
 from treeq_export.client.connection import Connection
 from treeq_export.client.request import make_inputs, read_info
 
@@ -27,7 +28,7 @@ OpenPage = Callable[..., RunningPage]
 def screenshot() -> ModuleType:
     """The sample that takes pictures of the page."""
     if importlib.util.find_spec("playwright") is None:
-        require("chromium", "playwright is not installed")
+        skip_or_fail("chromium", "playwright is not installed")
     return load_sample("screenshot")
 
 
@@ -35,7 +36,7 @@ def screenshot() -> ModuleType:
 def browser(screenshot: ModuleType) -> Iterator[Any]:
     """A headless Chromium."""
     if screenshot.find_chromium() is None:
-        require("chromium", f"none of {', '.join(screenshot.CHROMIUMS)} is installed")
+        skip_or_fail("chromium", f"none of {', '.join(screenshot.CHROMIUMS)} is installed")
     with screenshot.open_browser() as browser:
         yield browser
 
