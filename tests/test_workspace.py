@@ -60,6 +60,12 @@ class TestRunRecord:
             Workspace.reopen(tmp_path / "nothing")
         assert not (tmp_path / "nothing").exists()
 
+    def test_a_file_in_the_place_of_a_run_folder_is_refused(self, tmp_path: Path) -> None:
+        graph = tmp_path / "model.onnx"
+        graph.write_bytes(b"made elsewhere")
+        with pytest.raises(PlanError, match=r"model\.onnx: received a file, expected a run folder"):
+            read_run(graph)
+
     @pytest.mark.parametrize(
         "damage",
         [
@@ -72,12 +78,6 @@ class TestRunRecord:
         ],
         ids=["empty", "truncated", "binary", "list", "unknown_key", "stage_without_fields"],
     )
-    def test_a_file_in_the_place_of_a_run_folder_is_refused(self, tmp_path: Path) -> None:
-        graph = tmp_path / "model.onnx"
-        graph.write_bytes(b"made elsewhere")
-        with pytest.raises(PlanError, match=r"model\.onnx: received a file, expected a run folder"):
-            read_run(graph)
-
     def test_malformed_is_refused_and_the_folder_given_free(
         self, recipe: Recipe, tmp_path: Path, damage: Callable[[bytes], bytes]
     ) -> None:
