@@ -81,7 +81,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --duration
 test: venv
 	TREEQ_TEST_CPU_S=$(TEST_CPU_S) $(PYTEST) -m "not slow and not triton and not compiler"
 
-test-all: venv triton-env
+test-all: venv triton-env foreign-env
 	$(PYTEST) --cov --cov-report=term
 
 check: apt venv
