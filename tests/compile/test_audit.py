@@ -33,12 +33,14 @@ def remove_quantization(model: ir.Model, name: str) -> None:
 
 @pytest.mark.parametrize("target", ["portable", "ort"])
 @pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize(
     ("act_scale", "act_bits"), [("token_rms", 4), ("token_absmax", 8), ("tensor_static", 3)]
 )
 def test_siblings_of_one_input_all_become_integer(
     act_scale: str,
     act_bits: int,
+    weight_bits: int,
     rank: int,
     target: str,
     tmp_path: Path,
@@ -48,7 +50,14 @@ def test_siblings_of_one_input_all_become_integer(
 ):
     """ONNX Runtime merges equal Q/DQ pairs of one tensor; then their MatMuls may fall back."""
     layers = [
-        make_layer(name=name, act_scale=act_scale, act_bits=act_bits, rank=rank, seed=seed)
+        make_layer(
+            name=name,
+            act_scale=act_scale,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            rank=rank,
+            seed=seed,
+        )
         for seed, name in enumerate([*NAMES, "blocks.0.d"])
     ]
     path = save(lower(make_model(*layers), target), tmp_path)

@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from treeq_export.compile.body import zero_points
 from treeq_export.compile.lower_qlinear import LowerQLinear
+from treeq_export.compile.signature import read_signature
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.runners.compiled import read_layers
@@ -27,6 +30,59 @@ def test_weights_have_the_smallest_type_that_holds_them(
     assert consumer == ("Cast" if bits <= 4 else "DequantizeLinear")
     scale = model.graph.initializers["blocks.0.fc.weight_quantized_scale"]
     np.testing.assert_array_equal(scale.const_value.numpy(), layer.weight_scale[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "group_size", "codes_zero", "weight_zero"),
+    [
+        (7, 8, None, np.int8(0), np.int8(0)),
+        (8, 7, None, np.uint8(64), np.int8(0)),
+        (8, 2, None, np.uint8(2), np.int8(0)),
+        (8, 8, None, np.uint8(128), np.uint8(128)),
+        (4, 3, 16, np.uint8(4), np.int8(0)),
+        (8, 8, 16, np.uint8(128), np.uint8(128)),
+    ],
+)
+def test_zero_points_keep_pairs_of_products_in_16_bits(
+    weight_bits: int,
+    act_bits: int,
+    group_size: int | None,
+    codes_zero: Any,
+    weight_zero: Any,
+    make_layer: Make,
+    make_model: Make,
+):
+    layer = make_layer(weight_bits=weight_bits, act_bits=act_bits, group_size=group_size)
+    model = make_model(layer)
+    [node] = model.graph
+    zeros = zero_points(read_signature(node))
+    assert zeros == (codes_zero, weight_zero)
+    assert [zero.dtype for zero in zeros] == [codes_zero.dtype, weight_zero.dtype]
+    LowerQLinear()(model)
+    [quantize] = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    stored = quantize.inputs[2].producer().attributes["value"].as_tensor()
+    assert (stored.numpy(), stored.dtype.numpy()) == (codes_zero, codes_zero.dtype)
+    weight = model.graph.initializers["blocks.0.fc.weight_quantized"].const_value.numpy()
+    expected = layer.codes.T.reshape(weight.shape).astype(int) + int(weight_zero)
+    np.testing.assert_array_equal(weight.astype(int), expected)
+    assert (weight.dtype == np.uint8) == (weight_zero.dtype == np.uint8)
+
+
+def test_no_pair_of_products_leaves_16_bits(make_layer: Make, make_model: Make):
+    """UINT8 times INT8, where a runtime adds 128 to INT8 activations."""
+    for weight_bits, act_bits in product(range(2, 9), range(2, 9)):
+        for group_size in (None, 16):
+            options = {"weight_bits": weight_bits, "act_bits": act_bits}
+            [node] = make_model(make_layer(group_size=group_size, **options)).graph
+            zeros = zero_points(read_signature(node))
+            if zeros.weight.dtype == np.uint8:
+                assert (weight_bits, act_bits) == (8, 8)
+                continue
+            shift = int(zeros.codes) if zeros.codes.dtype == np.uint8 else 128
+            largest = 2 ** (act_bits - 1) - 1 + shift
+            if zeros.codes.dtype == np.int8:
+                largest = 255  # whatever the width: ONNX Runtime does not know of the clipping
+            assert 2 * largest * 2 ** (weight_bits - 1) <= 32767
 
 
 def test_groups_come_first(make_layer: Make, make_model: Make):

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from treeq_export.compile.targets import lower
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS, read_layers
+from treeq_export.runners.compiled import (
+    TARGET_KEY,
+    TENSORRT,
+    TENSORRT_NATIVE,
+    TENSORRT_TARGETS,
+    must_keep_int8,
+    read_layers,
+)
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner
 
@@ -67,7 +74,8 @@ def run_whole(model: ir.Model, x: NDArray[Any]) -> NDArray[Any]:
     """Run the checked model as validate does: weight-only products in full precision."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    with OrtRunner(proto.SerializeToString(), use_kernels=False) as runner:
+    keep_int8 = must_keep_int8(model.metadata_props[TARGET_KEY])
+    with OrtRunner(proto.SerializeToString(), use_kernels=False, keep_int8=keep_int8) as runner:
         return runner.run({"x": x})
 
 

@@ -1,7 +1,8 @@
 """The audit: what did each quantized layer become in the runtime that loads the graph?
 
 ONNX Runtime writes the graph as it would run it. Each layer is found in there by its weight: the
-INT8 initializer with the layer's codes, whatever name constant folding gave it. The node that
+INT8 initializer with the layer's codes, or UINT8 with 128 added, whatever name constant folding
+gave it. The node that
 multiplies it has to be one of the integer operators. Names and counts in the source graph would
 prove nothing: the runtime may silently fall back to float.
 
@@ -43,6 +44,7 @@ INTEGER_OPS = frozenset(
     {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"}
 )
 _MISSING = "not found"
+_UINT8_ZERO = 128  # the only zero point of UINT8 weights, see body.zero_points
 _REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
 
 
@@ -202,12 +204,14 @@ def _digest(array: NDArray[Any]) -> str:
 
 
 def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
-    """Return, by digest of every INT8 initializer, the operators that read it."""
+    """Return, by digest of the codes in every initializer of 8 bits, the operators that read it."""
     consumers: dict[str, list[str]] = {}
     for value in graph.initializers.values():
-        if value.dtype == ir.DataType.INT8 and value.const_value is not None:
-            digest = _digest(value.const_value.numpy())
-            ops = consumers.setdefault(digest, [])
+        if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8) and value.const_value is not None:
+            codes = value.const_value.numpy()
+            if value.dtype == ir.DataType.UINT8:
+                codes = (codes.astype(np.int16) - _UINT8_ZERO).astype(np.int8)
+            ops = consumers.setdefault(_digest(codes), [])
             ops.extend(use.node.op_type for use in value.uses())
     return consumers
 

@@ -7,10 +7,15 @@ Runtime fuses to integer arithmetic (`MatMulIntegerToFloat`):
     x' = x H;  s = step * rms(x');  Clip(x' * (1/s)) -> Q(scale 1, INT8) -> DQ -> MatMul(DQ w) -> *s
 
 With several weight scales per channel the sums are kept apart, as MatMulInteger over groups.
+
+x86 processors without VNNI add pairs of products of UINT8 activations and INT8 weights in 16 bits,
+with saturation, and runtimes there turn INT8 activations of Q/DQ into UINT8 by adding 128. Codes
+and weights are therefore stored with zero points that keep each pair within 16 bits, see
+`zero_points`; UINT8 times UINT8 is never added in 16 bits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +73,16 @@ class BodyWriter:
         tensor = ir.tensor(np.asarray(array, dtype=dtype))
         return self.op("Constant", label=label, value=tensor)
 
+    def row_like(self, row: ir.Value, number: np.generic) -> ir.Value:
+        """Return (N,) of one number, as long as `row`, for a runtime to fold.
+
+        A function body does not know N, in which the layers that share it differ.
+        """
+        if row.const_value is not None:
+            return self.constant(np.full(row.const_value.shape.numpy(), number), number.dtype)
+        shape = self.op("Shape", row)
+        return self.op("ConstantOfShape", shape, value=ir.tensor(np.full(1, number)))
+
     def hadamard(self, matrix: NDArray[np.float32]) -> ir.Value:
         """Return the rotation matrix, shared between layers where the graph allows it.
 
@@ -113,35 +128,88 @@ def write_scale(writer: BodyWriter, rotated: ir.Value, signature: QLinearSignatu
     return writer.op("Max", raw, floor, label="act_scale")
 
 
+class ZeroPoints(NamedTuple):
+    """How codes are stored: plus a zero point, in its type.
+
+    Attributes:
+        codes: int8 0, or uint8, of activation codes.
+        weight: int8 0, or uint8, of weight codes.
+    """
+
+    codes: np.int8 | np.uint8
+    weight: np.int8 | np.uint8
+
+
+# Both operands INT8: the only form that TensorRT takes. It saturates with 8-bit weights on x86
+# without VNNI, unless a runtime multiplies INT8 by INT8.
+SIGNED = ZeroPoints(np.int8(0), np.int8(0))
+_LARGEST_PAIR = 32767
+
+
+def zero_points(signature: QLinearSignature) -> ZeroPoints:
+    """Return the fastest storage of a layer's codes that no runtime multiplies with saturation.
+
+    INT8 with scales per channel and weights of at most 7 bits: 2 * 255 * 64 fits in 16 bits. Else
+    the activation codes are UINT8 from 0 upwards, and so are the weights where a pair of products
+    does not fit, which is W8A8 only. MatMulInteger of INT8 and INT8 would be exact as well, and 3
+    to 10 times slower in ONNX Runtime.
+
+    Args:
+        signature: The layer's; SIGNED for weight-only ones.
+    """
+    (least, _), is_float = code_range(signature.weight_bits), not signature.act_bits
+    if is_float or (signature.num_groups == 1 and 2 * 255 * -least <= _LARGEST_PAIR):
+        return SIGNED
+    qmin, qmax = code_range(signature.act_bits)
+    fits = 2 * (qmax - qmin) * -least <= _LARGEST_PAIR
+    return ZeroPoints(np.uint8(-qmin), np.int8(0) if fits else np.uint8(-least))
+
+
 def write_codes(
-    writer: BodyWriter, rotated: ir.Value, scale: ir.Value, signature: QLinearSignature
+    writer: BodyWriter,
+    rotated: ir.Value,
+    scale: ir.Value,
+    signature: QLinearSignature,
+    zeros: ZeroPoints,
 ) -> ir.Value:
-    """Append q_x = clip(rint(x' * (1 / s_x))) as INT8."""
+    """Append q_x = clip(rint(x' * (1 / s_x))), stored as `zeros` says."""
     qmin, qmax = code_range(signature.act_bits)
     scaled = writer.op("Mul", rotated, writer.op("Reciprocal", scale))
     clipped = writer.op(
         "Clip", scaled, writer.constant(qmin, np.float32), writer.constant(qmax, np.float32)
     )
-    return writer.op("QuantizeLinear", clipped, *_unit_scale(writer), label="codes")
+    return writer.op("QuantizeLinear", clipped, *_unit_scale(writer, zeros), label="codes")
 
 
-def _unit_scale(writer: BodyWriter) -> tuple[ir.Value, ir.Value]:
-    return writer.constant(1.0, np.float32), writer.constant(0, np.int8)
+def _unit_scale(writer: BodyWriter, zeros: ZeroPoints) -> tuple[ir.Value, ir.Value]:
+    return writer.constant(1.0, np.float32), _scalar(writer, zeros.codes)
+
+
+def _scalar(writer: BodyWriter, zero: np.int8 | np.uint8) -> ir.Value:
+    return writer.constant(zero, zero.dtype)
 
 
 def write_channel_product(
-    writer: BodyWriter, codes: ir.Value, weight: ir.Value, weight_scale: ir.Value
+    writer: BodyWriter,
+    codes: ir.Value,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    zeros: ZeroPoints,
 ) -> ir.Value:
     """Append (q_x q_w^T) * s_w.
 
     Args:
         writer: Where to.
-        codes: (..., K) INT8.
-        weight: (K, N) INT8.
+        codes: (..., K), stored as `zeros` says.
+        weight: (K, N), likewise.
         weight_scale: (N,) float32.
+        zeros: Zero points of codes and weight.
     """
-    x = writer.op("DequantizeLinear", codes, *_unit_scale(writer))
-    w = writer.op("DequantizeLinear", weight, weight_scale, axis=1)
+    x = writer.op("DequantizeLinear", codes, *_unit_scale(writer, zeros))
+    inputs = [weight, weight_scale]
+    if zeros.weight:
+        inputs.append(writer.row_like(weight_scale, zeros.weight))
+    w = writer.op("DequantizeLinear", *inputs, axis=1)
     return writer.op("MatMul", x, w, label="product")
 
 
@@ -151,22 +219,25 @@ def write_group_product(
     weight: ir.Value,
     weight_scale: ir.Value,
     signature: QLinearSignature,
+    zeros: ZeroPoints,
 ) -> ir.Value:
     """Append sum over groups of (q_x q_w^T)_g * s_w,g.
 
     Args:
         writer: Where to.
-        codes: (..., K) INT8.
-        weight: (G, K/G, N) INT8.
+        codes: (..., K), stored as `zeros` says.
+        weight: (G, K/G, N), likewise.
         weight_scale: (G, 1, N) float32.
         signature: The layer's.
+        zeros: Zero points of codes and weight.
     """
     rank = signature.rank
     lead = [0] * (rank - 1)
     grouped = _reshape(writer, codes, *lead, signature.num_groups, signature.group_size)
     perm = [*range(rank - 2), rank - 1, rank - 2, rank]
     outer = writer.op("Transpose", grouped, perm=perm)
-    sums = writer.op("MatMulInteger", outer, weight, label="product")
+    operands = [outer, weight, *(_scalar(writer, zero) for zero in zeros)]
+    sums = writer.op("MatMulInteger", *operands, label="product")
     scaled = writer.op("Mul", writer.op("Cast", sums, to=ir.DataType.FLOAT.value), weight_scale)
     axes = writer.constant([rank - 2], np.int64)
     return writer.op("ReduceSum", scaled, axes, keepdims=0)
@@ -190,37 +261,40 @@ _BYTE_BITS = 8
 _BYTES = PACK_WORD // _BYTE_BITS
 
 
-def plane_table(plane: int, bits: int) -> NDArray[np.int8]:
-    """Return what a byte of a plane adds to the codes of its eight weights.
+def plane_table(plane: int, bits: int, zero: np.int8 | np.uint8 = SIGNED.weight) -> NDArray[Any]:
+    """Return what a byte of a plane adds to the stored codes of its eight weights.
 
     Or-ing the entries of all planes gives the code in two's complement: the highest plane brings
-    the sign extension where its bit is 0.
+    the sign extension where its bit is 0. With the zero point 2^(bits - 1), the planes are the bits
+    of the stored codes.
 
     Args:
         plane: 0..bits - 1.
         bits: Bits per code.
+        zero: The zero point, 0 or 2^(bits - 1).
 
     Returns:
-        (256, 8) int8.
+        (256, 8), the type of `zero`.
 
     >>> plane_table(1, 2)[0b01].tolist()
     [0, -2, -2, -2, -2, -2, -2, -2]
     """
     set_bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    if plane == bits - 1:
-        return np.where(set_bits, 0, -(1 << plane)).astype(np.int8)
-    return (set_bits << plane).astype(np.int8)
+    if plane == bits - 1 and not zero:
+        return np.where(set_bits, 0, -(1 << plane)).astype(zero.dtype)
+    return (set_bits << plane).astype(zero.dtype)
 
 
 def write_unpacked_weight(
     writer: BodyWriter, planes: ir.Value, signature: QLinearSignature
 ) -> ir.Value:
-    """Append the unpacking of bit planes (bits, N, K/32) to INT8 (K, N), or (G, K/G, N).
+    """Append the unpacking of bit planes (bits, N, K/32) to stored codes (K, N), or (G, K/G, N).
 
     A byte of a plane is looked up in a table of eight codes. No value takes more than four bytes a
     weight, so a runtime that folds all layers at load, or unpacks at each call, can afford it.
     """
     bits, k = signature.weight_bits, signature.in_features
+    zero = zero_points(signature).weight
     words = writer.op("Cast", planes, to=ir.DataType.UINT32.value)
     column = writer.op("Unsqueeze", words, writer.constant([-1], np.int64))
     shifts = writer.constant(np.arange(_BYTES) * _BYTE_BITS, np.uint32)
@@ -230,7 +304,7 @@ def write_unpacked_weight(
     codes = None
     for plane in range(bits):
         bytes_ = writer.op("Gather", index, writer.constant(plane, np.int64), axis=0)
-        table = writer.constant(plane_table(plane, bits), np.int8)
+        table = writer.constant(plane_table(plane, bits, zero), zero.dtype)
         part = writer.op("Gather", table, bytes_, axis=0)  # (N, words, 4, 8)
         codes = part if codes is None else writer.op("BitwiseOr", codes, part)
     assert codes is not None
@@ -276,7 +350,7 @@ def write_qlinear(
     Args:
         writer: Where to.
         x: (..., K) float32.
-        weight: INT8 (K, N), or (G, K/G, N).
+        weight: (K, N), or (G, K/G, N), stored as `zero_points` says; INT8 in weight-only layers.
         weight_scale: float32 (N,), or (G, 1, N).
         bias: (N,) or None.
         signature: The layer's.
@@ -286,12 +360,12 @@ def write_qlinear(
     if not signature.act_bits:
         y = write_float_product(writer, rotated, weight, weight_scale, signature)
     else:
-        scale = write_scale(writer, rotated, signature)
-        codes = write_codes(writer, rotated, scale, signature)
+        scale, zeros = write_scale(writer, rotated, signature), zero_points(signature)
+        codes = write_codes(writer, rotated, scale, signature, zeros)
         if signature.num_groups == 1:
-            product = write_channel_product(writer, codes, weight, weight_scale)
+            product = write_channel_product(writer, codes, weight, weight_scale, zeros)
         else:
-            product = write_group_product(writer, codes, weight, weight_scale, signature)
+            product = write_group_product(writer, codes, weight, weight_scale, signature, zeros)
         y = writer.op("Mul", product, scale)
     return y if bias is None else writer.op("Add", y, bias)
 

@@ -12,6 +12,10 @@ Rules:
    codes.
 
 Weight-only layers are lowered before (LowerWeightOnly).
+
+TensorRT takes INT8 with the zero point 0 only. ONNX Runtime, which emulates the target, multiplies
+that with saturation on x86 without VNNI if weights have 8 bits; runners/compiled.py keeps it from
+that by a session option.
 """
 
 from typing import NamedTuple
@@ -21,6 +25,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from treeq_export.compile.body import (
+    SIGNED,
     BodyWriter,
     write_channel_product,
     write_codes,
@@ -81,6 +86,7 @@ def _lower(graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, ...], Quan
         codes,
         stored_weight(graph, node, signature),
         add_initializer(graph, f"{name}.weight_quantized_scale", scales),
+        SIGNED,
     )
     y = writer.op("Mul", product, scale)
     if signature.has_bias:
@@ -95,4 +101,4 @@ def _quantize(writer: BodyWriter, x: ir.Value, signature: QLinearSignature) -> Q
     matrix = hadamard(signature.rotation_group).astype(np.float32)
     rotated = write_rotation(writer, wide, signature, matrix)
     scale = write_scale(writer, rotated, signature)
-    return Quantized(write_codes(writer, rotated, scale, signature), scale)
+    return Quantized(write_codes(writer, rotated, scale, signature, SIGNED), scale)

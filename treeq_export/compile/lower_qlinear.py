@@ -1,8 +1,9 @@
-"""Pass `LowerQLinear`: `treeq::QLinear` to standard ONNX with INT4 or INT8 weights.
+"""Pass `LowerQLinear`: `treeq::QLinear` to standard ONNX with INT4, INT8 or UINT8 weights.
 
 Rules:
 1. The planes become `<layer>.weight_quantized`, transposed to (K, N): INT4 up to 4 bits, followed
-   by a Cast to INT8 that a runtime folds at load, INT8 above.
+   by a Cast to INT8 that a runtime folds at load; INT8 above, or UINT8 with the zero point 128
+   where INT8 products could saturate (`body.zero_points`).
 2. The scales become `<layer>.weight_quantized_scale`, (N,), or (G, 1, N) with several per channel.
 3. The node becomes the form of compile/body.py; the output keeps its name, type and shape.
 """
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 
-from treeq_export.compile.body import BodyWriter, write_qlinear
+from treeq_export.compile.body import BodyWriter, write_qlinear, zero_points
 from treeq_export.compile.signature import (
     DOMAIN,
     QLINEAR,
@@ -59,10 +60,15 @@ def initializer_array(value: ir.Value | None) -> NDArray[Any]:
 
 
 def _weight_value(
-    graph: ir.Graph, writer: BodyWriter, name: str, codes: NDArray[np.int8], bits: int
+    graph: ir.Graph,
+    writer: BodyWriter,
+    name: str,
+    codes: NDArray[np.int8],
+    signature: QLinearSignature,
 ) -> ir.Value:
-    if bits > _INT4_BITS:
-        return add_initializer(graph, name, codes)
+    if signature.weight_bits > _INT4_BITS:
+        zero = zero_points(signature).weight
+        return add_initializer(graph, name, (codes.astype(np.int16) + zero).astype(zero.dtype))
     stored = add_initializer(graph, name, codes.astype(ml_dtypes.int4))
     return writer.op("Cast", stored, to=ir.DataType.INT8.value)
 
@@ -80,7 +86,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         scales = scales[:, None, :]
     else:
         scales = scales[0]
-    weight = _weight_value(graph, writer, f"{name}.weight_quantized", codes, signature.weight_bits)
+    weight = _weight_value(graph, writer, f"{name}.weight_quantized", codes, signature)
     bias = node.inputs[3] if signature.has_bias else None
     y = write_qlinear(
         writer,

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.compile.audit import audit_graph, audit_packed, check_audit, check_metadata
+from treeq_export.compile.audit_sums import audit_sums, check_sums
 from treeq_export.compile.audit_tensorrt import audit_tensorrt
 from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.targets import FP32, lower
+from treeq_export.environment import read_cpu
 from treeq_export.errors import CompileError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
@@ -85,8 +87,8 @@ def compile_target(
         What was written.
 
     Raises:
-        CompileError: A layer did not become integer arithmetic, has a format that the target does
-            not have, or local paths are left.
+        CompileError: A layer did not become integer arithmetic, has sums that are not exact on this
+            processor or a format that the target does not have, or local paths are left.
     """
     model = lower(graph, target)
     if target in TENSORRT_TARGETS:
@@ -104,6 +106,12 @@ def compile_target(
         elif target != FP32:
             audit = audit_graph(folder / MODEL_FILE, plan, tensors)
         check_audit(target, audit)
+        if target != FP32:
+            exact = audit_sums(model, target, plan, tensors)
+            audit = [
+                entry.model_copy(update={"exact_sums": exact.get(entry.name)}) for entry in audit
+            ]
+            check_sums(target, audit, plan, *read_cpu())
     data = final.with_name(DATA_FILE)
     return CompiledTarget(
         target=target,
@@ -152,7 +160,8 @@ def run_compile(
     graph = export_graph(denoiser, section.max_batch)
     on_step((steps - 1) / steps)
     done.append(compile_target(run, graph, FP32, plan, tensors, section))
-    record = CompileRecord(targets=done)
+    processor, sets = read_cpu()
+    record = CompileRecord(targets=done, processor=processor, instruction_sets=sets)
     save_record(run / RECORD_FILE, record)
     on_step(1.0)
     return record

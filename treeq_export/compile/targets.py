@@ -27,9 +27,8 @@ from treeq_export.compile.narrow_inputs import NarrowInputs
 from treeq_export.compile.repair_squeeze import RepairSqueeze
 from treeq_export.compile.rewrite_einsum import RewriteEinsum
 from treeq_export.compile.share_subgraphs import ShareSubgraphs
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE
+from treeq_export.runners.compiled import TARGET_KEY, TENSORRT, TENSORRT_NATIVE
 
-TARGET_KEY = "treeq.target"
 FP32 = "fp32"
 
 PASSES: dict[str, tuple[InPlacePass, ...]] = {

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import Field
+
 from treeq_export.records.base import GateResult, Record
 
 ORT_CPU = "ONNX Runtime CPU"
@@ -18,6 +20,8 @@ class AuditLayer(Record):
         weight_only: True where the plan keeps the activation in floating point.
         without_kernels: For a layer that our kernels run, what it becomes in a runtime that does
             not have them; None elsewhere.
+        exact_sums: Whether int32 sums of extreme codes were exact on the record's processor, as
+            found for one layer of each kind; None for weight-only layers.
     """
 
     name: str
@@ -25,6 +29,7 @@ class AuditLayer(Record):
     integer: bool
     weight_only: bool = False
     without_kernels: str | None = None
+    exact_sums: bool | None = None
 
 
 class CompiledTarget(Record):
@@ -48,9 +53,17 @@ class CompiledTarget(Record):
 
 
 class CompileRecord(Record):
-    """Result of compile; the last entry of `targets` may be "fp32"."""
+    """Result of compile.
+
+    Attributes:
+        targets: What was written; the last entry may be "fp32".
+        processor: Model name of the processor that the audit ran on; "" in records of before.
+        instruction_sets: Those of `environment.INSTRUCTION_SETS` that it has.
+    """
 
     targets: list[CompiledTarget]
+    processor: str = ""
+    instruction_sets: list[str] = Field(default_factory=list[str])
 
 
 class LayerParity(Record):

@@ -6,7 +6,9 @@ A compiled target may be run in two ways, each of which is validated and timed:
     ort_body    the same file without it: ONNX Runtime takes the function bodies
 
 The targets of TensorRT are validated on the CPU: ONNX Runtime runs their Q/DQ nodes and function
-bodies. That shows what the graph says, not what an engine does.
+bodies. That shows what the graph says, not what an engine does. Products of `tensorrt-native` are
+INT8 by INT8, as TensorRT wants them; where ONNX Runtime would saturate them, its sessions are told
+not to turn activations into UINT8.
 """
 
 import json
@@ -22,6 +24,7 @@ from treeq_export.records.build import ShapeRange
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.graph_file import path_of, read_graph
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.products import products_saturate
 
 MODEL_FILE = "model.onnx"
 PACKED = "ort"
@@ -30,6 +33,7 @@ TENSORRT_TARGETS = (TENSORRT, TENSORRT_NATIVE)
 _BODY = "_body"
 _FOLD_BELOW_BYTES = 100_000_000
 LAYERS_KEY = "treeq.layers"
+TARGET_KEY = "treeq.target"
 PLAN_KEY = "treeq.plan_sha256"
 # The shapes that an engine is built for, see compile/batch_profile.py.
 PROFILE_KEY = "treeq.batch_profile"
@@ -86,13 +90,22 @@ def runner_options(path: Path, target: str) -> dict[str, bool]:
         target: As `ways_to_run` names it.
 
     Returns:
-        use_kernels and fold_constants. Constants are folded but for a packed model of more than
-        100 MB that runs without our kernels.
+        use_kernels, fold_constants and keep_int8. Constants are folded but for a packed model of
+        more than 100 MB that runs without our kernels.
     """
     kernels = uses_kernels(target)
     packed = target.removesuffix(_BODY) in (PACKED, TENSORRT)
     small = sum(file.stat().st_size for file in path.parent.glob("*")) < _FOLD_BELOW_BYTES
-    return {"use_kernels": kernels, "fold_constants": kernels or not packed or small}
+    return {
+        "use_kernels": kernels,
+        "fold_constants": kernels or not packed or small,
+        "keep_int8": must_keep_int8(target),
+    }
+
+
+def must_keep_int8(target: str) -> bool:
+    """Whether ONNX Runtime would compute a target's sums wrong here with UINT8 activations."""
+    return target == TENSORRT_NATIVE and products_saturate()
 
 
 def open_target(run: Path, target: str, *, threads: int | None = None) -> OrtRunner:

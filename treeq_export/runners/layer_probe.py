@@ -1,11 +1,12 @@
 """One layer cut out of a compiled graph, so that it can be fed the reference's input.
 
-The cut graph holds the very nodes of the target, function bodies inlined. Two probes:
+The cut graph holds the very nodes of the target, function bodies inlined. Three probes:
 
     output probe        x -> y, and the activation codes (the QuantizeLinear's output)
     accumulator probe   x -> (q_x q_w^T), the same matrix product with all weight scales set to 1
+    product probe       q_x -> (q_x q_w^T), for codes that no x of the model may bring about
 
-The second runs the same fused integer operator as the model. Its float32 output equals the int32
+The last two run the same fused integer operator as the model. Its float32 output equals the int32
 sum wherever that is below 2^24, and its float32 rounding above.
 
 A layer in a float16 body takes x in float16; its y is given back as float32. A plugin node of the
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from treeq_export.errors import RunnerError
-from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.compiled import TARGET_KEY, LayerSite, must_keep_int8
 from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.plain_layer import (
+    INPUT,
     OUTPUT,
     cut_lowered,
     cut_packed,
@@ -46,6 +48,7 @@ class LayerProbe:
     def __init__(self, model: ir.Model, site: LayerSite) -> None:
         self.site = site
         self._model = model
+        self._keep_int8 = must_keep_int8(model.metadata_props.get(TARGET_KEY, ""))
 
     def run_output(self, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Return y (..., N) and the codes (..., K) int8, None for weight-only layers.
@@ -56,10 +59,11 @@ class LayerProbe:
         model = self._cut()
         quantize = _find(model, "QuantizeLinear")
         if quantize is not None:
-            _add_output(model, quantize.outputs[0], _CODES)
-        results = _run(model, x)
+            _add_codes(model, quantize)
+        results = self._run(model, x)
         y = results[OUTPUT].astype(np.float32)
-        return own_channels(self.site, y), results.get(_CODES)
+        codes = None if quantize is None else _without_zero_point(quantize, results[_CODES])
+        return own_channels(self.site, y), codes
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
         """Return q_x q_w^T as (..., G, N), None for weight-only layers.
@@ -70,14 +74,60 @@ class LayerProbe:
         model = self._cut()
         if _find(model, "QuantizeLinear") is None:
             return None
-        grouped = _find(model, "MatMulInteger")
-        if grouped is not None:
-            _set_only_output(model, grouped.outputs[0])
-            return own_channels(self.site, np.swapaxes(_run(model, x)[_SUMS], -3, -2))
-        product = _find_product(model, self.site.name)
-        _set_weight_scale_to_one(model, product)
-        _set_only_output(model, product.outputs[0])
-        return own_channels(self.site, _run(model, x)[_SUMS][..., None, :])
+        _reduce_to_sums(model, self.site.name)
+        return self._run_sums(model, x)
+
+    def run_products(self, codes: NDArray[np.int8]) -> NDArray[Any]:
+        """Return q_x q_w^T of given codes as (M, G, N).
+
+        Args:
+            codes: (M, K), one row a token.
+
+        Raises:
+            RunnerError: The layer's activations are not quantized.
+        """
+        model = self.cut_products()
+        shape = model.graph.inputs[0].shape
+        assert shape is not None
+        lead = (1,) * (len(shape) - 2)
+        sums = self._run_sums(model, codes.reshape(*lead, *codes.shape).astype(np.float32))
+        return sums.reshape(len(codes), *sums.shape[-2:])
+
+    def cut_products(self) -> ir.Model:
+        """Return the layer from its codes as float32 (..., K) to its sums.
+
+        Returns:
+            A model whose output is float32 (..., N), or int32 with the groups before the rows.
+
+        Raises:
+            RunnerError: The layer's activations are not quantized.
+        """
+        model = self._cut()
+        quantize = _find(model, "QuantizeLinear")
+        if quantize is None:
+            raise RunnerError(f"{self.site.name}: has no activation codes.")
+        shape = model.graph.inputs[0].shape
+        assert shape is not None
+        free = ir.Shape([*[None] * (len(shape) - 1), shape[-1]])
+        x = ir.Value(name=INPUT, shape=free, type=ir.TensorType(ir.DataType.FLOAT))
+        quantize.replace_input_with(0, x)
+        model.graph.inputs[:] = [x]
+        _reduce_to_sums(model, self.site.name)
+        return model
+
+    def _run_sums(self, model: ir.Model, x: NDArray[np.float32]) -> NDArray[Any]:
+        grouped = _find(model, "MatMulInteger") is not None
+        sums = self._run(model, x)[_SUMS]
+        sums = np.swapaxes(sums, -3, -2) if grouped else sums[..., None, :]
+        return own_channels(self.site, sums)
+
+    def _run(self, model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        source = model.graph.inputs[0]
+        assert source.name is not None
+        serialized = ir.to_proto(model).SerializeToString()
+        with OrtRunner(serialized, threads=1, keep_int8=self._keep_int8) as runner:
+            half = source.dtype == ir.DataType.FLOAT16
+            return runner.run_all({source.name: x.astype(np.float16) if half else x})
 
     def _cut(self) -> ir.Model:
         node = find_packed_node(self._model, self.site)
@@ -92,6 +142,30 @@ class LayerProbe:
 
 def _find(model: ir.Model, op_type: str) -> ir.Node | None:
     return next((node for node in model.graph if node.op_type == op_type), None)
+
+
+def _without_zero_point(quantize: ir.Node, codes: NDArray[Any]) -> NDArray[np.int8]:
+    """Return what a QuantizeLinear gave as codes around 0."""
+    return (codes.astype(np.int16) - _zero_point(quantize).numpy()).astype(np.int8)
+
+
+def _zero_point(quantize: ir.Node) -> ir.TensorProtocol:
+    """Return a QuantizeLinear's zero point, which compile/body.py writes as a Constant."""
+    value = quantize.inputs[2]
+    producer = None if value is None else value.producer()
+    assert producer is not None
+    return producer.attributes["value"].as_tensor()
+
+
+def _reduce_to_sums(model: ir.Model, name: str) -> None:
+    """Let a cut layer give out its sums alone."""
+    grouped = _find(model, "MatMulInteger")
+    if grouped is not None:
+        _set_only_output(model, grouped.outputs[0])
+        return
+    product = _find_product(model, name)
+    _set_weight_scale_to_one(model, product)
+    _set_only_output(model, product.outputs[0])
 
 
 def _find_product(model: ir.Model, name: str) -> ir.Node:
@@ -120,11 +194,10 @@ def _set_weight_scale_to_one(model: ir.Model, product: ir.Node) -> None:
     dequantize.replace_input_with(1, ones)
 
 
-def _add_output(model: ir.Model, value: ir.Value, name: str) -> None:
-    """Make a value a graph output under a new name."""
-    value.name = name
-    if value.type is None:
-        value.type = ir.TensorType(ir.DataType.INT8)
+def _add_codes(model: ir.Model, quantize: ir.Node) -> None:
+    """Make a QuantizeLinear's output a graph output."""
+    value = quantize.outputs[0]
+    value.name, value.type = _CODES, ir.TensorType(_zero_point(quantize).dtype)
     model.graph.outputs.append(value)
 
 
@@ -137,12 +210,3 @@ def _set_only_output(model: ir.Model, value: ir.Value) -> None:
     value.type = ir.TensorType(ir.DataType.INT32 if grouped else ir.DataType.FLOAT)
     model.graph.outputs.append(value)
     RemoveUnusedNodesPass()(model)
-
-
-def _run(model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    source = model.graph.inputs[0]
-    assert source.name is not None
-    serialized = ir.to_proto(model).SerializeToString()
-    with OrtRunner(serialized, threads=1) as runner:
-        half = source.dtype == ir.DataType.FLOAT16
-        return runner.run_all({source.name: x.astype(np.float16) if half else x})

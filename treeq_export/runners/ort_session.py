@@ -13,6 +13,7 @@ def open_session(
     *,
     threads: int | None = None,
     fold_constants: bool = True,
+    keep_int8: bool = False,
 ) -> Any:
     """Return a session on the CPU.
 
@@ -21,6 +22,9 @@ def open_session(
         library: Custom-op library to register; None runs function bodies.
         threads: Threads inside an operator; None lets ONNX Runtime choose.
         fold_constants: Whether what does not depend on inputs is computed at load.
+        keep_int8: Whether INT8 activations of Q/DQ stay INT8. By default ONNX Runtime turns them
+            into UINT8 on x86, which is faster, and saturates there with 8-bit weights where the
+            processor has no VNNI.
     """
     import onnxruntime
 
@@ -28,6 +32,8 @@ def open_session(
     options.log_severity_level = 3
     # Its default, 4, quantizes the activations of weight-only products silently.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if keep_int8:
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if library is not None:

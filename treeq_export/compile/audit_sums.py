@@ -1,0 +1,164 @@
+"""The audit's check of sums: are a target's integer products exact on this processor?
+
+What a node is called does not say so: on x86 without VNNI a product of UINT8 and INT8 saturates. So
+layers of the compiled file are run on codes at the ends of their range, and on random ones, and
+their int32 sums have to be those of quant/numerics.py. One layer of each kind (bits and groups)
+stands for the others: the one whose neighbouring weights add up to most.
+
+A target of TensorRT is run by the runtime that emulates it, the `ort` target by its function bodies
+and, where our library is installed, by our kernels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from treeq_export.errors import CompileError
+from treeq_export.plan import LayerPlan, Plan
+from treeq_export.quant.numerics import accumulate, code_range
+from treeq_export.quant.packing import pack
+from treeq_export.quant.spec import ActivationFormat
+from treeq_export.records import AuditLayer
+from treeq_export.runners.compiled import read_layers, uses_kernels
+from treeq_export.runners.cpu_kernels import CpuQLinear
+from treeq_export.runners.layer_probe import LayerProbe
+
+ROWS = 8
+Kind = tuple[int, int | None, int | None]
+
+
+def extreme_codes(bits: int, rows: int, columns: int, seed: int = 0) -> NDArray[np.int8]:
+    """Return codes of a format: rows of least, of largest, of both by turns; random rows.
+
+    Args:
+        bits: Bits per code.
+        rows: At least 3.
+        columns: Codes in a row.
+        seed: Seed of the random rows; every second of them has the extremes only.
+
+    Returns:
+        (rows, columns) int8.
+
+    >>> extreme_codes(2, 3, 4).tolist()
+    [[-2, -2, -2, -2], [1, 1, 1, 1], [-2, 1, -2, 1]]
+    """
+    least, largest = code_range(bits)
+    codes = np.random.default_rng(seed).integers(least, largest + 1, (rows, columns))
+    codes[0], codes[1] = least, largest
+    codes[2] = np.where(np.arange(columns) % 2, largest, least)
+    codes[3::2] = np.where(codes[3::2] < 0, least, largest)
+    return codes.astype(np.int8)
+
+
+def audit_sums(
+    model: ir.Model, target: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]
+) -> dict[str, bool]:
+    """Say which layers' kinds have exact sums here.
+
+    Args:
+        model: The compiled model.
+        target: Its target.
+        plan: Its plan.
+        tensors: The plan's tensors, for codes and scales.
+
+    Returns:
+        For each layer with quantized activations, whether the sums of its kind are exact.
+    """
+    sites = {site.name: site for site in read_layers(model)}
+    exact: dict[str, bool] = {}
+    for layers in _by_kind(layer for layer in plan.layers if layer.name in sites).values():
+        worst = max(layers, key=lambda layer: _largest_pair(tensors[f"{layer.name}.codes"]))
+        probe = LayerProbe(model, sites[worst.name])
+        passed = all(_sums_are_exact(worst, tensors, probe))
+        if uses_kernels(target):
+            passed = passed and _kernel_sums_are_exact(worst, tensors)
+        exact.update({layer.name: passed for layer in layers})
+    return exact
+
+
+def check_sums(
+    target: str, audit: Sequence[AuditLayer], plan: Plan, processor: str, sets: Sequence[str]
+) -> None:
+    """Check that no layer was found to have wrong sums.
+
+    Args:
+        target: The target.
+        audit: Its audit.
+        plan: Its plan.
+        processor: Model name of the processor that the audit ran on.
+        sets: Its instruction sets.
+
+    Raises:
+        CompileError: Names kinds and number of layers, the processor and its instruction sets.
+    """
+    wrong = [plan.layer(entry.name) for entry in audit if entry.exact_sums is False]
+    if wrong:
+        kinds = sorted({f"W{layer.weight.bits}A{layer.activation.bits}" for layer in wrong})
+        raise CompileError(
+            f"target {target}: int32 sums of {len(wrong)} of {len(audit)} layers "
+            f"({', '.join(kinds)}; first {wrong[0].name}) are not exact on this processor, "
+            f"{processor} ({' '.join(sets) or 'no known instruction sets'}). Use the ONNX Runtime "
+            "version of constraints.txt, or leave the target out of compile.targets."
+        )
+
+
+def _by_kind(layers: Iterable[LayerPlan]) -> dict[Kind, list[LayerPlan]]:
+    kinds: dict[Kind, list[LayerPlan]] = {}
+    for layer in layers:
+        if layer.activation.bits is not None:
+            kind = (layer.weight.bits, layer.activation.bits, layer.weight.group_size)
+            kinds.setdefault(kind, []).append(layer)
+    return kinds
+
+
+def _largest_pair(codes: NDArray[np.int8]) -> tuple[int, int]:
+    """Return the largest |sum| of two neighbouring weights, and the number of input channels."""
+    wide = codes.astype(np.int16)
+    return int(np.abs(wide[:, 1:] + wide[:, :-1]).max(initial=0)), codes.shape[1]
+
+
+def _sums_are_exact(
+    layer: LayerPlan, tensors: Mapping[str, NDArray[Any]], probe: LayerProbe
+) -> Iterator[bool]:
+    """Yield whether sums are exact, of one row, which takes another way in some kernels, and all.
+
+    A sum beyond 2^24 comes back rounded to float32.
+    """
+    weight, num_groups = _weight_of(layer, tensors)
+    for rows in (1, ROWS):
+        codes = _codes_of(layer)[-rows:]
+        sums = probe.run_products(codes)
+        yield np.array_equal(sums, accumulate(codes, weight, num_groups).astype(sums.dtype))
+
+
+def _kernel_sums_are_exact(layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether our kernels' sums are; with the static step 1 and no rotation x is its own codes."""
+    weight, num_groups = _weight_of(layer, tensors)
+    kernel = CpuQLinear(
+        pack(weight, layer.weight.bits),
+        tensors[f"{layer.name}.weight_scale"],
+        in_features=layer.in_features,
+        activation=ActivationFormat(bits=layer.activation.bits, scale="tensor_static"),
+        step=1.0,
+        rotation_group=1,
+        name=layer.name,
+    )
+    codes = _codes_of(layer)
+    with kernel:
+        _, _, sums = kernel.inspect(codes.astype(np.float32))
+    return np.array_equal(sums, accumulate(codes, weight, num_groups))
+
+
+def _weight_of(
+    layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]
+) -> tuple[NDArray[np.int8], int]:
+    """Return a layer's weight codes (N, K) and its scales per output channel."""
+    return tensors[f"{layer.name}.codes"], tensors[f"{layer.name}.weight_scale"].shape[1]
+
+
+def _codes_of(layer: LayerPlan) -> NDArray[np.int8]:
+    assert layer.activation.bits is not None
+    return extreme_codes(layer.activation.bits, ROWS, layer.in_features)
