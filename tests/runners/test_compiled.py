@@ -25,14 +25,19 @@ def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", TENSORRT_TARGETS)
-def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(target: str, tmp_path: Path):
-    """Of the same domain and names, but with other types."""
+@pytest.mark.parametrize("saturates", [False, True])
+def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(
+    target: str, saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their types are others. INT8 by INT8 stays only where ONNX Runtime would saturate it."""
+    monkeypatch.setattr("treeq_export.runners.compiled.products_saturate", lambda: saturates)
     model_path(tmp_path, target).parent.mkdir(parents=True)
     assert not uses_kernels(target)
     assert ways_to_run([target]) == [target]
     assert runner_options(model_path(tmp_path, target), target) == {
         "use_kernels": False,
         "fold_constants": True,
+        "keep_int8": saturates and target == TENSORRT_NATIVE,
     }
 
 
