@@ -1,7 +1,7 @@
 """What some tests need beside Python's packages, and whether it may be missing.
 
 TREEQ_REQUIRE names, separated by commas, what has to be there: triton, chromium, foreign, neon,
-nvcc, gpu, ...; a test that misses something else is skipped.
+x86-emulator, nvcc, gpu, ...; a test that misses something else is skipped.
 """
 
 import os

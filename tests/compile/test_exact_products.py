@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from tests.required import skip_or_fail
 from treeq_export.compile.audit_sums import extreme_codes
 from treeq_export.compile.targets import lower
 from treeq_export.quant.numerics import accumulate
@@ -72,9 +73,7 @@ def test_codes_reach_the_ends_of_their_range():
 def test_sums_on_a_processor_without_vnni(tmp_path: Path, make_layer: Make, make_model: Make):
     """The emulated processor has AVX2; its ONNX Runtime saturates, but not in our graphs."""
     if shutil.which(EMULATOR) is None or sys.platform != "linux" or not is_x86():
-        message = f"needs {EMULATOR} on x86-64 Linux; `make apt` installs it"
-        required = "x86-emulator" in os.environ.get("TREEQ_REQUIRE", "").split(",")
-        pytest.fail(message) if required else pytest.skip(message)
+        skip_or_fail("x86-emulator", f"needs {EMULATOR} on x86-64 Linux; `make apt` installs it")
     model, x = make_product()
     (tmp_path / "saturates.onnx").write_bytes(model)
     np.save(tmp_path / "saturates.x.npy", x)

@@ -7,6 +7,7 @@ import pytest
 from treeq_export.errors import PlanError
 from treeq_export.runners.compiled import (
     LAYERS_KEY,
+    TENSORRT_NATIVE,
     TENSORRT_TARGETS,
     LayerSite,
     load_compiled,
