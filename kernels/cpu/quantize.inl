@@ -111,9 +111,7 @@ float absolute_maximum(const float* x, int64_t k) {
     const Ints v = bits_of(load(x + i)) & splat(0x7fffffff);
     most = select_greater(v, most, v, most);
   }
-  int32_t lanes[kLanes], best = 0;
-  store(lanes, most);
-  for (int i = 0; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+  const int32_t best = largest_lane(most);
   float value;
   __builtin_memcpy(&value, &best, sizeof value);
   return value;

@@ -159,20 +159,28 @@ TREEQ_INLINE Part swap_lanes(Part x) {
 #undef TREEQ_ORDER
 }
 
-/* Sum of lanes, in a tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
-template <typename Part>
-TREEQ_INLINE auto sum_of_lanes(Lanes<Part> v) {
+/* All lanes combined in a tree: 8 with 8, 4 with 4, 2 with 2, 1 with 1. */
+template <typename Part, typename F>
+TREEQ_INLINE auto reduce_lanes(Lanes<Part> v, const F& combine) {
   TREEQ_UNROLL
   for (int half = kParts / 2; half; half /= 2) {
     TREEQ_UNROLL
-    for (int i = 0; i < half; ++i) v.part[i] = v.part[i] + v.part[i + half];
+    for (int i = 0; i < half; ++i) v.part[i] = combine(v.part[i], v.part[i + half]);
   }
-  Part sum = v.part[0];
-  if constexpr (kPartLanes > 8) sum = sum + swap_lanes<8>(sum);
-  if constexpr (kPartLanes > 4) sum = sum + swap_lanes<4>(sum);
-  sum = sum + swap_lanes<2>(sum);
-  sum = sum + swap_lanes<1>(sum);
-  return sum[0];
+  Part all = v.part[0];
+  if constexpr (kPartLanes > 8) all = combine(all, swap_lanes<8>(all));
+  if constexpr (kPartLanes > 4) all = combine(all, swap_lanes<4>(all));
+  all = combine(all, swap_lanes<2>(all));
+  all = combine(all, swap_lanes<1>(all));
+  return all[0];
+}
+template <typename V>
+TREEQ_INLINE auto sum_of_lanes(V v) {
+  return reduce_lanes(v, [](auto a, auto b) { return a + b; });
+}
+template <typename V>
+TREEQ_INLINE auto largest_lane(V v) {
+  return reduce_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 }  // namespace
