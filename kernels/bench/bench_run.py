@@ -1,7 +1,7 @@
 """Time a run's CPU graphs in one interleaved run; for measurements on another instruction set.
 
     python kernels/bench/bench_run.py --run runs/digits --out FILE
-    python tests/emulate/without_avx512.py python kernels/bench/bench_run.py ... --note "AVX-512 hidden"
+    python tests/emulate/without_avx512.py python kernels/bench/bench_run.py ... --note TEXT
 
 FILE holds all raw times, ratios to ONNX Runtime's float32 with 95 % intervals, the environment, the
 instruction set of our kernels, and the note.
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from rich.console import Console
 
 from treeq_export.artefacts import write_json
 from treeq_export.bench.timing import compare_times, time_rounds
@@ -81,8 +82,9 @@ def main() -> None:
         for batch in arguments.batches or [2, 32]:
             inputs = make_inputs(model_path(arguments.run, FP32), batch, seed=1)
             rows += time_batch(runners, inputs, arguments.rounds)
+    console = Console(highlight=False)
     for row in rows:
-        print(
+        console.print(
             f"batch {row['batch']:3} {row['target']:10} {row['median_ms']:8.2f} ms "
             f"{row['times_fp32']:5.2f}x ({row['low']:.2f} to {row['high']:.2f})"
         )
