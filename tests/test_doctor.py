@@ -69,6 +69,32 @@ class TestExamine:
         assert finding_of("torch").found is None
         assert finding_of("gpu").found is None
 
+    @pytest.mark.parametrize(
+        ("saturates", "sets", "found"),
+        [
+            (False, ["avx2", "avx512_vnni"], "exact in ONNX Runtime (VNNI)"),
+            (True, ["avx2", "fma"], "saturate in ONNX Runtime (no VNNI)"),
+        ],
+    )
+    def test_8_bit_products(
+        self, saturates: bool, sets: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("treeq_export.doctor.products_saturate", lambda: saturates)
+        monkeypatch.setattr("treeq_export.doctor.read_cpu", lambda: ("A Processor", sets))
+        assert finding_of("8-bit products").found == found
+
+    def test_8_bit_products_are_tried(self) -> None:
+        assert "in ONNX Runtime" in str(finding_of("8-bit products").found)
+
+    def test_runtime_that_cannot_multiply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> bool:
+            raise RuntimeError("no such\nkernel")
+
+        monkeypatch.setattr("treeq_export.doctor.products_saturate", fail)
+        finding = finding_of("8-bit products")
+        assert finding.found is None
+        assert finding.problem == "ONNX Runtime cannot multiply: no such kernel"
+
     def test_missing_optional_packages_are_no_illness(self, hide: Any) -> None:
         hide(*(module for module, *_ in PACKAGES if module not in REQUIRED))
         findings = {finding.name: finding for finding in examine()}

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
-from treeq_export.environment import count_cores, read_cpu, version_of
+from treeq_export.environment import VNNI, count_cores, read_cpu, version_of
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
 from treeq_export.runners.op_definition import OPS
 from treeq_export.runners.ort_runner import check_version
+from treeq_export.runners.products import products_saturate
 from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
 
@@ -89,7 +90,8 @@ def examine() -> list[Finding]:
     """Return what is installed and what is missing on this machine."""
     with registrations() as children:
         findings = _examine_packages()
-        findings += [_examine_kernels(), _examine_cubins(), _examine_plugin_library()]
+        findings += [_examine_products(), _examine_kernels()]
+        findings += [_examine_cubins(), _examine_plugin_library()]
         findings += [_examine_nvcc(), _examine_driver(), _examine_gpu()]
         return findings + [_examine_registration(name, child) for name, child in children.items()]
 
@@ -115,6 +117,24 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that the module is in
         return False
+
+
+def _examine_products() -> Finding:
+    """Say whether ONNX Runtime's products of UINT8 and INT8 are exact here, by trying one."""
+    found, problem = None, ""
+    if _is_installed("onnxruntime"):
+        unit = "no VNNI" if VNNI.isdisjoint(read_cpu()[1]) else "VNNI"
+        try:
+            saturates = products_saturate()
+        except Exception as error:  # a runtime that cannot even multiply
+            problem = f"ONNX Runtime cannot multiply: {' '.join(str(error).split())[:300]}"
+        else:
+            found = f"{'saturate' if saturates else 'exact'} in ONNX Runtime ({unit})"
+    purpose = (
+        "UINT8 x INT8 products of graphs made elsewhere, with 8-bit weights; "
+        "compiled graphs are exact everywhere"
+    )
+    return Finding("8-bit products", found, purpose, "", required=False, problem=problem)
 
 
 def _examine_kernels() -> Finding:

@@ -26,6 +26,8 @@ INSTRUCTION_SETS = (
     "i8mm",
     "sve",
 )
+# Those of them with an exact 8-bit dot product; x86 without one adds pairs of products in 16 bits.
+VNNI = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 _CPU_INFO = Path("/proc/cpuinfo")
 
 _log = logging.getLogger(__name__)

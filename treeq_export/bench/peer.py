@@ -26,14 +26,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file, write_json
-from treeq_export.environment import read_cpu, runtime_version
+from treeq_export.environment import VNNI, read_cpu, runtime_version
 from treeq_export.errors import OutputError, RunnerError
 
 Inputs = Mapping[str, NDArray[Any]]
 
 SOURCE_FILE = "source.json"
 _OP_TYPES = ["MatMul", "Gemm"]
-_VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> P
         OutputError: The folder cannot be written to.
     """
     path = folder / "model.onnx"
-    reduce_range = not _VNNI & set(read_cpu()[1])
+    reduce_range = VNNI.isdisjoint(read_cpu()[1])
     source = {
         "fp32_sha256": [sha256_of_file(file) for file in model_files(fp32)],
         "onnxruntime": runtime_version(),
