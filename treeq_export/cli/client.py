@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from treeq_export.records.health import HealthRecord
     from treeq_export.records.images import ImagesRecord
 
+_MAX_INTERVAL_S = 86400.0
+
 url_option = click.option(
     "--url",
     default="http://localhost:8000",
@@ -37,8 +39,20 @@ timeout_option = click.option(
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="Longest wait for an answer.",
+    help="Longest time from a request to the end of its answer.",
 )
+
+
+def _interval(
+    _context: click.Context, _option: click.Parameter, seconds: float | None
+) -> float | None:
+    if seconds is not None and not 0 < seconds <= _MAX_INTERVAL_S:
+        raise click.BadParameter(
+            f"{seconds:g}: expected more than 0 and at most {_MAX_INTERVAL_S:g}."
+        )
+    return seconds
+
+
 conditioning_option = click.option(
     "--conditioning",
     type=click.Path(path_type=Path),
@@ -86,6 +100,8 @@ def client(
     from treeq_export.client.images import ImageOrder
     from treeq_export.client.request import load_conditioning, pick_prompt, read_info
 
+    _check_file("--out", out)
+    _check_file("--latents", latents)
     with open_connection(url, timeout_s) as connection:
         info = read_info(connection, model)
         _check_stream(connection, info, stream, preview_every)
@@ -110,6 +126,14 @@ def client(
         click.echo(record.model_dump_json(indent=2))
         return
     _print_images(record)
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    if path is not None and (not path.name or path.is_dir()):
+        raise ServeError(
+            f"{option}: received {str(path)!r}, expected the name of a file. Name one.",
+            kind="refused",
+        )
 
 
 def _check_stream(
@@ -174,7 +198,8 @@ def _print_images(record: "ImagesRecord") -> None:
 @click.option(
     "--watch",
     "every_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
+    callback=_interval,
     metavar="SECONDS",
     help="Check again and again, a line per change; Ctrl-C ends it.",
 )

@@ -9,24 +9,27 @@ time, refused the request, or failed. A connection may go from thread to thread,
 at a time.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
 from numpy.typing import NDArray
 
+from treeq_export.client.answers import IndexEntry, ModelConfig, Statistics, clean
 from treeq_export.errors import ServeError
 
 Arrays = Mapping[str, NDArray[Any]]
 
 DEFAULT_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 600.0  # an engine of many GB takes minutes to load
+MAX_TIMEOUT_S = 86400.0
+_MAX_MESSAGE = 4000  # characters of a server's message that are looked at
 _PORTS = {"http": 8000, "grpc": 8001}
 # What Triton adds to a message: the request's name, and the Python stack of a model's exception.
 _NOISE = re.compile(r"^\[request id: [^]]*\] |\s+At:\s.*", re.DOTALL)
@@ -112,7 +115,8 @@ class Connection(ABC):
 
     Args:
         address: Where the server is.
-        timeout_s: Longest wait for an answer; loading a model may take LOAD_TIMEOUT_S.
+        timeout_s: Longest time of one exchange, from connecting to the last byte of the answer;
+            loading a model may take LOAD_TIMEOUT_S.
     """
 
     def __init__(self, address: ServerAddress, timeout_s: float) -> None:
@@ -144,6 +148,10 @@ class Connection(ABC):
     def close(self) -> None:
         """Close it; closing twice is fine."""
 
+    def abort(self) -> None:
+        """End what another thread waits for, and close: that thread gets a `ServeError` at once."""
+        self.close()
+
     @abstractmethod
     def is_server_live(self) -> bool:
         """Return whether the server says that it runs.
@@ -168,8 +176,16 @@ class Connection(ABC):
             ServeError: It says nothing.
         """
 
+    def server_version(self) -> str:
+        """Return the version that the server names, such as "2.51.0"; "" if it names none.
+
+        Raises:
+            ServeError: It says nothing, or not in Triton's form.
+        """
+        return ""
+
     @abstractmethod
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[IndexEntry]:
         """Return the index of the repository: name and, where loaded, version, state and reason.
 
         Raises:
@@ -177,7 +193,7 @@ class Connection(ABC):
         """
 
     @abstractmethod
-    def model_config(self, model: str) -> dict[str, Any]:
+    def model_config(self, model: str) -> ModelConfig:
         """Return a loaded model's configuration, in the JSON form of model_config.proto.
 
         Raises:
@@ -185,7 +201,7 @@ class Connection(ABC):
         """
 
     @abstractmethod
-    def statistics(self, model: str) -> dict[str, Any]:
+    def statistics(self, model: str) -> Statistics:
         """Return {"model_stats": [one entry per version]}; counts and nanoseconds are integers.
 
         Raises:
@@ -246,12 +262,12 @@ class Connection(ABC):
 
     def error(self, kind: str, message: str) -> ServeError:
         """Return the one-line error for what the server said, with a remedy where one is known."""
-        line = " ".join(_NOISE.sub("", message).split()).rstrip(".") or "no message"
+        line = clean(_NOISE.sub("", message[:_MAX_MESSAGE])).rstrip(".") or "no message"
         return ServeError(f"{self.url}: {line}{self._remedy(line)}", kind=kind)
 
     def unreachable(self, reason: object) -> ServeError:
         """Return the error for a server that could not be reached."""
-        line = " ".join(str(reason).split())
+        line = clean(str(reason))
         return ServeError(
             f"{self.url}: not reached ({line}). Start the server, or name its address by --url.",
             kind="unreachable",
@@ -265,6 +281,10 @@ class Connection(ABC):
             kind="timeout",
         )
 
+    def not_triton(self, error: ValueError) -> ServeError:
+        """Return the error for an answer of another form than Triton's."""
+        return self.error("failed", f"{error}. Another server?")
+
     def _remedy(self, line: str) -> str:
         """Return how a message ends."""
         if "is not healthy" in line:
@@ -277,55 +297,40 @@ class Connection(ABC):
         if "unknown model" in line:
             with suppress(ServeError):
                 ready = sorted({m["name"] for m in self.models() if m.get("state") == "READY"})
-                return f". The server has {', '.join(ready) or 'no model loaded'}."
-        return "."
+                return f". The server has {clean(', '.join(ready)) or 'no model loaded'}."
+        return "" if line.endswith("?") else "."
 
-    def encode_inputs(self, client: ModuleType, inputs: Arrays) -> list[Any]:
-        """Return tritonclient's form of the inputs.
 
-        Args:
-            client: `tritonclient.http` or `tritonclient.grpc`.
-            inputs: Name to array.
+def triton_type(name: str, array: NDArray[Any]) -> str:
+    """Return Triton's name of the type of an input.
 
-        Raises:
-            ServeError: An array's dtype has no Triton type.
-        """
-        from tritonclient.utils import np_to_triton_dtype
+    Raises:
+        ServeError: Triton has no such type.
+    """
+    from tritonclient.utils import np_to_triton_dtype
 
-        encoded = []
-        for name, array in inputs.items():
-            datatype = np_to_triton_dtype(array.dtype)
-            if datatype is None:
-                raise ServeError(
-                    f"{name}: received dtype {array.dtype}, which Triton has not. Convert it to "
-                    "the data type in the model's config.pbtxt.",
-                    kind="refused",
-                )
-            value = client.InferInput(name, list(array.shape), datatype)
-            value.set_data_from_numpy(np.ascontiguousarray(array))
-            encoded.append(value)
-        return encoded
+    datatype = np_to_triton_dtype(array.dtype)
+    if datatype is None:
+        raise ServeError(
+            f"{name}: received dtype {array.dtype}, which Triton has not. Convert it to the data "
+            "type in the model's config.pbtxt.",
+            kind="refused",
+        )
+    return datatype
 
-    def decode_outputs(
-        self, model: str, result: Any, outputs: Sequence[str]
-    ) -> dict[str, NDArray[Any]]:
-        """Return the arrays of tritonclient's result, as copies that may be written to.
 
-        Raises:
-            ServeError: An output is missing, or shorter than its shape says.
-        """
-        arrays = {}
-        for name in outputs:
-            try:
-                array = result.as_numpy(name)
-            except ValueError as error:  # what a server whose numpy is 2 or newer sends
-                raise self.error(
-                    "failed", f"{model}: {name}: fewer bytes than its shape ({error})"
-                ) from error
-            if array is None:
-                raise self.error("failed", f"{model}: {name}: missing in the response")
-            arrays[name] = array.copy()
-        return arrays
+def check_timeout(timeout_s: float) -> None:
+    """Check the longest time of an exchange.
+
+    Raises:
+        ServeError: It is not in (0, MAX_TIMEOUT_S].
+    """
+    if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
+        raise ServeError(
+            f"timeout: received {timeout_s:g}, expected more than 0 and at most "
+            f"{MAX_TIMEOUT_S:g} seconds. Repair the option.",
+            kind="refused",
+        )
 
 
 def open_connection(url: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Connection:
@@ -334,19 +339,16 @@ def open_connection(url: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Connectio
     Args:
         url: http://host:port or grpc://host:port; host:port alone is HTTP. A user and a password
             in it are sent as basic authentication.
-        timeout_s: Longest wait for an answer, > 0.
+        timeout_s: Longest time of one exchange, more than 0, at most MAX_TIMEOUT_S.
 
     Returns:
         The connection, to be closed.
 
     Raises:
-        ServeError: A malformed URL, or tritonclient is missing.
+        ServeError: A malformed URL, a timeout out of range, or tritonclient is missing.
     """
     address = parse_url(url)
-    if not timeout_s > 0:
-        raise ServeError(
-            f"timeout_s: received {timeout_s}, expected more than 0 seconds.", kind="refused"
-        )
+    check_timeout(timeout_s)
     try:
         if address.scheme == "grpc":
             from treeq_export.client.grpc_connection import GrpcConnection

@@ -1,29 +1,59 @@
-"""Triton's gRPC protocol, by tritonclient."""
+"""Triton's gRPC protocol, by the messages and the stub that tritonclient brings.
 
-import queue
+tritonclient's own client reads a stream in a thread, without a limit on what waits; the stub gives
+the next response when it is asked for, and every call has one deadline.
+"""
+
+import logging
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
-import tritonclient.grpc as triton
+import grpc
+import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
-from tritonclient.grpc.auth import BasicAuth
-from tritonclient.utils import InferenceServerException
+from pydantic import TypeAdapter
+from tritonclient.grpc import service_pb2 as messages
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from treeq_export.client.connection import Arrays, Connection, ServerAddress
+from treeq_export.client.answers import (
+    CONFIG,
+    INDEX,
+    MAX_JSON_BYTES,
+    MAX_TENSOR_BYTES,
+    STATISTICS,
+    IndexEntry,
+    ModelConfig,
+    Statistics,
+    pick_outputs,
+    read_form,
+    read_tensor,
+)
+from treeq_export.client.connection import Arrays, Connection, ServerAddress, triton_type
 from treeq_export.errors import ServeError
 
+Form = TypeVar("Form")
+
+_PLAIN = 1  # bit set of compressions: none, since a small message may stand for a huge one
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_TENSOR_BYTES),
+    ("grpc.compression_enabled_algorithms_bitset", _PLAIN),
     # A new connection tries again at once: without these two it would share the back-off, of up
     # to two minutes, of an earlier one that had found no server.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-_REFUSED = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "ALREADY_EXISTS", "UNAUTHENTICATED"}
+_MAX_SEARCHED = 4000  # characters of a message
+_REFUSED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNAUTHENTICATED,
+}
 # Errors in a stream come without a status: how Triton and our sampler word a refusal.
 _REFUSAL = re.compile(
     r"unknown model|unexpected (inference|shape)|expected number of inputs|batch-size must|"
@@ -40,6 +70,8 @@ _NO_CONNECTION = (
     "endpoint closing",
     "transport",
 )
+# A message that is none is an error of the call; grpc would print its traceback besides.
+logging.getLogger("grpc._common").setLevel(logging.CRITICAL)
 
 
 class GrpcConnection(Connection):
@@ -47,119 +79,173 @@ class GrpcConnection(Connection):
 
     def __init__(self, address: ServerAddress, timeout_s: float) -> None:
         super().__init__(address, timeout_s)
-        self._client = self._open()
-
-    def _open(self) -> triton.InferenceServerClient:
-        client = triton.InferenceServerClient(self.address.target, channel_args=_CHANNEL)
-        if self.address.user:
-            client.register_plugin(BasicAuth(self.address.user, self.address.password))
-        return client
+        self._channel = grpc.insecure_channel(address.target, options=_CHANNEL)
+        self._stub = GRPCInferenceServiceStub(self._channel)
+        self._metadata: list[tuple[str, str]] = []
+        if address.user:
+            token = b64encode(f"{address.user}:{address.password}".encode()).decode()
+            self._metadata.append(("authorization", f"Basic {token}"))
 
     def close(self) -> None:
-        """Close the channel."""
-        self._client.close()
+        """Close the channel; calls of other threads end."""
+        self._channel.close()
 
     def is_server_live(self) -> bool:
         """See `Connection`."""
-        return bool(self._call(self._client.is_server_live))
+        return bool(self._call(self._stub.ServerLive, messages.ServerLiveRequest()).live)
 
     def is_server_ready(self) -> bool:
         """See `Connection`."""
-        return bool(self._call(self._client.is_server_ready))
+        return bool(self._call(self._stub.ServerReady, messages.ServerReadyRequest()).ready)
 
     def is_model_ready(self, model: str) -> bool:
         """See `Connection`."""
-        return bool(self._call(self._client.is_model_ready, model))
+        request = messages.ModelReadyRequest(name=model)
+        return bool(self._call(self._stub.ModelReady, request).ready)
 
-    def models(self) -> list[dict[str, Any]]:
+    def server_version(self) -> str:
         """See `Connection`."""
-        index = self._call(self._client.get_model_repository_index)
-        return [
-            {key: value for key, value in json_form(model).items() if value}
-            for model in index.models
+        return self._call(self._stub.ServerMetadata, messages.ServerMetadataRequest()).version
+
+    def models(self) -> list[IndexEntry]:
+        """See `Connection`."""
+        index = self._call(self._stub.RepositoryIndex, messages.RepositoryIndexRequest())
+        form = [
+            {key: value for key, value in each.items() if value or key == "name"}
+            for each in self._form(index)["models"]
         ]
+        return self._checked(INDEX, form)
 
-    def model_config(self, model: str) -> dict[str, Any]:
+    def model_config(self, model: str) -> ModelConfig:
         """See `Connection`."""
-        return json_form(self._call(self._client.get_model_config, model).config)
+        request = messages.ModelConfigRequest(name=model)
+        return self._checked(CONFIG, self._form(self._call(self._stub.ModelConfig, request).config))
 
-    def statistics(self, model: str) -> dict[str, Any]:
+    def statistics(self, model: str) -> Statistics:
         """See `Connection`."""
-        return json_form(self._call(self._client.get_inference_statistics, model))
+        request = messages.ModelStatisticsRequest(name=model)
+        return self._checked(
+            STATISTICS, self._form(self._call(self._stub.ModelStatistics, request))
+        )
 
     def load(self, model: str) -> None:
         """See `Connection`."""
-        self._call(self._client.load_model, model, timeout_s=self.load_timeout_s)
+        request = messages.RepositoryModelLoadRequest(model_name=model)
+        self._call(self._stub.RepositoryModelLoad, request, self.load_timeout_s)
 
     def unload(self, model: str) -> None:
         """See `Connection`."""
-        self._call(self._client.unload_model, model, timeout_s=self.load_timeout_s)
+        request = messages.RepositoryModelUnloadRequest(model_name=model)
+        self._call(self._stub.RepositoryModelUnload, request, self.load_timeout_s)
 
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """See `Connection`."""
-        encoded = self.encode_inputs(triton, inputs)
-        wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        result = self._call(self._client.infer, model, encoded, outputs=wanted)
-        return self.decode_outputs(model, result, outputs)
+        request = _encode(model, inputs, outputs)
+        return self._decode(model, self._call(self._stub.ModelInfer, request), outputs)
 
     def stream(
         self, model: str, inputs: Arrays, outputs: Sequence[str]
     ) -> Iterator[dict[str, NDArray[Any]]]:
-        """See `Connection`; a channel of its own, which ends with the iteration."""
-        responses: queue.SimpleQueue[tuple[Any, InferenceServerException | None]]
-        responses = queue.SimpleQueue()
-        client = self._open()
+        """See `Connection`; the deadline is that of the whole stream."""
+        request = _encode(model, inputs, outputs)
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+        # Never with the header triton_grpc_error, by which errors keep their status: an error in
+        # such a stream can end the server with SIGSEGV (2.51; after 7, 138, 261 errors).
+        responses = self._open_stream(request)
         try:
-            # Never with the header triton_grpc_error, by which errors keep their status: an error
-            # in such a stream can end the server with SIGSEGV (2.51; after 7, 138, 261 errors).
-            client.start_stream(lambda result, error: responses.put((result, error)))
-            encoded = self.encode_inputs(triton, inputs)
-            wanted = [triton.InferRequestedOutput(name) for name in outputs]
-            with suppress(InferenceServerException):  # it has ended; the queue says why
-                client.async_stream_infer(
-                    model, encoded, outputs=wanted, enable_empty_final_response=True
-                )
-            while True:
-                result, error = self._next(responses)
-                if error is not None:
-                    raise self._translate(error, self.timeout_s)
-                response = result.get_response()
-                if response.outputs:
-                    yield self.decode_outputs(model, result, outputs)
-                if response.parameters["triton_final_response"].bool_param:
+            while (response := self._next(responses)) is not None:
+                if response.error_message:
+                    refused = _REFUSAL.search(response.error_message[:_MAX_SEARCHED]) is not None
+                    raise self.error("refused" if refused else "failed", response.error_message)
+                answer = response.infer_response
+                if answer.outputs:
+                    yield self._decode(model, answer, outputs)
+                if answer.parameters["triton_final_response"].bool_param:
                     return
         finally:
-            client.stop_stream(cancel_requests=True)
-            client.close()
+            responses.cancel()
 
-    def _next(
-        self, responses: "queue.SimpleQueue[tuple[Any, InferenceServerException | None]]"
-    ) -> tuple[Any, InferenceServerException | None]:
+    def _open_stream(self, request: Any) -> Any:
         try:
-            return responses.get(timeout=self.timeout_s)
-        except queue.Empty:
-            raise self.timeout(self.timeout_s) from None
+            return self._stub.ModelStreamInfer(
+                iter([request]), timeout=self.timeout_s, metadata=self._metadata
+            )
+        except ValueError as error:  # of a channel that was closed
+            raise self.unreachable(error) from error
+
+    def _next(self, responses: Any) -> Any:
+        """Return the next response of a stream; None at its end."""
+        try:
+            return next(responses, None)
+        except grpc.RpcError as error:
+            raise self._translate(error, self.timeout_s) from error
 
     def _call(
-        self, method: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any
+        self, method: Callable[..., Any], request: Message, timeout_s: float | None = None
     ) -> Any:
-        """Call one of the client's methods; raise the error that it stands for."""
+        """Call one of the stub's methods; raise the error that it stands for."""
         wait_s = timeout_s or self.timeout_s
         try:
-            return method(*args, client_timeout=wait_s, **options)
-        except InferenceServerException as error:
+            return method(request, timeout=wait_s, metadata=self._metadata)
+        except grpc.RpcError as error:
             raise self._translate(error, wait_s) from error
+        except ValueError as error:  # of a channel that was closed
+            raise self.unreachable(error) from error
 
-    def _translate(self, error: InferenceServerException, waited_s: float) -> ServeError:
-        status = (error.status() or "").removeprefix("StatusCode.")
-        message = error.message() or status
-        if status == "DEADLINE_EXCEEDED":
+    def _translate(self, error: Any, waited_s: float) -> ServeError:
+        status, message = error.code(), error.details() or str(error.code())
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self.timeout(waited_s)
-        lower = message.lower()
-        if status == "UNAVAILABLE" and any(words in lower for words in _NO_CONNECTION):
+        lower = message[:_MAX_SEARCHED].lower()
+        if status is grpc.StatusCode.UNAVAILABLE and any(word in lower for word in _NO_CONNECTION):
             return self.unreachable(message.rsplit(": ", 1)[-1].rstrip("]"))
-        refused = status in _REFUSED if status else _REFUSAL.search(message) is not None
-        return self.error("refused" if refused else "failed", message)
+        return self.error("refused" if status in _REFUSED else "failed", message)
+
+    def _form(self, message: Message) -> dict[str, Any]:
+        if message.ByteSize() > MAX_JSON_BYTES:
+            raise self.error(
+                "failed", f"the answer is too large, expected at most {MAX_JSON_BYTES} bytes"
+            )
+        return json_form(message)
+
+    def _checked(self, form: TypeAdapter[Form], value: Any) -> Form:
+        try:
+            return read_form(form, value)
+        except ValueError as error:
+            raise self.not_triton(error) from error
+
+    def _decode(self, model: str, answer: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Return the wanted outputs of an answer.
+
+        Raises:
+            ServeError: One is missing, or has other bytes than its shape says.
+        """
+        found: dict[str, NDArray[Any]] = {}
+        try:
+            # Values in the message itself, as no Triton sends them, count as no bytes.
+            values = [*answer.raw_output_contents, *([b""] * len(answer.outputs))]
+            for tensor, data in zip(answer.outputs, values, strict=False):
+                if tensor.name in names:
+                    where = f"{model}: {tensor.name}"
+                    found[tensor.name] = read_tensor(where, tensor.datatype, tensor.shape, data)
+            return pick_outputs(model, found, names)
+        except ValueError as error:
+            raise self.not_triton(error) from error
+
+
+def _encode(model: str, inputs: Arrays, outputs: Sequence[str]) -> Any:
+    """Return a request.
+
+    Raises:
+        ServeError: An array's dtype has no Triton type.
+    """
+    request = messages.ModelInferRequest(model_name=model)
+    for name, array in inputs.items():
+        request.inputs.add(name=name, datatype=triton_type(name, array), shape=array.shape)
+        request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request
 
 
 def json_form(message: Message) -> dict[str, Any]:
@@ -184,5 +270,6 @@ def _json_value(field: Any, value: Any) -> Any:
     if isinstance(value, Message):
         return json_form(value)
     if field.enum_type is not None:
-        return field.enum_type.values_by_number[value].name
+        known = field.enum_type.values_by_number.get(value)  # a newer server may have others
+        return str(value) if known is None else known.name
     return value

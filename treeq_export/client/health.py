@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import SAMPLER, make_inputs, read_info, sample, zero_conditioning
+from treeq_export.client.request import (
+    SAMPLER,
+    make_inputs,
+    read_info,
+    sample,
+    zero_conditioning,
+    zeros,
+)
 from treeq_export.errors import ServeError
 from treeq_export.records.health import HealthRecord, ModelHealth
 
@@ -97,14 +104,15 @@ def _ask_with_zeros(connection: Connection, name: str) -> tuple[float, Mapping[s
     config = connection.model_config(name)
     batch = [1] if config.get("max_batch_size", 0) > 0 else []
     inputs = {
-        value["name"]: np.zeros(
-            (*batch, *(max(int(size), 1) for size in value["dims"])),
-            _DTYPES.get(value["data_type"], np.float32),
+        value["name"]: zeros(
+            value["name"],
+            (*batch, *value["dims"]),
+            np.dtype(_DTYPES.get(value.get("data_type", ""), np.float32)),
         )
-        for value in config["input"]
+        for value in config.get("input", [])
         if not value.get("optional", False)
     }
-    outputs = [value["name"] for value in config["output"]]
+    outputs = [value["name"] for value in config.get("output", [])]
     start = time.perf_counter()
     arrays = connection.infer(name, inputs, outputs)
     return (time.perf_counter() - start) * 1e3, arrays

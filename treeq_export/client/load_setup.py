@@ -3,12 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.answers import ModelConfig, Statistics
+from treeq_export.client.connection import Connection, check_timeout, open_connection
 from treeq_export.client.load_clients import OpenClient, Prepare
 from treeq_export.client.request import (
     SAMPLER,
@@ -41,7 +41,7 @@ class LoadOptions:
         seed: Of the first request; each next one's is one more.
         note: For the record, such as what is emulated.
         server_pid: The server's process on this machine, whose memory is sampled.
-        timeout_s: Longest wait for one answer.
+        timeout_s: Longest time of one exchange.
     """
 
     url: str
@@ -62,6 +62,7 @@ class LoadOptions:
         Raises:
             ServeError: A value is out of range.
         """
+        check_timeout(self.timeout_s)
         finite = math.isfinite(self.duration_s) and math.isfinite(self.warmup_s)
         clients = sorted(self.concurrency) or [0]
         for name, received, right, expected in (
@@ -120,7 +121,7 @@ def read_setup(connection: Connection, options: LoadOptions) -> tuple[LoadSetup,
     return setup, info
 
 
-def read_model(name: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> ServedModel:
+def read_model(name: str, config: ModelConfig, statistics: Statistics) -> ServedModel:
     """Return what a model's configuration says about batches.
 
     Args:
@@ -128,18 +129,17 @@ def read_model(name: str, config: Mapping[str, Any], statistics: Mapping[str, An
         config: JSON form of its configuration.
         statistics: JSON form of its statistics, which name its versions.
     """
-    versions = [str(entry.get("version", "")) for entry in statistics.get("model_stats", [])]
+    versions = [entry.get("version", "") for entry in statistics.get("model_stats", [])]
     batching = config.get("dynamic_batching")
-    delay = int((batching or {}).get("max_queue_delay_microseconds", 0))
-    groups = config.get("instance_group") or []
+    groups = config.get("instance_group", [])
     return ServedModel(
         name=name,
         version=max(versions, key=lambda text: (len(text), text), default=""),
         backend=config.get("platform") or config.get("backend") or "",
-        max_batch=int(config.get("max_batch_size", 0)),
+        max_batch=config.get("max_batch_size", 0),
         dynamic_batching=batching is not None,
-        queue_delay_us=delay,
-        num_instances=sum(int(group.get("count", 1)) for group in groups) or 1,
+        queue_delay_us=(batching or {}).get("max_queue_delay_microseconds", 0),
+        num_instances=sum(group.get("count", 1) for group in groups) or 1,
     )
 
 

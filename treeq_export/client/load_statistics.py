@@ -1,10 +1,10 @@
 """The arithmetic of a load test: percentiles, Triton's counters, growth of memory."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from treeq_export.client.answers import Statistics
 from treeq_export.records.loadtest import ModelLoad
 
 PERCENTILES = (50, 90, 95, 99)
@@ -31,7 +31,7 @@ def latency_percentiles(latencies_ms: Sequence[float]) -> dict[str, float | None
     return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
-def sum_counters(statistics: Mapping[str, Any]) -> dict[str, int]:
+def sum_counters(statistics: Statistics) -> dict[str, int]:
     """Return a model's counters over all its versions, flat.
 
     Args:
@@ -45,11 +45,11 @@ def sum_counters(statistics: Mapping[str, Any]) -> dict[str, int]:
     totals |= {f"{name}.{part}": 0 for name in _DURATIONS for part in ("count", "ns")}
     for version in statistics.get("model_stats", []):
         for name in _COUNTERS:
-            totals[name] += int(version.get(name, 0))
+            totals[name] += version.get(name, 0)
         for name in _DURATIONS:
             duration = version.get("inference_stats", {}).get(name, {})
             for part in ("count", "ns"):
-                totals[f"{name}.{part}"] += int(duration.get(part, 0))
+                totals[f"{name}.{part}"] += duration.get(part, 0)
     return totals
 
 

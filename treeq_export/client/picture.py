@@ -12,17 +12,21 @@ from treeq_export.artefacts import write_bytes
 from treeq_export.errors import ServeError
 
 SHOWN_PIXELS = 256  # a smaller image is enlarged to at least this, unless a scale is given
+_MAX_SIDE = 16384  # of an enlarged image
 _CHANNELS = (1, 3)
 
 
 def default_scale(height: int, width: int) -> int:
     """Return the whole factor that makes an image at least SHOWN_PIXELS high and wide.
 
+    A strip's is smaller, so that its long side stays below 16384.
+
     Example:
         >>> default_scale(8, 8), default_scale(100, 60), default_scale(512, 512)
         (32, 5, 1)
     """
-    return max(1, -(-SHOWN_PIXELS // min(height, width)))
+    wanted = -(-SHOWN_PIXELS // min(height, width))
+    return max(1, min(wanted, _MAX_SIDE // max(height, width)))
 
 
 def to_png(
@@ -48,7 +52,8 @@ def to_png(
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in _CHANNELS:
+    is_picture = image.ndim == 3 and image.shape[2] in _CHANNELS and image.size > 0
+    if image.dtype != np.uint8 or not is_picture:
         raise ServeError(
             f"image: received {image.dtype} {image.shape}, expected uint8 (height, width, 1 or 3).",
             kind="failed",
@@ -56,6 +61,12 @@ def to_png(
     factor = default_scale(*image.shape[:2]) if scale is None else scale
     if factor < 1:
         raise ServeError(f"scale: received {scale}, expected 1 or more.", kind="refused")
+    if factor * max(image.shape[:2]) > _MAX_SIDE and factor > 1:
+        raise ServeError(
+            f"scale: received {scale}, which makes a side longer than {_MAX_SIDE} pixels. "
+            "Choose a smaller one.",
+            kind="refused",
+        )
     large = image.repeat(factor, axis=0).repeat(factor, axis=1)
     info = PngInfo()
     for key, value in (text or {}).items():

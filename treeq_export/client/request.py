@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treeq_export.client.answers import MAX_TENSOR_BYTES, TensorConfig, clean
 from treeq_export.client.connection import Arrays, Connection
 from treeq_export.errors import ServeError
 
@@ -17,6 +18,8 @@ SAMPLER = "sampler"
 CONTROLS = ("label", "seed", "steps", "guidance", "preview_every")  # all else is conditioning
 _MAX_SEED = np.iinfo(np.int64).max
 _MAX_INT32 = np.iinfo(np.int32).max
+_MAX_NAME = 200  # characters of what a server calls its models
+_OUTPUTS = {"image": np.uint8, "latents": np.float32, "step": np.int32}  # in every repository
 
 
 @dataclass(frozen=True)
@@ -78,20 +81,23 @@ def read_info(connection: Connection, model: str = SAMPLER) -> SamplerInfo:
         for key, value in config.get("parameters", {}).items()
     }
     try:
+        inputs, outputs = _shapes(config.get("input", [])), _shapes(config.get("output", []))
         classes = given.get("num_classes")
+        if outputs["step"] != (1,):
+            raise ValueError("another shape of step")  # noqa: TRY301
         return SamplerInfo(
             name=model,
-            version=_ready_version(connection, model),
-            model=given["model"],
-            mode=given["mode"],
-            target=given["target"],
-            num_classes=None if classes is None else int(classes),
-            steps=int(given["steps"]),
-            guidance=float(given["guidance"]),
-            max_batch=max(int(config["max_batch_size"]), 1),
+            version=clean(_ready_version(connection, model), _MAX_NAME),
+            model=clean(given["model"], _MAX_NAME),
+            mode=clean(given["mode"], _MAX_NAME),
+            target=clean(given["target"], _MAX_NAME),
+            num_classes=None if classes is None else _read_count(classes),
+            steps=_read_count(given["steps"]),
+            guidance=_read_finite(given["guidance"]),
+            max_batch=min(max(config.get("max_batch_size", 0), 1), _most_rows(outputs)),
             decoupled=config.get("model_transaction_policy", {}).get("decoupled", False),
-            inputs=_shapes(config["input"]),
-            outputs=_shapes(config["output"]),
+            inputs=inputs,
+            outputs=outputs,
         )
     except (KeyError, ValueError) as error:
         raise _refused(
@@ -100,8 +106,32 @@ def read_info(connection: Connection, model: str = SAMPLER) -> SamplerInfo:
         ) from error
 
 
-def _shapes(tensors: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    return {tensor["name"]: tuple(int(size) for size in tensor["dims"]) for tensor in tensors}
+def _read_count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= _MAX_INT32:
+        raise ValueError("out of range")
+    return number
+
+
+def _read_finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number
+
+
+def _shapes(tensors: Sequence[TensorConfig]) -> dict[str, tuple[int, ...]]:
+    return {tensor["name"]: tuple(tensor["dims"]) for tensor in tensors}
+
+
+def _most_rows(outputs: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many rows of all outputs fit into an answer, 1 at least."""
+    row_bytes = sum(
+        np.dtype(_OUTPUTS[name]).itemsize * math.prod(max(size, 1) for size in shape)
+        for name, shape in outputs.items()
+        if name in _OUTPUTS
+    )
+    return max(MAX_TENSOR_BYTES // max(row_bytes, 1), 1)
 
 
 def _ready_version(connection: Connection, model: str) -> str:
@@ -282,13 +312,38 @@ def pick_prompt(prompts: Arrays, index: int) -> dict[str, NDArray[Any]]:
 
 
 def zero_conditioning(info: SamplerInfo) -> dict[str, NDArray[np.float32]] | None:
-    """Return text inputs of zeros for one image; None of class-conditional models."""
+    """Return text inputs of zeros for one image; None of class-conditional models.
+
+    Raises:
+        ServeError: The model's configuration asks for too many.
+    """
     if info.num_classes is not None:
         return None
     return {
-        name: np.zeros((1, *(max(size, 1) for size in shape)), np.float32)
+        name: zeros(name, (1, *shape), np.dtype(np.float32))
         for name, shape in info.text_inputs.items()
     }
+
+
+def zeros(name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return zeros for an input.
+
+    Args:
+        name: The input.
+        shape: As its model's configuration says; an axis of any size (-1) gets 1.
+        dtype: Its type.
+
+    Raises:
+        ServeError: They are more than a request may hold; kind "failed".
+    """
+    sizes = [max(size, 1) for size in shape]
+    if dtype.itemsize * math.prod(sizes) > MAX_TENSOR_BYTES:
+        raise ServeError(
+            f"{name}: the model's configuration says shape {tuple(sizes)}, expected at most "
+            f"{MAX_TENSOR_BYTES} bytes. Another server?",
+            kind="failed",
+        )
+    return np.zeros(sizes, dtype)
 
 
 @dataclass(frozen=True)
@@ -342,15 +397,37 @@ def responses(
             + (" Write the raw sample with --latents FILE.npy." if missing == ["image"] else "")
         )
     names = list(dict.fromkeys([*outputs, "step"]))
+    num = len(next(iter(inputs.values())))
     start = time.perf_counter()
     if not info.decoupled:
         arrays = connection.infer(info.name, inputs, names)
+        _check_arrays(connection, info, arrays, num)
         yield Response(arrays, (time.perf_counter() - start) * 1e3, is_last=True)
         return
     steps = int(inputs["steps"].max()) if "steps" in inputs else info.steps
     step = 0
     for arrays in connection.stream(info.name, inputs, names):
-        step = int(arrays["step"].max())
+        _check_arrays(connection, info, arrays, num)
+        before, step = step, int(arrays["step"].max())
+        if not before < step <= steps:
+            raise connection.error(
+                "failed", f"{info.name}: step {step} after {before}, expected the next of {steps}"
+            )
         yield Response(arrays, (time.perf_counter() - start) * 1e3, is_last=step >= steps)
     if step < steps:
         raise connection.error("failed", f"{info.name}: the stream ended at step {step} of {steps}")
+
+
+def _check_arrays(connection: Connection, info: SamplerInfo, arrays: Arrays, num: int) -> None:
+    """Check the shapes of what came back against the sampler's configuration."""
+    for name, array in arrays.items():
+        shape = (num, *info.outputs.get(name, (1,)))
+        fits = array.ndim == len(shape) and all(
+            found > 0 and size in (-1, found)
+            for size, found in zip(shape, array.shape, strict=True)
+        )
+        if not fits or (name == "step" and array.dtype.kind not in "iu"):
+            raise connection.error(
+                "failed",
+                f"{info.name}: {name}: received {array.dtype} {array.shape}, expected {shape}",
+            )

@@ -26,7 +26,13 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treeq_export.client.connection import DEFAULT_TIMEOUT_S, Connection, open_connection, parse_url
+from treeq_export.client.connection import (
+    DEFAULT_TIMEOUT_S,
+    Connection,
+    check_timeout,
+    open_connection,
+    parse_url,
+)
 from treeq_export.client.health import check
 from treeq_export.client.picture import to_png
 from treeq_export.client.request import (
@@ -83,6 +89,7 @@ class SideCar:
         conditioning: Path | None = None,
     ) -> None:
         parse_url(url)
+        check_timeout(timeout_s)
         self.model = model
         self._url = url
         self._timeout_s = timeout_s
