@@ -296,9 +296,22 @@ def _watch(
     help="Port of the page.",
 )
 @click.option("--address", default="127.0.0.1", show_default=True, help="Where it listens.")
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name by which browsers may know the page, beside localhost and numbers; * is any.",
+)
 @timeout_option
 def web(
-    url: str, model: str, conditioning: Path | None, port: int, address: str, timeout_s: float
+    url: str,
+    model: str,
+    conditioning: Path | None,
+    port: int,
+    address: str,
+    allow_hosts: tuple[str, ...],
+    timeout_s: float,
 ) -> None:
     """Serve a page that shows images of a Triton server, until Ctrl-C."""
     try:
@@ -309,4 +322,4 @@ def web(
         ) from error
 
     side_car = SideCar(url, model, timeout_s=timeout_s, conditioning=conditioning)
-    run_web(side_car, address, port, lambda page: say(f"{page}  Ctrl-C stops it."))
+    run_web(side_car, address, port, lambda page: say(f"{page}  Ctrl-C stops it."), allow_hosts)

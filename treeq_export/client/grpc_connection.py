@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
-from tritonclient.grpc import service_pb2 as messages
+from tritonclient.grpc import service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from treeq_export.client.answers import (
@@ -35,6 +35,7 @@ from treeq_export.client.connection import Arrays, Connection, ServerAddress, tr
 from treeq_export.errors import ServeError
 
 Form = TypeVar("Form")
+messages: Any = service_pb2  # whose classes protobuf makes at import
 
 _PLAIN = 1  # bit set of compressions: none, since a small message may stand for a huge one
 _CHANNEL = [

@@ -7,209 +7,152 @@ server stands beside it and has
     GET  /api/model   what the sampler is
     POST /api/image   {"label": 7, "seed": 1, "steps": 20, "guidance": 1.5} -> PNG and latency
     GET  /healthz     one real inference: 200 or 503, for liveness probes
+
+What waits for Triton does so in threads: a bounded number for images, one for all that ask for the
+model, one for all that ask for health. Each ends by the deadline of its exchanges, or when the page
+ends. What a client may hold is bounded in web_limits.py.
 """
 
 import asyncio
 import base64
-import dataclasses
+import functools
 import hashlib
-import queue
 import re
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treeq_export.client.connection import (
-    DEFAULT_TIMEOUT_S,
-    Connection,
-    check_timeout,
-    open_connection,
-    parse_url,
+from treeq_export.client.side_car import ImageRequest, SideCar
+from treeq_export.client.web_limits import (
+    MAX_REQUEST_BYTES,
+    Handler,
+    Limits,
+    RefusedError,
+    read_body,
 )
-from treeq_export.client.health import check
-from treeq_export.client.picture import to_png
-from treeq_export.client.request import (
-    SAMPLER,
-    load_conditioning,
-    make_inputs,
-    pick_prompt,
-    read_info,
-    sample,
-)
-from treeq_export.errors import ServeError, TreeqError
-from treeq_export.records.health import HealthRecord
+from treeq_export.errors import ServeError
+
+__all__ = ["SideCar", "content_security_policy", "make_app", "run_web", "serve_web"]
 
 Result = TypeVar("Result")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_STATUS = {"refused": 400, "failed": 502, "unreachable": 503, "timeout": 504}
-_MAX_REQUEST_BYTES = 64 * 1024
-_SHUTDOWN_TIMEOUT_S = 5.0  # for answers under way
-_NUM_THREADS = 8  # requests that wait for the server at a time
+_SHUTDOWN_TIMEOUT_S = 2.0  # for answers under way; then their exchanges are aborted
+_NUM_AT_WORK = 8  # images that Triton is asked for at a time
+_NUM_WAITING = 256  # images that wait for one of these
 
 
-class ImageRequest(BaseModel):
-    """Body of POST /api/image; what is left out is the server's default."""
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    """Run blocking work in a thread of its own, which does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    def settle(done: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            done(value)
 
-    label: int | None = None
-    prompt: int | None = None
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
+    def run() -> None:
+        try:
+            done, value = future.set_result, work()
+        except Exception as error:
+            done, value = future.set_exception, error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, done, value)
+
+    threading.Thread(target=run, name="treeq-web", daemon=True).start()
+    return await future
 
 
-class SideCar:
-    """What the page asks for, from one Triton server. Its methods block and may run in any thread.
+class _Shared:
+    """Blocking work that runs once at a time: who asks meanwhile gets the same result."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._running: asyncio.Task[Any] | None = None
+
+    async def result(self) -> Any:
+        """Return the result of the work under way, or of work that is started."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(_in_thread(self._work))
+        return await asyncio.shield(self._running)
+
+
+class _Images:
+    """Images that are made at a time, and those that wait."""
+
+    def __init__(self, side_car: SideCar) -> None:
+        self._side_car = side_car
+        self._at_work = asyncio.Semaphore(_NUM_AT_WORK)
+        self._num_waiting = 0
+
+    async def make(self, order: ImageRequest) -> dict[str, Any]:
+        """Return an image, once it is its turn.
+
+        Raises:
+            RefusedError: Too many wait, or it was not its turn in time.
+            ServeError: See `SideCar.image`.
+        """
+        if self._num_waiting >= _NUM_WAITING:
+            raise _busy()
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(self._side_car.timeout_s):
+                await self._at_work.acquire()
+        except TimeoutError as error:
+            raise _busy() from error
+        finally:
+            self._num_waiting -= 1
+        try:
+            return await _in_thread(functools.partial(self._side_car.image, order))
+        finally:
+            self._at_work.release()
+
+
+def _busy() -> RefusedError:
+    return RefusedError(503, "Busy with other images. Ask again later.", {"Retry-After": "5"})
+
+
+def make_app(side_car: SideCar, limits: Limits | None = None) -> web.Application:
+    """Return the application; it closes the side-car at its end.
 
     Args:
-        url: The Triton server.
-        model: The sampler's name on it.
-        timeout_s: Longest wait for an answer.
-        conditioning: File with embedded prompts, of a text model.
-
-    Raises:
-        ServeError: The URL is malformed.
+        side_car: Of the Triton server.
+        limits: What clients may do; None is that of a page on this machine.
     """
-
-    def __init__(
-        self,
-        url: str,
-        model: str = SAMPLER,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        conditioning: Path | None = None,
-    ) -> None:
-        parse_url(url)
-        check_timeout(timeout_s)
-        self.model = model
-        self._url = url
-        self._timeout_s = timeout_s
-        self._conditioning = conditioning
-        self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
-
-    @contextmanager
-    def _connection(self) -> Iterator[Connection]:
-        """Yield a connection that no other thread uses meanwhile."""
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            connection = open_connection(self._url, self._timeout_s)
-        try:
-            yield connection
-        finally:
-            self._idle.put(connection)
-
-    def close(self) -> None:
-        """Close all connections."""
-        with suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().close()
-
-    def describe(self) -> dict[str, Any]:
-        """Return the sampler as JSON, asked anew: a server may have loaded another version.
-
-        Raises:
-            ServeError: The server cannot be asked.
-        """
-        with self._connection() as connection:
-            info = read_info(connection, self.model)
-            num_prompts = None
-            if self._conditioning is not None:
-                rows = load_conditioning(self._conditioning, info)
-                num_prompts = len(next(iter(rows.values())))
-            return dataclasses.asdict(info) | {"url": connection.url, "num_prompts": num_prompts}
-
-    def image(self, request: ImageRequest) -> dict[str, Any]:
-        """Return one image as JSON: the PNG in base64, its settings, and the latency.
-
-        Raises:
-            ServeError: The server refuses or fails.
-        """
-        with self._connection() as connection:
-            info = read_info(connection, self.model)
-            rows = None
-            if self._conditioning is not None:
-                prompts = load_conditioning(self._conditioning, info)
-                rows = pick_prompt(prompts, request.prompt or 0)
-            inputs = make_inputs(
-                info,
-                label=request.label,
-                seed=request.seed,
-                steps=request.steps,
-                guidance=request.guidance,
-                conditioning=rows,
-            )
-            response = sample(connection, info, inputs, ["image"])
-        pixels = response.arrays["image"][0]
-        made = {
-            "label": request.label,
-            "prompt": request.prompt if rows is not None else None,
-            "seed": request.seed,
-            "step": int(response.arrays["step"].max()),
-            "guidance": info.guidance if request.guidance is None else request.guidance,
-            "model": info.model,
-            "version": info.version,
-        }
-        return made | {
-            "png": base64.b64encode(to_png(pixels, made, scale=1)).decode(),
-            "height": pixels.shape[0],
-            "width": pixels.shape[1],
-            "latency_ms": response.latency_ms,
-        }
-
-    def health(self) -> HealthRecord:
-        """Return the health of the server, by a real inference."""
-        with self._connection() as connection:
-            return check(connection, self.model)
-
-
-def make_app(side_car: SideCar) -> web.Application:
-    """Return the application; it closes the side-car at its end."""
     page = resources.files("treeq_export.client").joinpath("page.html").read_text("utf-8")
-    headers = {
-        "Content-Security-Policy": content_security_policy(page),
-        "Cache-Control": "no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-    threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="treeq-web")
-    probe = ThreadPoolExecutor(1, thread_name_prefix="treeq-web-health")  # never behind images
-
-    async def run(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    policy = {"Content-Security-Policy": content_security_policy(page)}
+    images, model, health = _Images(side_car), _Shared(side_car.describe), _Shared(side_car.health)
+    bounds = limits or Limits("127.0.0.1")
 
     async def get_page(_request: web.Request) -> web.StreamResponse:
-        return web.Response(text=page, content_type="text/html", headers=headers)
+        return web.Response(text=page, content_type="text/html", headers=policy)
 
     async def get_model(_request: web.Request) -> web.StreamResponse:
-        return web.json_response(await run(threads, side_car.describe))
+        return web.json_response(await model.result())
 
     async def post_image(request: web.Request) -> web.StreamResponse:
         # A page of another host may post forms here, but no JSON: that needs CORS.
         if request.content_type != "application/json":
-            return _error(415, "Content-Type: expected application/json.")
-        order = ImageRequest.model_validate_json(await request.read())
-        return web.json_response(await run(threads, lambda: side_car.image(order)))
+            raise RefusedError(415, "Content-Type: expected application/json.")
+        order = ImageRequest.model_validate_json(await read_body(request))
+        return web.json_response(await images.make(order))
 
     async def get_health(_request: web.Request) -> web.StreamResponse:
-        record = await run(probe, side_car.health)
+        record = await health.result()
         return web.json_response(record.as_json(), status=200 if record.healthy else 503)
 
     async def close(_app: web.Application) -> None:
-        for pool in (threads, probe):
-            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         side_car.close()
 
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=_MAX_REQUEST_BYTES)
+    @web.middleware
+    async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await bounds.answer(request, handler)
+
+    app = web.Application(middlewares=[bounded], client_max_size=MAX_REQUEST_BYTES)
     app.router.add_get("/", get_page)
     app.router.add_get("/api/model", get_model)
     app.router.add_post("/api/image", post_image)
@@ -233,30 +176,13 @@ def content_security_policy(page: str) -> str:
     )
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except ServeError as error:
-        return _error(_STATUS.get(error.kind, 500), str(error))
-    except TreeqError as error:
-        return _error(500, str(error))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        return _error(400, f"{where}: {first['msg']}.")
-
-
-def _error(status: int, line: str) -> web.Response:
-    return web.json_response({"error": line}, status=status)
-
-
 async def serve_web(
     side_car: SideCar,
     address: str,
     port: int,
     ready: Callable[[str], None],
     stop: asyncio.Event,
+    allow_hosts: Sequence[str] = (),
 ) -> None:
     """Serve until `stop` is set.
 
@@ -266,30 +192,47 @@ async def serve_web(
         port: Likewise; 0 takes a free one.
         ready: Called with the page's URL.
         stop: Ends it.
+        allow_hosts: Names that browsers may know the page by, see `Limits`.
 
     Raises:
         ServeError: The address cannot be listened on.
     """
+    limits = Limits(address, allow_hosts)
     runner = web.AppRunner(
-        make_app(side_car), access_log=None, shutdown_timeout=_SHUTDOWN_TIMEOUT_S
+        make_app(side_car, limits), shutdown_timeout=_SHUTDOWN_TIMEOUT_S, **limits.options
     )
+    listener: asyncio.Server | None = None
     try:
         await runner.setup()
         try:
-            await web.TCPSite(runner, address, port).start()
+            listener = await asyncio.get_running_loop().create_server(
+                limits.guard(runner), address, port
+            )
         except OSError as error:
             raise ServeError(
                 f"{address}:{port}: cannot listen there ({error.strerror or error}). "
                 "Choose another --port or --address."
             ) from error
         shown = f"[{address}]" if ":" in address else address
-        ready(f"http://{shown}:{runner.addresses[0][1]}/")
+        ready(f"http://{shown}:{listener.sockets[0].getsockname()[1]}/")
         await stop.wait()
     finally:
+        if listener is not None:
+            listener.close()
+        side_car_ends = asyncio.get_running_loop().call_later(
+            _SHUTDOWN_TIMEOUT_S / 2, side_car.close
+        )
         await runner.cleanup()
+        side_car_ends.cancel()
 
 
-def run_web(side_car: SideCar, address: str, port: int, ready: Callable[[str], None]) -> None:
+def run_web(
+    side_car: SideCar,
+    address: str,
+    port: int,
+    ready: Callable[[str], None],
+    allow_hosts: Sequence[str] = (),
+) -> None:
     """Serve until SIGINT or SIGTERM, a second of which does not wait; see `serve_web`.
 
     Raises:
@@ -305,6 +248,6 @@ def run_web(side_car: SideCar, address: str, port: int, ready: Callable[[str], N
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, end, number)
-        await serve_web(side_car, address, port, ready, stop)
+        await serve_web(side_car, address, port, ready, stop, allow_hosts)
 
     asyncio.run(run())
