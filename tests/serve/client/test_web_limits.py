@@ -269,6 +269,9 @@ def is_closed_while_sending(client: socket.socket) -> bool:
     try:
         for _ in range(20_000):
             client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(50):
+            time.sleep(0.1)
+            client.sendall(b"G")
     except ConnectionError:
         return True
     return False  # or a TimeoutError
