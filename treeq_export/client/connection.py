@@ -327,7 +327,7 @@ def check_timeout(timeout_s: float) -> None:
     """
     if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
         raise ServeError(
-            f"timeout: received {timeout_s:g}, expected more than 0 and at most "
+            f"timeout_s: received {timeout_s:g}, expected more than 0 and at most "
             f"{MAX_TIMEOUT_S:g} seconds. Repair the option.",
             kind="refused",
         )

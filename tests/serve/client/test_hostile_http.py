@@ -344,7 +344,7 @@ def test_the_deadline_is_the_commands(tmp_path: Any):
 def test_a_timeout_that_is_none(name: str, value: str):
     done = command(name, "--url", "127.0.0.1:1", "--timeout", value)
     assert done.exit_code == 1
-    assert done.stderr.startswith("treeq-export: timeout: received ")
+    assert done.stderr.startswith("treeq-export: timeout_s: received ")
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "0", "-1", "1e300"])
