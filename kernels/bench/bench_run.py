@@ -64,7 +64,7 @@ def time_batch(runners: dict[str, Any], inputs: dict[str, np.ndarray], rounds: i
 
 def main() -> None:
     """Time everything and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time the CPU graphs of a run.")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")])
