@@ -59,7 +59,7 @@ def test_defaults(recipe_path: Path):
     assert recipe.seed == 0
     assert (recipe.search.weight_bits, recipe.search.activation_bits) == (4, 4)
     assert recipe.search.activation_scale == "auto"
-    assert recipe.search.rotation_group == 128
+    assert recipe.search.rotation_group == "auto"
     assert recipe.search.group_size is None
     assert recipe.search.branch == BranchFormat(b_in=1, b_out=1, rank=8)
     assert recipe.compile.targets == ["portable", "ort"]
@@ -218,7 +218,7 @@ def test_all_depths_are_covered_by_every_key():
                 "bench, evaluate"
             ),
         ),
-        ("model.zzz", "checkpoint, latent_size, num_text_tokens, conditioning"),
+        ("model.zzz", "checkpoint, variant, latent_size, num_text_tokens, conditioning"),
         ("search.branch.zzz", "b_in, b_out, rank"),
         ("evaluate.gates.zzz", "max_frechet_ratio, min_class_accuracy, min_psnr_db"),
     ],
@@ -246,6 +246,10 @@ def test_an_unknown_key_is_told_before_other_problems(recipe_path: Path):
             "search.branch.rank: received 0. Input should be greater",
         ),
         ("search.rotation_group", 0, "search.rotation_group: received 0. Input should be"),
+        ("search.rotation_group", "all", "search.rotation_group: received 'all'. Input should be"),
+        ("model.latent_size", [8, 16], "model.latent_size: received [8, 16]. Value error, Latents"),
+        ("model.latent_size", "8x16", "model.latent_size: received '8x16'. Value error, Latents"),
+        ("model.latent_size", 1.5, "model.latent_size: received 1.5. Input should be a valid int"),
         (
             "search.strategy",
             "best",

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from treeq_export.artefacts import make_folder, remove_stale, write_json
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from treeq_export.model.pipeline_scheduler import (
+    check_scheduler,
+    describe_scheduler,
+    resolve_scheduler,
+)
 from treeq_export.model.zoo import Denoiser, make_denoiser
 from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
 from treeq_export.recipe import Recipe
@@ -66,13 +71,14 @@ class Workspace:
     Raises:
         OutputError: The folder cannot be created or written to, or another process works in it.
         PlanError: Its `run.json` is malformed.
+        RecipeError: The scheduler of the checkpoint's pipeline is not supported.
     """
 
     def __init__(
         self, run: Path, recipe: Recipe, recipe_path: str = "", overrides: tuple[str, ...] = ()
     ) -> None:
+        self.recipe = resolve_scheduler(recipe)
         self.run = make_folder(run)
-        self.recipe = recipe
         self.recipe_path = recipe_path
         self.overrides = overrides
         self.say: Callable[[str], None] = lambda _: None
@@ -140,13 +146,18 @@ class Workspace:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, opened and digested."""
-        return open_checkpoint(Path(self.recipe.model.checkpoint))
+        return open_checkpoint(Path(self.recipe.model.checkpoint), self.recipe.model.variant)
 
     @cached_property
     def denoiser(self) -> Denoiser:
         """The full-precision model."""
         model = load_model(self.checkpoint)
-        return make_denoiser(model, self.checkpoint, self.recipe.model)
+        denoiser = make_denoiser(model, self.checkpoint, self.recipe.model)
+        check_scheduler(self.recipe)
+        for note in (*self.checkpoint.notes, describe_scheduler(self.recipe)):
+            if note is not None:
+                self.say(note)
+        return denoiser
 
     @cached_property
     def plan(self) -> Plan:

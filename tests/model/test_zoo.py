@@ -318,7 +318,7 @@ def test_export_agrees_with_torch_at_any_batch(
     denoiser = make_tiny_denoiser(family)
     inputs = denoiser.make_example_inputs(2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
+    with torch.no_grad(), denoiser.exportable():
         program = torch.onnx.export(
             denoiser,
             tuple(inputs.values()),

@@ -105,7 +105,7 @@ def prepare_torch(
     from treeq_export.model.zoo import make_denoiser
     from treeq_export.runners.torch_runner import TorchRunner
 
-    checkpoint = open_checkpoint(Path(section.checkpoint))
+    checkpoint = open_checkpoint(Path(section.checkpoint), section.variant)
     getattr(diffusers, checkpoint.class_name)  # diffusers imports its classes on first use
 
     def load() -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from treeq_export.cli.console import json_option, main, make_stdout
+from treeq_export.cli.console import json_option, main, make_stdout, say
 from treeq_export.errors import CheckpointError, TreeqError
 
 _FLUX_SIZE = 16
@@ -15,9 +15,12 @@ _FLUX_SIZE = 16
 @main.command()
 @click.option("--run", "run", type=click.Path(path_type=Path), help="Show this run's plan.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Show a checkpoint's layers.")
+@click.option("--variant", help="Of the checkpoint's weight files, such as fp16.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of plan.json.")
 @json_option
-def inspect(run: Path | None, checkpoint: Path | None, schema: bool, as_json: bool) -> None:
+def inspect(
+    run: Path | None, checkpoint: Path | None, variant: str | None, schema: bool, as_json: bool
+) -> None:
     """Show a plan, a checkpoint's quantizable layers, or the schema of plan.json."""
     if sum((run is not None, checkpoint is not None, schema)) != 1:
         raise click.UsageError("give one of --run, --checkpoint and --schema.")
@@ -28,7 +31,7 @@ def inspect(run: Path | None, checkpoint: Path | None, schema: bool, as_json: bo
     elif run is not None:
         _inspect_run(run, as_json)
     elif checkpoint is not None:
-        _inspect_checkpoint(checkpoint, as_json)
+        _inspect_checkpoint(checkpoint, variant, as_json)
 
 
 def _inspect_run(run: Path, as_json: bool) -> None:
@@ -56,17 +59,22 @@ def _inspect_run(run: Path, as_json: bool) -> None:
     make_stdout().print(table)
 
 
-def _inspect_checkpoint(path: Path, as_json: bool) -> None:
+def _inspect_checkpoint(path: Path, variant: str | None, as_json: bool) -> None:
     from treeq_export.model.checkpoint import load_model, open_checkpoint
-    from treeq_export.model.layers import discover_linears
+    from treeq_export.model.layers import discover
     from treeq_export.model.zoo import make_denoiser
     from treeq_export.recipe import ModelSection
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, variant)
+    for note in checkpoint.notes:
+        say(note)
     # Flux states no size; the layers are the same at any.
     size = _FLUX_SIZE if checkpoint.class_name.startswith("Flux") else None
     section = ModelSection(checkpoint=str(path), latent_size=size)
-    linears = discover_linears(make_denoiser(load_model(checkpoint), checkpoint, section))
+    discovery = discover(make_denoiser(load_model(checkpoint), checkpoint, section))
+    linears = discovery.linears
+    if discovery.note is not None:
+        say(discovery.note)
     if not linears:
         raise CheckpointError(f"{path}: no quantizable layer. Check num_layers in its config.json.")
     if as_json:

@@ -46,12 +46,13 @@ def export_graph(denoiser: Denoiser, max_batch: int) -> ir.Model:
         A graph with the denoiser's inputs by name and the output "prediction".
 
     Raises:
-        CompileError: torch.onnx cannot export the model.
+        CompileError: torch.onnx cannot export the model, or it leaves out an input or freezes the
+            batch.
     """
     inputs = denoiser.make_example_inputs(_BATCH, seed=0)
     batch = torch.export.Dim("batch", min=1, max=max_batch)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), denoiser.exportable():
             program = torch.onnx.export(
                 denoiser.eval(),
                 tuple(inputs.values()),
@@ -69,4 +70,29 @@ def export_graph(denoiser: Denoiser, max_batch: int) -> ir.Model:
             "Check that the model runs with these diffusers and torch versions."
         ) from error
     assert program is not None
+    check_inputs(program.model, denoiser)
     return program.model
+
+
+def check_inputs(model: ir.Model, denoiser: Denoiser) -> None:
+    """Check that the exporter has kept every input, and the batch of each dynamic.
+
+    A constant that the network makes of its batch size, or a timestep that it turns into a number,
+    is put into the graph without a word.
+
+    Raises:
+        CompileError: Names the input.
+    """
+    found = {value.name: value for value in model.graph.inputs}
+    for name in denoiser.input_names:
+        value = found.get(name)
+        if value is None or not value.uses():
+            raise CompileError(
+                f"{denoiser.class_name}: the exported graph does not depend on its input {name}, "
+                "so torch.onnx made a constant of it. Use a model whose forward keeps it a tensor."
+            )
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise CompileError(
+                f"{denoiser.class_name}: torch.onnx froze the batch of input {name} at {_BATCH}. "
+                "Use a model whose forward makes no constant of the batch size."
+            )

@@ -129,7 +129,7 @@ class TrajectoryPool:
 
 def schedule_of(section: SamplerSection) -> tuple[Tensor, Tensor]:
     """Return the timesteps (steps,) and the coefficients a, b of each step, (steps, 2) float32."""
-    scheduler: Any = make_scheduler(section.scheduler, section.steps)
+    scheduler: Any = make_scheduler(section.definition, section.steps)
     probe = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # state and prediction of two samples
     coefficients = [
         scheduler.step(probe[1], timestep, probe[0], return_dict=False)[0]

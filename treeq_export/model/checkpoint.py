@@ -1,9 +1,9 @@
 """Opening a checkpoint and loading its weights into the diffusers network.
 
-Accepted: a folder with `config.json` and `diffusion_pytorch_model.safetensors` (or its sharded
-index, or the older `.bin`), a pipeline folder with such a `transformer/` inside, or a `.pt` file of
-facebookresearch/DiT (`dit_original`). `open_checkpoint` reads the configuration, the names and
-shapes of the tensors, and the digest; `load_model` reads the weights. Nothing touches the network.
+Accepted: a folder with `config.json` and weights (`weight_files`), a pipeline folder with such a
+`transformer/` inside, or a `.pt` file of facebookresearch/DiT (`dit_original`). `open_checkpoint`
+reads the configuration, the names of the tensors, and the digest; `load_model` reads the weights.
+Nothing touches the network.
 
 The model is built on the meta device and takes the tensors as they were read, so the weights are in
 memory once, or one and a half times while half precision is widened to float32.
@@ -13,24 +13,30 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import CheckpointError
 from treeq_export.model import dit_original
 from treeq_export.model.torch_file import read_torch_file
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-TORCH_FILE = "diffusion_pytorch_model.bin"
+from treeq_export.model.weight_files import (
+    CONFIG_FILE,
+    explain_file,
+    explain_names,
+    find_weights,
+    is_lora,
+    model_folder,
+    model_name,
+    open_safetensors,
+    read_object,
+)
 
 FAMILIES = (
     "DiTTransformer2DModel",
@@ -45,6 +51,12 @@ _LEGACY_FAMILIES = {
     "ada_norm_single": "PixArtTransformer2DModel",
 }
 _NO_BLOCKS = {"num_layers": 0, "num_single_layers": 0}
+# Tensors of published checkpoints that diffusers leaves out as well.
+_UNUSED_TENSORS = {
+    # The null caption of training, which pipelines encode instead.
+    "PixArtTransformer2DModel": frozenset({"caption_projection.y_embedding"}),
+}
+_TYPO = 0.75  # least similarity of a class name without what all of them end with
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Checkpoint:
         config: The diffusers configuration without the underscore keys.
         files: Weight files in name order.
         sha256: Digest of class, configuration and weight files; the same wherever they lie.
+        notes: What a person should know of it, a sentence each.
     """
 
     path: Path
@@ -66,42 +79,51 @@ class Checkpoint:
     config: dict[str, Any]
     files: tuple[Path, ...]
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
     """Read what a checkpoint is, without its weights.
 
     Args:
-        path: A folder in diffusers layout (model or pipeline), or an original DiT `.pt` file.
+        path: A folder in diffusers layout (model, pipeline, or repository in the Hugging Face
+            cache), or an original DiT `.pt` file.
+        variant: Of the weight files, such as "fp16"; None takes those without one, or the only
+            variant there is.
 
     Returns:
         The checkpoint with its digest.
 
     Raises:
-        CheckpointError: A file is missing, truncated or not what it should be, or the class is none
-            of `FAMILIES`.
+        CheckpointError: A file is missing, truncated or not what it should be, the class is none
+            of `FAMILIES`, or the model is quantized already.
     """
+    path = path.expanduser()
+    notes: list[str] = []
     if path.is_dir():
-        folder = _model_folder(path)
+        folder = model_folder(path)
+        if folder is None:
+            raise CheckpointError(f"{path}: {_why_no_model(path)}")
         class_name, config = _read_config(folder / CONFIG_FILE)
-        files = _weight_files(folder)
-        for file in files:
-            _check_header(file)
+        files, found = find_weights(folder, variant)
+        if found is not None:
+            notes.append(f"{folder}: weights of variant {found}, the only ones there are.")
+        names = [name for file in files for name in _names_in(file)]
+        unused = sorted(_UNUSED_TENSORS.get(class_name, frozenset()) & set(names))
+        if unused:
+            notes.append(f"{folder}: {', '.join(unused)} is not used, as in diffusers.")
     elif path.is_file():
         if path.suffix not in (".pt", ".pth"):
             raise CheckpointError(
                 f"{path}: received a {path.suffix or 'plain'} file, expected a folder with "
-                f"{CONFIG_FILE} or an original DiT .pt file. Give the folder that it lies in."
+                f"{CONFIG_FILE} or an original DiT .pt file; {explain_file(path)}"
             )
         class_name, files = "DiTTransformer2DModel", (path,)
         config = dit_original.make_config(path, read_torch_file(path))
     else:
-        raise CheckpointError(
-            f"{path}: no such file or folder. Set model.checkpoint to a diffusers folder or a .pt."
-        )
-    absolute = path.absolute()
-    name = absolute.name if path.is_dir() else absolute.stem
-    return Checkpoint(path, name, class_name, config, files, _digest(class_name, config, files))
+        raise CheckpointError(_explain_missing(path))
+    digest = _digest(class_name, config, files)
+    return Checkpoint(path, model_name(path), class_name, config, files, digest, tuple(notes))
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
@@ -119,6 +141,8 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """
     where = checkpoint.path
     tensors = _read_tensors(checkpoint)
+    for name in _UNUSED_TENSORS.get(checkpoint.class_name, ()):
+        tensors.pop(name, None)
     model = build_model(checkpoint)
     if where.is_file():
         dit_original.check_positions(where, tensors["pos_embed"], model)
@@ -134,85 +158,87 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _model_folder(path: Path) -> Path:
-    """Return the folder that holds the configuration: `path` or its `transformer/`."""
-    for folder in (path, path / "transformer"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    raise CheckpointError(
-        f"{path}: no {CONFIG_FILE}, neither in it nor in transformer/. "
-        "Give the folder that diffusers' save_pretrained wrote."
+def _why_no_model(path: Path) -> str:
+    """Say why a folder is no checkpoint, and what is."""
+    if (path / "snapshots").is_dir():
+        return (
+            "a repository of the Hugging Face cache whose main revision is not complete. "
+            "Download it again with `hf download`, or give one folder of snapshots/."
+        )
+    if (path / "adapter_config.json").is_file():
+        return (
+            "a LoRA adapter. Fuse it into its base model: pipe.load_lora_weights(...), "
+            "pipe.fuse_lora(), pipe.transformer.save_pretrained(FOLDER)."
+        )
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
+    there = f" There is {files[0].name}: {explain_file(files[0])}" if files else ""
+    return (
+        f"no {CONFIG_FILE}, neither in it nor in transformer/. "
+        f"Give the folder that diffusers' save_pretrained wrote.{there}"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Download the file again.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(
-            f"{path}: received a {type(raw).__name__}, expected an object. Download it again."
+def _explain_missing(path: Path) -> str:
+    """Say that nothing is there; a hub id or URL looks like a path in a recipe."""
+    usual = "Set model.checkpoint to a diffusers folder or a .pt."
+    url = re.search(r"https?:/+(?:www\.)?huggingface\.co/([^/]+/[^/]+)", str(path))
+    hub = url[1] if url else "/".join(path.parts[-2:])
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", hub) is not None
+    if url or (is_id and not path.parent.exists()):
+        kind = "a URL" if url else "perhaps a hub id"
+        return (
+            f"{hub}: no such file or folder, {kind}. Download it first: `hf download {hub} "
+            f"--local-dir {hub.split('/')[-1]}`, and give that folder."
         )
-    return raw
+    return f"{path}: no such file or folder. {usual}"
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the class name and the configuration without the underscore keys."""
-    raw = _read_json(path)
+    raw = read_object(path)
     class_name = str(raw.get("_class_name"))
     if class_name == _LEGACY_CLASS:
         class_name = _LEGACY_FAMILIES.get(str(raw.get("norm_type")), class_name)
     if class_name not in FAMILIES:
-        near = difflib.get_close_matches(class_name, FAMILIES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = _nearest_family(class_name)
+        hint = "is not supported." if near is None else f"is unknown. Did you mean {near}?"
         raise CheckpointError(
-            f"{path}: _class_name {class_name}: unknown.{hint} Known: {', '.join(FAMILIES)}."
+            f"{path}: _class_name {class_name} {hint} Supported: {', '.join(FAMILIES)}."
+        )
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CheckpointError(
+            f"{path}: the model is already quantized by {method or 'an unnamed method'} "
+            "(quantization_config). Use the checkpoint before quantization."
         )
     return class_name, {key: raw[key] for key in sorted(raw) if not key.startswith("_")}
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files in name order; every shard that an index names must exist."""
-    for name in (WEIGHTS_FILE, TORCH_FILE):
-        if (folder / name).is_file():
-            return (folder / name,)
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder}: no weights. Expected {WEIGHTS_FILE} (or {INDEX_FILE} and its shards) "
-            f"beside {CONFIG_FILE}; download it too."
-        )
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{index}: no weight_map. Download the file again.")
-    files = tuple(folder / name for name in sorted({str(shard) for shard in shards.values()}))
-    for file in files:
-        if not file.is_file() or file.parent != folder:
-            raise CheckpointError(
-                f"{file}: missing, but named by {INDEX_FILE}. Download this shard into {folder}."
-            )
-    return files
+def _nearest_family(class_name: str) -> str | None:
+    """Return the family of a misspelt class name; other models' names share most letters too."""
+
+    def own_part(name: str) -> str:
+        return re.sub(r"_?trans.*", "", name.lower())
+
+    def digits(name: str) -> str:
+        return "".join(re.findall(r"\d", own_part(name)))
+
+    scores = {
+        family: difflib.SequenceMatcher(None, own_part(class_name), own_part(family)).ratio()
+        for family in FAMILIES
+        if digits(family) == digits(class_name) and family[:1].lower() == class_name[:1].lower()
+    }
+    best = max(scores, key=lambda family: scores[family], default=None)
+    return best if best is not None and scores[best] >= _TYPO else None
 
 
-def _check_header(file: Path) -> None:
-    """Read the header of a weight file; a truncated file is found here."""
+def _names_in(file: Path) -> Iterable[str]:
+    """Return the names of the tensors of a weight file; a truncated file is found here."""
     if file.suffix == ".safetensors":
-        _open_safetensors(file)
-    else:
-        read_torch_file(file)
-
-
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
-            f"({error}). Download it again."
-        ) from error
+        with open_safetensors(file) as reader:
+            return list(reader.keys())
+    return read_torch_file(file)
 
 
 def _digest(class_name: str, config: dict[str, Any], files: tuple[Path, ...]) -> str:
@@ -228,7 +254,7 @@ def _read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in checkpoint.files:
         if file.suffix == ".safetensors":
-            with _open_safetensors(file) as reader:
+            with open_safetensors(file) as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         else:
             tensors |= read_torch_file(file)
@@ -273,6 +299,9 @@ def _check_names(
     missing = [name for name in expected if name not in tensors]
     unexpected = sorted(name for name in tensors if name not in expected)
     if missing:
+        explained = explain_names(tensors, where)
+        if explained is not None:
+            raise CheckpointError(f"{where}: the weights have other names; {explained}")
         near = difflib.get_close_matches(missing[0], unexpected, n=1)
         hint = f" (there is {near[0]})" if near else ""
         raise CheckpointError(
@@ -280,9 +309,12 @@ def _check_names(
             f"{len(expected)}. Weights and {CONFIG_FILE} must come from the same model."
         )
     if unexpected:
+        remedy = f"Weights and {CONFIG_FILE} must come from the same model."
+        if is_lora(unexpected[0]):
+            remedy = "It is part of a LoRA adapter: fuse that with fuse_lora() and save again."
         raise CheckpointError(
             f"{where}: {unexpected[0]}: unexpected, one of {len(unexpected)} tensors that the "
-            f"network lacks. Weights and {CONFIG_FILE} must come from the same model."
+            f"network lacks. {remedy}"
         )
 
 

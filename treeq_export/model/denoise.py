@@ -4,6 +4,7 @@
     ddim               x0 = (x - sqrt(1 - a) e) / sqrt(a);  x <- sqrt(a') x0 + sqrt(1 - a') e
 
 v and e are the network's prediction; a is the cumulative alpha of 1000 linear betas 1e-4..0.02.
+A pipeline's own scheduler is the diffusers class with the pipeline's configuration.
 Classifier-free guidance runs both halves as one batch of 2n: e = e_null + g (e_cond - e_null).
 
 A served model samples by a copy of this file, so what a server draws is what an evaluation drew.
@@ -22,6 +23,14 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 _PIXEL_CHANNELS = (1, 3)
+DDIM_CONFIG = {
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+}
 
 Predict = Callable[[dict[str, Tensor]], Tensor]  # network inputs by name -> noise or velocity
 OnStep = Callable[[int, Callable[[], Tensor]], None]
@@ -54,35 +63,43 @@ def make_noise(sample_shape: tuple[int, ...], num: int, seed: int) -> Tensor:
     return torch.randn((num, *sample_shape), generator=generator)
 
 
-def make_scheduler(name: str, steps: int) -> Any:
+def make_scheduler(scheduler: str | Mapping[str, Any], steps: int) -> Any:
     """Return a fresh diffusers scheduler with its timesteps set.
 
     Args:
-        name: "flow_match_euler" or "ddim".
+        scheduler: "flow_match_euler", "ddim", or a pipeline's: class_name, config (the fields of
+            its scheduler_config.json), mu (dynamic shift, or None) and even_sigmas (whether the
+            pipeline itself sets sigma to 1, 1 - 1/n, ..., as Flux' does).
         steps: Number of denoising steps, 1..1000.
 
     Returns:
-        FlowMatchEulerDiscreteScheduler or DDIMScheduler.
+        The scheduler.
     """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-        FlowMatchEulerDiscreteScheduler,
-    )
+    import diffusers.schedulers.scheduling_ddim as ddim
+    import diffusers.schedulers.scheduling_dpmsolver_multistep as dpm
+    import diffusers.schedulers.scheduling_flow_match_euler_discrete as flow
 
-    if name == "flow_match_euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-        return scheduler
-    scheduler = DDIMScheduler(
-        num_train_timesteps=NUM_TIMESTEPS,
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=0.02,
-        clip_sample=False,
-        prediction_type="epsilon",
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
+    if scheduler == "flow_match_euler":
+        scheduler = {
+            "class_name": "FlowMatchEulerDiscreteScheduler",
+            "config": {"shift": 1.0},
+            "mu": None,
+            "even_sigmas": True,
+        }
+    elif scheduler == "ddim":
+        scheduler = {"class_name": "DDIMScheduler", "config": DDIM_CONFIG}
+    assert not isinstance(scheduler, str)
+    name = scheduler["class_name"]
+    module = {"DDIMScheduler": ddim, "DPMSolverMultistepScheduler": dpm}.get(name, flow)
+    made = getattr(module, name).from_config(dict(scheduler["config"]))
+    if module is not flow:
+        made.set_timesteps(steps)
+    elif scheduler["even_sigmas"]:
+        sigmas = np.linspace(1, 1 / steps, steps).tolist()
+        made.set_timesteps(sigmas=sigmas, mu=scheduler["mu"])
+    else:
+        made.set_timesteps(steps, mu=scheduler["mu"])
+    return made
 
 
 @torch.no_grad()
@@ -129,13 +146,25 @@ def denoise(
         before = x
         x, *clean = scheduler.step(predicted, timestep, x, return_dict=False)
         if on_step is not None:
-            sigma = 0.0 if clean else float(scheduler.sigmas[index])
-            on_step(index + 1, _clean_sample(before, predicted, sigma, clean))
+            on_step(index + 1, _clean_sample(before, predicted, scheduler, index, clean))
     return x
 
 
 def _clean_sample(
-    before: Tensor, predicted: Tensor, sigma: float, clean: list[Tensor]
+    before: Tensor, predicted: Tensor, scheduler: Any, index: int, clean: list[Tensor]
 ) -> Callable[[], Tensor]:
     """Return what computes x0: DDIM's scheduler has it, rectified flow's is x - s v."""
-    return lambda: clean[0] if clean else before - sigma * predicted
+
+    def compute() -> Tensor:
+        if clean:
+            return clean[0]
+        sigma = float(scheduler.sigmas[index])
+        kind = scheduler.config.get("prediction_type", "flow_prediction")
+        if kind == "flow_prediction":
+            return before - sigma * predicted
+        alpha = (1 + sigma**2) ** -0.5  # DPM-Solver counts sigma in units of alpha
+        if kind == "epsilon":
+            return (before - alpha * sigma * predicted) / alpha
+        return alpha * (before - sigma * predicted) if kind == "v_prediction" else predicted
+
+    return compute

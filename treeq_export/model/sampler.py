@@ -60,7 +60,7 @@ def sample(
             predict,
             x,
             {name: tensor[rows] for name, tensor in conditioning.items()},
-            make_scheduler(section.scheduler, section.steps),
+            make_scheduler(section.definition, section.steps),
             guidance_scale=section.guidance_scale,
             null_conditioning=denoiser.null_conditioning(len(x)),
             on_step=count,

@@ -12,7 +12,8 @@ All but class_labels are float32. What does not depend on the batch (Flux' posit
 resolution) is a constant inside, so that exported graphs have these inputs only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from treeq_export.model.denoise import NUM_TIMESTEPS
 from treeq_export.recipe import ModelSection
 
 _PIXELS_PER_LATENT = 8  # of the autoencoder that PixArt's resolution condition refers to
+_NUM_TEXT_TOKENS = 16  # of random text
 _GUIDANCE = 3.5  # what guidance-distilled Flux is published with
 
 
@@ -65,6 +67,10 @@ class Denoiser(nn.Module):
             (b, *sample_shape) float32, with more channels where the network learned sigma.
         """
         raise NotImplementedError
+
+    def exportable(self) -> AbstractContextManager[None]:
+        """Return a context in which the network has only what torch.onnx exports."""
+        return nullcontext()
 
     def prediction(self, output: Tensor) -> Tensor:
         """Return the predicted noise or velocity: the output without learned-sigma channels.
@@ -161,11 +167,7 @@ class PixArtDenoiser(Denoiser):
         row_shapes: Mapping[str, tuple[int, ...]],
         prompts: Mapping[str, Tensor] | None,
     ) -> None:
-        from diffusers.models.attention_processor import AttnProcessor
-
         super().__init__(model, sample_shape, row_shapes, prompts)
-        # The fused attention of the default processor does not export together with a mask.
-        cast(Any, model).set_attn_processor(AttnProcessor())
         self.use_size = bool(cast(Any, model).use_additional_conditions)
         side = float(sample_shape[-1] * _PIXELS_PER_LATENT)
         self.register_buffer("resolution", torch.tensor([[side, side]]), persistent=False)
@@ -189,6 +191,22 @@ class PixArtDenoiser(Denoiser):
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
+
+    @contextmanager
+    def exportable(self) -> Iterator[None]:
+        """Replace fused attention, which does not export together with a mask, by plain products.
+
+        These hold the scores of all pairs of tokens, which at 1024 pixels take 1 GB a row.
+        """
+        from diffusers.models.attention_processor import AttnProcessor
+
+        model = cast(Any, self.model)
+        before = model.attn_processors
+        model.set_attn_processor(AttnProcessor())
+        try:
+            yield
+        finally:
+            model.set_attn_processor(before)
 
     def make_conditioning(self, num: int, seed: int) -> dict[str, Tensor]:
         """Return text embeddings; random ones have no masked tokens."""
@@ -278,18 +296,32 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
         The denoiser in evaluation mode.
 
     Raises:
-        RecipeError: The latent size is missing or does not fit the patches.
+        RecipeError: The latent size is missing or does not fit the patches, or the model takes no
+            text and the section has some, or the text is of another length than it says.
         CheckpointError: The conditioning file does not fit, or the output has other channels.
     """
     config = _config(model)
     _check_channels(checkpoint, config)
     if checkpoint.class_name == "DiTTransformer2DModel":
+        for key in ("conditioning", "num_text_tokens"):
+            if getattr(section, key) is not None:
+                raise RecipeError(
+                    f"model.{key}: received {getattr(section, key)}, but DiTTransformer2DModel "
+                    "takes class labels, no text. Remove the key."
+                )
         return DiTDenoiser(model, _image_shape(config, section)).eval()
-    row_shapes = text_shapes(checkpoint.class_name, config, section.num_text_tokens)
+    num_text_tokens = section.num_text_tokens or _NUM_TEXT_TOKENS
+    row_shapes = text_shapes(checkpoint.class_name, config, num_text_tokens)
     prompts = None
     if section.conditioning is not None:
         prompts = load_prompts(Path(section.conditioning), row_shapes)
         row_shapes = {name: tuple(rows.shape[1:]) for name, rows in prompts.items()}
+        found = row_shapes["encoder_hidden_states"][0]
+        if section.num_text_tokens not in (None, found):
+            raise RecipeError(
+                f"model.num_text_tokens: received {section.num_text_tokens}, but the prompts of "
+                f"model.conditioning have {found}. Remove the key; the file decides."
+            )
     if checkpoint.class_name == "FluxTransformer2DModel":
         return FluxDenoiser(model, _packed_shape(config, section), row_shapes, prompts).eval()
     shape = _image_shape(config, section)

@@ -95,7 +95,7 @@ def _yaml_problem(error: Exception) -> str:
 def _first_problem(error: ValidationError) -> str:
     """Say the first problem in one line, with the nearest known key for a misspelt one."""
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(_field_path(first["loc"]))
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -104,6 +104,18 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: missing. Add it."
     return f"{where}: received {first['input']!r:.60}. {first['msg']}."
+
+
+def _field_path(location: Sequence[int | str]) -> list[str]:
+    """Return a place in the recipe without what pydantic adds for the members of a union."""
+    path = [str(part) for part in location]
+    while (
+        len(path) > 1
+        and isinstance(location[len(path) - 1], str)
+        and (path[-1].startswith("literal[") or path[-1].startswith("constrained-"))
+    ):
+        path.pop()
+    return path
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
@@ -119,7 +131,7 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: str | None) -> str | None:
-        return None if path is None else str((folder / path).resolve())
+        return None if path is None else str((folder / Path(path).expanduser()).resolve())
 
     model = recipe.model.model_copy(
         update={

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
 
 Positive = Annotated[int, Field(ge=1)]
@@ -11,6 +12,12 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, strict=False)]
 Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
+
+
+def _check_square(size: Any) -> Any:
+    if isinstance(size, list) or (isinstance(size, str) and "x" in size):
+        raise ValueError("Latents are square: give one number, their height and width")
+    return size
 
 
 class Section(BaseModel):
@@ -24,31 +31,68 @@ class ModelSection(Section):
 
     Attributes:
         checkpoint: Folder in diffusers layout, or an original DiT `.pt` file.
+        variant: Of the weight files, such as "fp16"; None takes those without one, or the only
+            variant there is.
         latent_size: Height and width of the latent; None takes the config's sample_size.
-        num_text_tokens: Text tokens of random conditioning (PixArt, SD3, Flux).
+        num_text_tokens: Text tokens of random conditioning (PixArt, SD3, Flux); None is 16.
         conditioning: Safetensors file with text embeddings, one row per prompt; None is random.
     """
 
     checkpoint: str
-    latent_size: Positive | None = None
-    num_text_tokens: Positive = 16
+    variant: str | None = None
+    latent_size: Annotated[Positive | None, BeforeValidator(_check_square)] = None
+    num_text_tokens: Positive | None = None
     conditioning: str | None = None
+
+
+class PipelineScheduler(Section):
+    """A diffusers scheduler, as a pipeline configures it.
+
+    Attributes:
+        class_name: The class.
+        config: Fields of its scheduler_config.json; others have diffusers' defaults.
+        mu: Shift of a flow with use_dynamic_shifting, which depends on the number of tokens.
+        even_sigmas: Whether the pipeline itself sets sigma to 1, 1 - 1/n, ..., as Flux' does.
+    """
+
+    class_name: Literal[
+        "FlowMatchEulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"
+    ]
+    config: dict[str, Any] = {}
+    mu: Annotated[float, Field(strict=False)] | None = None
+    even_sigmas: bool = False
 
 
 class SamplerSection(Section):
     """How images are sampled.
 
     Attributes:
-        scheduler: "flow_match_euler" (rectified flow) or "ddim" (noise prediction).
+        scheduler: "flow_match_euler" (rectified flow, shift 1), "ddim" (noise prediction), or
+            "pipeline". Where the recipe says nothing it is the one in the checkpoint's
+            scheduler/scheduler_config.json, and flow_match_euler where there is no such file.
+        pipeline_scheduler: What "pipeline" is; read from that file where the recipe has none.
         steps: Number of denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         batch_size: Images per forward pass; results do not depend on it.
     """
 
-    scheduler: Literal["flow_match_euler", "ddim"] = "flow_match_euler"
+    scheduler: Literal["flow_match_euler", "ddim", "pipeline"] = "flow_match_euler"
+    pipeline_scheduler: PipelineScheduler | None = None
     steps: Positive = 25
     guidance_scale: Annotated[float, Field(ge=1.0, strict=False)] = 1.0
     batch_size: Positive = 50
+
+    @property
+    def definition(self) -> str | dict[str, Any]:
+        """What `make_scheduler` takes."""
+        if self.scheduler != "pipeline":
+            return self.scheduler
+        if self.pipeline_scheduler is None:
+            raise RecipeError(
+                "sampler.scheduler: pipeline, but none was read. Give sampler.pipeline_scheduler, "
+                "or a pipeline's folder as model.checkpoint."
+            )
+        return self.pipeline_scheduler.model_dump(mode="json")
 
 
 class BudgetSection(Section):
@@ -106,7 +150,8 @@ class SearchSection(Section):
         threads: Torch threads of each process; another number may round differently.
         activation_scale: "auto" is token_rms below 7 bits and token_absmax from 7 on.
         group_size: Input channels that share a weight scale; None is one scale per channel.
-        rotation_group: Hadamard group, a power of two that divides each layer's in_features.
+        rotation_group: Hadamard group: "auto" is, for each layer, the largest power of two up to
+            128 that divides its in_features; a number has to divide those of every layer.
         branch: Shape of the Monarch branch; None is no branch.
         branch_budget: Choose each layer's branch by measured output error instead.
         exclude: Glob patterns of layers that stay in floating point.
@@ -131,7 +176,7 @@ class SearchSection(Section):
     threads: Positive = 1
     activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
     group_size: Positive | None = None
-    rotation_group: Positive = 128
+    rotation_group: Positive | Literal["auto"] = "auto"
     branch: BranchFormat | None = BranchFormat(b_in=1, b_out=1, rank=8)
     branch_budget: BranchBudget | None = None
     exclude: list[str] = []

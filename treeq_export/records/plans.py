@@ -103,6 +103,7 @@ class SearchRecord(Record):
         front: Configurations measured at the root.
         branches: Branch shapes chosen and what they were chosen from, by layer.
         finalists: What the last choice was made among; empty for other strategies than "tss".
+        unused_layers: Layers on which no prediction depends; they are in no plan.
     """
 
     strategy: str
@@ -117,6 +118,7 @@ class SearchRecord(Record):
     front: list[SearchPoint]
     branches: dict[str, list[dict[str, Any]]]
     finalists: list[SearchFinalist] = Field(default_factory=list[SearchFinalist])
+    unused_layers: list[str] = Field(default_factory=list[str])
 
 
 class FinetunePoint(Record):

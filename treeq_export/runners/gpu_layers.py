@@ -21,10 +21,9 @@ from treeq_export.model.quantized import put_module, quantized_layers
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.numerics import dequantize_weight
-from treeq_export.quant.rotation import rotate
+from treeq_export.quant.rotation import MAX_GROUP, rotate
 from treeq_export.runners import gpu_ops
 
-MAX_ROTATION = 128
 WORD = 32
 
 Codes = tuple[Tensor, Tensor]
@@ -158,10 +157,10 @@ def check_supported(layer: LayerPlan) -> None:
             f"{layer.name}: group_size {group}, expected a multiple of {WORD} for the GPU kernels. "
             "Search again with another group_size."
         )
-    if rotation > MAX_ROTATION:
+    if rotation > MAX_GROUP:
         raise RunnerError(
-            f"{layer.name}: rotation_group {rotation}, expected at most {MAX_ROTATION} for the GPU "
-            f"kernels. Search again with search.rotation_group {MAX_ROTATION}."
+            f"{layer.name}: rotation_group {rotation}, expected at most {MAX_GROUP} for the GPU "
+            f"kernels. Search again with search.rotation_group {MAX_GROUP}."
         )
 
 

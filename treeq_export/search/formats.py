@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from treeq_export.model.layers import LinearInfo
 from treeq_export.plan import LayerPlan, TreePath
+from treeq_export.quant.rotation import largest_group
 from treeq_export.quant.spec import ActivationFormat, ActivationScale, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
 from treeq_export.search.tree import Configuration, Leaf
@@ -57,6 +58,7 @@ def make_layer_plan(
     Raises:
         FormatError: A group, rotation or branch does not fit the layer.
     """
+    group = section.rotation_group
     layer = LayerPlan(
         name=linear.name,
         in_features=linear.in_features,
@@ -64,7 +66,7 @@ def make_layer_plan(
         tree=TreePath(block=linear.block, position=linear.position, leaf=linear.leaf),
         weight=WeightFormat(bits=weight_bits, group_size=section.group_size),
         activation=make_activation_format(activation_bits, section.activation_scale),
-        rotation_group=section.rotation_group,
+        rotation_group=largest_group(linear.in_features) if group == "auto" else group,
         branch=branch,
     )
     layer.check_shapes()

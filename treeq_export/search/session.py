@@ -79,7 +79,7 @@ class Session:
         recipe = Recipe.model_validate_json(self.recipe)
         torch.set_num_threads(recipe.search.threads)
         if denoiser is None:
-            checkpoint = open_checkpoint(Path(recipe.model.checkpoint))
+            checkpoint = open_checkpoint(Path(recipe.model.checkpoint), recipe.model.variant)
             denoiser = make_denoiser(load_model(checkpoint), checkpoint, recipe.model)
         found = discover_linears(denoiser)
         linears = [linear for linear in found if linear.name in self.names]

@@ -15,7 +15,7 @@ import torch
 
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
-from treeq_export.model.layers import LinearInfo, discover_linears
+from treeq_export.model.layers import LinearInfo, discover
 from treeq_export.model.replay import block_names
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
@@ -188,7 +188,10 @@ class _Search:
         self._on_step = on_step
         self._say = say
         self._started = perf_counter()
-        found = discover_linears(denoiser)
+        discovery = discover(denoiser)
+        found, self._unused = discovery.linears, discovery.unused
+        if discovery.note is not None:
+            say(discovery.note)
         if not found:
             raise CheckpointError(
                 f"{checkpoint.path}: no quantizable layer, that is no linear in a transformer "
@@ -375,6 +378,7 @@ class _Search:
             front=outcome.front if outcome else [],
             finalists=describe_finalists(context, outcome) if context and outcome else [],
             branches={name: [describe_trial(t) for t in tried] for name, tried in trials.items()},
+            unused_layers=self._unused,
         )
 
 

@@ -233,7 +233,7 @@ def _make_settings(
     is_labelled = isinstance(denoiser, DiTDenoiser)
     return SamplerSettings(
         network=network,
-        scheduler=recipe.sampler.scheduler,
+        scheduler=recipe.sampler.definition,
         steps=recipe.sampler.steps,
         guidance_scale=recipe.sampler.guidance_scale,
         sample_shape=list(denoiser.sample_shape),

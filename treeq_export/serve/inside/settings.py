@@ -45,7 +45,7 @@ class SamplerSettings:
 
     Attributes:
         network: Its denoiser.
-        scheduler: "flow_match_euler" or "ddim".
+        scheduler: What `make_scheduler` takes.
         steps: Where a request names none.
         guidance_scale: Likewise.
         sample_shape: Of one sample.
@@ -60,7 +60,7 @@ class SamplerSettings:
     """
 
     network: NetworkSettings
-    scheduler: str
+    scheduler: str | dict[str, Any]
     steps: int
     guidance_scale: float
     sample_shape: list[int]
