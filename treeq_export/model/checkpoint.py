@@ -27,6 +27,7 @@ from treeq_export.errors import CheckpointError
 from treeq_export.model import dit_original
 from treeq_export.model.torch_file import read_torch_file
 from treeq_export.model.weight_files import (
+    AGAIN,
     CONFIG_FILE,
     explain_file,
     explain_names,
@@ -34,9 +35,9 @@ from treeq_export.model.weight_files import (
     is_lora,
     model_folder,
     model_name,
-    open_safetensors,
-    read_object,
+    open_weights,
 )
+from treeq_export.reading import read_object
 
 FAMILIES = (
     "DiTTransformer2DModel",
@@ -195,7 +196,7 @@ def _explain_missing(path: Path) -> str:
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the class name and the configuration without the underscore keys."""
-    raw = read_object(path)
+    raw = read_object(path, error=CheckpointError, remedy=AGAIN)
     class_name = str(raw.get("_class_name"))
     if class_name == _LEGACY_CLASS:
         class_name = _LEGACY_FAMILIES.get(str(raw.get("norm_type")), class_name)
@@ -236,8 +237,8 @@ def _nearest_family(class_name: str) -> str | None:
 def _names_in(file: Path) -> Iterable[str]:
     """Return the names of the tensors of a weight file; a truncated file is found here."""
     if file.suffix == ".safetensors":
-        with open_safetensors(file) as reader:
-            return list(reader.keys())
+        with open_weights(file) as reader:
+            return list(reader.header)
     return read_torch_file(file)
 
 
@@ -254,8 +255,8 @@ def _read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in checkpoint.files:
         if file.suffix == ".safetensors":
-            with open_safetensors(file) as reader:
-                tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            with open_weights(file) as reader:
+                tensors |= {name: reader.get(name) for name in reader.header}
         else:
             tensors |= read_torch_file(file)
     return tensors
@@ -279,7 +280,9 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
         with torch.device("meta"):
             model = kind(**config)
         computed = dict(kind(**small).named_buffers())
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers raises what its code meets
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{checkpoint.path}: {CONFIG_FILE} describes no {checkpoint.class_name} ({reason}). "

@@ -6,9 +6,9 @@ scheduler/scheduler_config.json. Schedulers whose steps are drawn at random have
 precision and quantized samples are compared from equal noise.
 """
 
-import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ import torch
 from treeq_export.errors import RecipeError
 from treeq_export.model.denoise import DDIM_CONFIG, make_scheduler
 from treeq_export.model.weight_files import CONFIG_FILE, model_folder
+from treeq_export.reading import read_object
 from treeq_export.recipe import PipelineScheduler, Recipe
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -144,18 +145,8 @@ def _find_file(recipe: Recipe) -> Path | None:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"{file}: cannot be read ({error}). Restore it, or set sampler.scheduler to {_OWN}."
-        ) from error
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{file}: received a {type(raw).__name__}, expected an object. Restore it, or set "
-            f"sampler.scheduler to {_OWN}."
-        )
-    return raw
+    remedy = f"Restore it, or set sampler.scheduler to {_OWN}."
+    return read_object(file, error=RecipeError, remedy=remedy)
 
 
 def _read(file: Path, recipe: Recipe) -> PipelineScheduler:
@@ -195,11 +186,9 @@ def _read(file: Path, recipe: Recipe) -> PipelineScheduler:
 
 
 def _model_config(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}  # whoever opens the checkpoint says so
-    return raw if isinstance(raw, dict) else {}
+    with suppress(RecipeError):  # whoever opens the checkpoint says so
+        return read_object(file, error=RecipeError, remedy="")
+    return {}
 
 
 def _dynamic_shift(

@@ -6,16 +6,14 @@ before the suffix (diffusion_pytorch_model.fp16.safetensors) or before an index'
 """
 
 import errno
-import json
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from treeq_export.errors import CheckpointError
+from treeq_export.reading import TensorFile, open_safetensors, read_object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -33,6 +31,7 @@ _SINGLE_FILE = {
     "FluxTransformer2DModel": re.compile(r"(^|\.)(double|single)_blocks\.\d+\."),
     "SD3Transformer2DModel": re.compile(r"(^|\.)joint_blocks\.\d+\."),
 }
+AGAIN = "Download the file again."
 _PREFIX = "model.diffusion_model."
 
 
@@ -149,7 +148,7 @@ def _what_is_there(folder: Path) -> str:
 
 def _read_index(index: Path) -> tuple[Path, ...]:
     """Return the shards in name order; each must exist beside the index."""
-    shards = read_object(index).get("weight_map")
+    shards = read_object(index, error=CheckpointError, remedy=AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index}: no weight_map. Download the file again.")
     files = tuple(index.parent / name for name in sorted({str(s) for s in shards.values()}))
@@ -162,25 +161,6 @@ def _read_index(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file cannot be read or is none.
-    """
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Download the file again.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(
-            f"{path}: received a {type(raw).__name__}, expected an object. Download it again."
-        )
-    return raw
-
-
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return the error for a file that the operating system does not let us read."""
     denied = error.errno in (errno.EACCES, errno.EPERM)
@@ -188,23 +168,20 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read ({error.strerror}). {remedy}.")
 
 
-def open_safetensors(file: Path) -> Any:
-    """Open a safetensors file with `safe_open`.
+def open_weights(file: Path) -> AbstractContextManager[TensorFile]:
+    """Open a safetensors file.
 
     Raises:
         CheckpointError: It cannot be read, is truncated or damaged.
     """
     try:
         with file.open("rb"):
-            pass  # safetensors takes every error for a missing file
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
-            f"({error}). Download it again."
-        ) from error
+            pass
     except OSError as error:
         raise unreadable(file, error) from error
+    return open_safetensors(
+        file, error=CheckpointError, remedy="Download it again.", framework="pt"
+    )
 
 
 def explain_file(file: Path) -> str:
@@ -212,8 +189,8 @@ def explain_file(file: Path) -> str:
     if file.suffix == ".gguf":
         return "it is quantized already. Use the checkpoint before quantization."
     if file.suffix == ".safetensors":
-        with open_safetensors(file) as reader:
-            explained = explain_names(reader.keys(), file)
+        with open_weights(file) as reader:
+            explained = explain_names(reader.header, file)
         if explained is not None:
             return explained
         if (file.parent / CONFIG_FILE).is_file() and file.name == WEIGHTS_FILE:
