@@ -7,7 +7,7 @@
 # make serve  the demo's run on a real Triton server: images, health, a load test; no GPU needed
 # make test   every rule of the product in minutes: all tests but those of the long tier
 # make test-all  all tests, with branch coverage
-# make apt    Debian packages for the tests: an ARM compiler with an emulator, and a browser, where
+# make apt    Debian packages for the tests of the long tier: compilers, emulators and a browser, where
 #             root can install them
 # make check  format, lint, types, import order, then make test: the one gate
 # make wheel  build the wheel and try it in an empty environment
@@ -29,14 +29,13 @@ TEST_CPU_S ?= 5
 
 .PHONY: apt venv triton-env foreign-env demo engines serve test test-all check wheel clean
 
-# What the tests need beside Python: an ARM compiler, an emulator, a browser.
+# What the long tier needs beside Python: compilers, a disassembler, emulators, a browser.
 apt:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && \
-	  command -v chromium >/dev/null || \
-	  { apt-get update -qq; \
-	    apt-get install -y -qq g++ g++-aarch64-linux-gnu qemu-user chromium >/dev/null; } || \
-	  echo "apt: not installed; the tests of the ARM kernels and of the web page are skipped"; fi
+	@missing=; for tool in g++ objdump aarch64-linux-gnu-g++ qemu-aarch64 qemu-x86_64 chromium; do \
+	  command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
+	  apt-get install -y -qq g++ binutils g++-aarch64-linux-gnu qemu-user chromium; } >/dev/null || \
+	echo "apt: missing:$$missing; the tests that need them are skipped"
 
 venv: $(VENV)/.installed
 

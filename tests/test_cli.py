@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from tests.commands import measure_nothing
 from treeq_export import __version__, pipeline
 from treeq_export.bench import stage as bench_stage
 from treeq_export.cli import console, main, stages
 from treeq_export.errors import CompileError, GateError, TreeqError
 from treeq_export.plan import json_schema, load_plan, plan_to_json
-from treeq_export.records import BenchMemory
 from treeq_export.stages import STAGE_NAMES
 
 UNREACHABLE = "validate.gates.min_end_to_end_sqnr_db=1000"
@@ -38,13 +38,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_memory_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bench measures no memory, which takes a process per target and has its own tests."""
-
-    def measure(target: str, *_: Any) -> BenchMemory:
-        return BenchMemory(
-            target=target, after_load_bytes=1, peak_bytes=1, file_bytes=1, load_s=0.1
-        )
-
-    monkeypatch.setattr(bench_stage, "measure_memory", measure)
+    monkeypatch.setattr(bench_stage, "measure_memory", measure_nothing)
 
 
 class TestUsage:
