@@ -280,6 +280,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_emulated_record_is_complete_and_untimed(emulated: Path):
     record = json.loads((emulated / "bench.json").read_bytes())
     assert record["emulated"] is True
@@ -295,6 +296,7 @@ def test_the_emulated_record_is_complete_and_untimed(emulated: Path):
     assert {"tensorrt_fp16", "tensorrt_fp8"} <= set(record["summary"]["missing"])
 
 
+@pytest.mark.slow
 def test_a_finished_part_is_not_done_again(emulated: Path, bench: Any, tmp_path: Path):
     module = bench("gpu_qlinear")
     session = module.Session(
@@ -325,6 +327,7 @@ def test_without_a_gpu_it_is_one_line(command: tuple[str, ...], tmp_path: Path):
     assert "no CUDA GPU" in done.stderr
 
 
+@pytest.mark.slow
 def test_end_to_end_emulated(tmp_path: Path):
     """One block with our layers at 3 bits, with a branch, and compiled around."""
     only = "eager_bf16,w3a3,w3a3_r16"

@@ -318,6 +318,7 @@ def count_values(run: Path) -> int:
         return database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_finds_the_same_plan(
     search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ):
@@ -344,6 +345,7 @@ def test_a_killed_search_goes_on_and_finds_the_same_plan(
     assert record.network_mse == first.network_mse
 
 
+@pytest.mark.slow
 def test_ray_workers_find_the_same_plan(
     search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ):
