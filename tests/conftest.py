@@ -7,6 +7,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 pytest_plugins = [
+    "pytester",  # test_tiers
     "tests.export_cache",
     "tests.tiers",
     "tests.tiny_models",

@@ -63,6 +63,7 @@ def test_audit_finds_integers_only(compiled_family: Any):
         assert all(layer.integer for layer in entry.audit)
 
 
+@pytest.mark.slow
 def test_parity_gates_pass(compiled_family: Any):
     record = run_validate(
         compiled_family.run,
