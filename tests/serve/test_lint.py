@@ -52,6 +52,34 @@ def test_paths_below_the_final_root_are_looked_up_below_the_root(tmp_path: Path)
     assert f'Write "{here}".' in found[0].message
 
 
+@pytest.mark.parametrize("name", ["x y", "x'y", "x$y", "x;y", 'x"y', "x\\y", "x\ny", "x(y)", "x*"])
+def test_a_path_that_the_python_backend_cannot_have(tmp_path: Path, name: str) -> None:
+    root = write_repository(tmp_path / name, [NO_LIBRARY])
+    (finding,) = (each for each in lint_repository(root) if each.rule == "path-is-fit")
+    assert finding.path == Path()
+    assert "which Triton's Python backend cannot have in a path. Move" in finding.message
+    assert "\n" not in finding.message
+    assert run(root).exit_code == 1
+    here = write_repository(tmp_path / "fit", [NO_LIBRARY])
+    assert {each.rule for each in lint_repository(here, root)} == {"path-is-fit"}
+    assert lint_repository(root, here) == []
+
+
+@pytest.mark.parametrize("name", ["x-y_z.1", "grüße", "a,b:c=d@e%f+g~h^i"])
+def test_a_path_that_it_can_have(tmp_path: Path, name: str) -> None:
+    assert lint_repository(write_repository(tmp_path / name, [NO_LIBRARY])) == []
+
+
+def test_a_library_of_another_copy(tmp_path: Path) -> None:
+    first = write_repository(tmp_path / "first")
+    library = first / "denoiser" / "lib" / "libtreeq_ort.so"
+    there: Edit = ("denoiser", str(FINAL_ROOT / "denoiser/lib/libtreeq_ort.so"), str(library))
+    assert lint_repository(write_repository(tmp_path / "first", [there])) == []
+    found = lint_repository(write_repository(tmp_path / "second", [there]))
+    assert {each.rule for each in found} == {"op-library"}
+    assert "in another copy of this repository" in found[0].message
+
+
 def test_a_finding_about_a_file_is_made_once(tmp_path: Path) -> None:
     found = lint_repository(write_repository(tmp_path, [(GRAPH, None, None)]), FINAL_ROOT)
     assert [(finding.path, finding.rule) for finding in found] == [(Path(GRAPH), "model-file")]

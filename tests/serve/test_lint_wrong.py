@@ -72,6 +72,30 @@ WRONG = [
         (MANIFEST, None, "[]"),
     ),
     wrong(
+        "manifest-is-readable",
+        "received what cannot be read (RecursionError",
+        (MANIFEST, None, "[" * 100_000),
+    ),
+    *(
+        wrong("launch-is-guarded", words, ("launch.sh", None, f"tritonserver {options}\n"))
+        for words, options in (
+            ("received --http-address none", "--model-control-mode=explicit"),
+            ("received --grpc-address none", "--model-control-mode poll --http-address=10.0.0.1"),
+            (
+                "received --http-address 0.0.0.0",
+                "--model-control-mode=explicit --http-address=0.0.0.0 --grpc-address=127.0.0.1",
+            ),
+            (
+                "received --grpc-address ${A:-0.0.0.0}",
+                "--model-control-mode=explicit --http-address=::1 --grpc-address=${A:-0.0.0.0}",
+            ),
+            (
+                "received --grpc-address [::]",
+                "--model-control-mode=explicit --http-address=10.0.0.1 --grpc-address=[::]",
+            ),
+        )
+    ),
+    wrong(
         "key-is-unique",
         'parameters: received key "treeq_steps" more than once',
         add(parameter("treeq_steps", "3"), SAMPLER),

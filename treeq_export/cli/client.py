@@ -228,6 +228,8 @@ def health(
         raise ServeError(f"{record.url}: {record.summary()}", kind="failed")
     if not as_json:
         click.echo(f"{record.url}: {record.summary()}")
+        if record.doubt is not None:
+            say(record.doubt)
 
 
 def _check(url: str, model: str, heal: bool, timeout_s: float) -> "HealthRecord":

@@ -84,4 +84,9 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(written.manifest.model_dump_json(indent=2))
         return
     say(f"wrote {written.root}, version {written.version}: {', '.join(written.served.models)}")
+    if written.manifest.root is not None:
+        say(
+            f"It runs at {written.manifest.root} only: its configuration names the library of our "
+            "operators there. Write it with --root PLACE for another place."
+        )
     click.echo(written.root / "launch.sh")

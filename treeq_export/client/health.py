@@ -7,11 +7,13 @@ compute: the sampler for one step, everything it is made of for the answer to ze
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treeq_export.client.answers import clean
 from treeq_export.client.connection import Connection
 from treeq_export.client.request import (
     SAMPLER,
@@ -35,6 +37,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 _DIED = "is not healthy"  # in what Triton says of a model whose process has died
 _UNLOADED_WITHIN_S = 10.0
+_MAX_VERSION = 40  # characters
 
 
 def check(connection: Connection, model: str = SAMPLER) -> HealthRecord:
@@ -56,7 +59,12 @@ def check(connection: Connection, model: str = SAMPLER) -> HealthRecord:
     except ServeError as error:
         line = str(error).removeprefix(f"{connection.url}: ")
         return HealthRecord(url=connection.url, live=live, ready=ready, models=[], error=line)
-    return HealthRecord(url=connection.url, live=live, ready=ready, models=models)
+    found = HealthRecord(url=connection.url, live=live, ready=ready, models=models)
+    if found.healthy:
+        with suppress(ServeError):  # which may be restricted
+            version = clean(connection.server_version(), _MAX_VERSION)
+            return found.model_copy(update={"server_version": version})
+    return found
 
 
 def check_model(connection: Connection, name: str, sampler: str = SAMPLER) -> ModelHealth:

@@ -1,10 +1,13 @@
 """Record of a server's health: what it says of itself, and what one real inference says."""
 
+import re
 from typing import Any
 
 from pydantic import Field
 
 from treeq_export.records.base import Record
+
+_AFTER_BULLETIN = (2, 70)  # of June 2026, by the count of monthly releases from 2.73 of September
 
 
 class ModelHealth(Record):
@@ -34,6 +37,7 @@ class HealthRecord(Record):
         ready: Whether it says that it and all models are ready; no proof that they work.
         models: The sampler first, then what it is made of, as far as loaded.
         reloaded: Models that were unloaded and loaded before this check, in order.
+        server_version: What the server says of itself, such as "2.51.0"; "" where it is not known.
         error: Why the server could not be asked, or a model not be loaded; None where it could.
     """
 
@@ -42,12 +46,25 @@ class HealthRecord(Record):
     ready: bool | None
     models: list[ModelHealth]
     reloaded: list[str] = Field(default_factory=list)
+    server_version: str = ""
     error: str | None = None
 
     @property
     def healthy(self) -> bool:
         """Whether every model answered a real request."""
         return self.error is None and bool(self.models) and all(m.healthy for m in self.models)
+
+    @property
+    def doubt(self) -> str | None:
+        """What speaks against a server that is healthy: its age; None where nothing does."""
+        match = re.match(r"(\d{1,9})\.(\d{1,9})", self.server_version)
+        if match is None or (int(match[1]), int(match[2])) >= _AFTER_BULLETIN:
+            return None
+        return (
+            f"{self.url}: Triton {self.server_version} may lack the fixes of NVIDIA's security "
+            "bulletin 5828 of 20 May 2026, an authentication bypass among them; the bulletin names "
+            "the releases that have them. Keep it from networks that are not your own."
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return it for JSON, with the conclusion."""

@@ -30,6 +30,8 @@ REPOSITORY_RULES: tuple[Callable[[Repository], Remarks], ...] = (
     lint_identity.config_is_there,
     lint_identity.schema,
     lint_identity.manifest_is_readable,
+    lint_identity.path_is_fit,
+    lint_identity.launch_is_guarded,
 )
 CONFIG_RULES: tuple[Callable[[Config], Remarks], ...] = (
     lint_identity.key_is_unique,

@@ -1,9 +1,11 @@
 """Rules about what a model is: its file's form, name, backend, instances and libraries."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from treeq_export.serve.inside.check_manifest import find_unfit
 from treeq_export.serve.lint_read import (
     BACKEND_OF_PLATFORM,
     CPU,
@@ -15,6 +17,8 @@ from treeq_export.serve.lint_read import (
     enum_name,
 )
 
+_LOADS_MODELS = re.compile(r"--model-control-mode[= ]\"?(explicit|poll)")
+_ALL_ADDRESSES = re.compile(r"0\.0\.0\.0|\[?::\]?(?![\da-f])")
 _ENVIRONMENT = "EXECUTION_ENV_PATH"
 _MODEL_FOLDER = "$$TRITON_MODEL_DIRECTORY"
 
@@ -54,6 +58,35 @@ def manifest_is_readable(repository: Repository) -> Remarks:
             repository.root / "manifest.json",
             f"{repository.manifest_error} Run `treeq-export serve` again.",
         )
+
+
+def path_is_fit(repository: Repository) -> Remarks:
+    """The repository lies where Triton's Python backend can start a model's process."""
+    configs = (config for folder in repository.folders.values() for config in folder.configs)
+    unfit = find_unfit(repository.final_root)
+    if unfit is not None and any(config.backend == "python" for config in configs):
+        yield Remark(repository.root, unfit)
+
+
+def launch_is_guarded(repository: Repository) -> Remarks:
+    """launch.sh does not offer loading of models to all the network."""
+    path = repository.root / "launch.sh"
+    if not path.is_file():
+        return
+    text = path.read_text(errors="replace")
+    commands = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    if not _LOADS_MODELS.search(commands) or "restricted-" in commands:
+        return
+    for protocol in ("http", "grpc"):
+        address = re.search(rf"--{protocol}-address[= ](\S+)", commands)
+        if address is None or _ALL_ADDRESSES.search(address[1]):
+            yield Remark(
+                path,
+                f"received --{protocol}-address {'none' if address is None else address[1]}, with "
+                "model control by API, expected an address of your own: whoever reaches the port "
+                "may load models, which can be code. Name 127.0.0.1, or restrict the API by "
+                "--http-restricted-api and --grpc-restricted-protocol.",
+            )
 
 
 def key_is_unique(config: Config) -> Remarks:
@@ -207,11 +240,19 @@ def op_library(config: Config) -> Remarks:
                 f'op_library_filename: received "{name}", expected an absolute path: the server '
                 f"looks from the folder it is started in. Write {_found(config, name)}."
             )
-        elif not config.folder.repository.locate(name).is_file():
+        elif not config.folder.repository.locate(name).is_file() or _is_of_a_copy(config, name):
             yield config.remark(
-                f'op_library_filename: received "{name}", which is not there, expected a library. '
-                f"Write {_found(config, name)}."
+                f'op_library_filename: received "{name}", which is not there or in another copy '
+                "of this repository, expected a library (`treeq-export serve --root` names where "
+                f"it will lie). Write {_found(config, name)}."
             )
+
+
+def _is_of_a_copy(config: Config, name: str) -> bool:
+    """Whether a library is elsewhere although the model's folder has one of that name."""
+    repository = config.folder.repository
+    inside = Path(name).is_relative_to(repository.final_root)
+    return not inside and any(config.folder.path.rglob(Path(name).name))
 
 
 def _found(config: Config, name: str) -> str:

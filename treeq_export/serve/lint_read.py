@@ -309,7 +309,7 @@ def _read_manifest(repository: Repository) -> None:
         if profile is None:
             return
         sizes = Profile(int(profile["min"]), int(profile["opt"]), int(profile["max"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         repository.manifest_error = (
             f"received what cannot be read ({type(error).__name__}: {error}), expected "
             "denoiser.profile with min, opt and max."

@@ -6,6 +6,7 @@ from typing import Literal
 
 from treeq_export.errors import ServeError
 from treeq_export.runners.compiled import PACKED, TENSORRT_TARGETS
+from treeq_export.serve.inside.check_manifest import find_unfit
 
 Backend = Literal["onnxruntime", "tensorrt", "python"]
 Mode = Literal["inprocess", "bls"]
@@ -92,8 +93,10 @@ class ServeOptions:
                 "--backend tensorrt: Triton's TensorRT backend does not load engines of "
                 "TensorRT-RTX. Leave --backend out: the Python backend runs them."
             )
-        if self.root is not None and not self.root.is_absolute():
-            raise ServeError(f"--root {self.root}: expected an absolute path on the server.")
+        if self.root is not None:
+            if not self.root.is_absolute():
+                raise ServeError(f"--root {self.root}: expected an absolute path on the server.")
+            check_place(self.root)
         ranges = {
             "--max-batch": (1 if self.max_batch is None else self.max_batch, 1, 4096),
             "--queue-delay-us": (self.queue_delay_us, 0, MOST_DELAY_US),
@@ -104,3 +107,14 @@ class ServeOptions:
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise ServeError(f"{name}: received {value}, expected {low}..{high}.")
+
+
+def check_place(root: Path) -> None:
+    """Check that a server can serve a repository that lies there.
+
+    Raises:
+        ServeError: Triton's Python backend cannot have such a path.
+    """
+    unfit = find_unfit(root)
+    if unfit is not None:
+        raise ServeError(f"{unfit} Choose another --out, or name the server's path by --root.")

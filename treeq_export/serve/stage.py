@@ -29,7 +29,7 @@ from treeq_export.serve import inside
 from treeq_export.serve.configs import render_configs, render_launch, render_readme
 from treeq_export.serve.inside.settings import SETTINGS_FILE, to_json
 from treeq_export.serve.lint import check_repository
-from treeq_export.serve.options import ServeOptions
+from treeq_export.serve.options import ServeOptions, check_place
 from treeq_export.serve.served import (
     DENOISER,
     SAMPLER,
@@ -106,8 +106,9 @@ def run_serve(
         ServeError: Something is missing, does not fit, or is not right by the lint.
         OutputError: The folder cannot be written to.
     """
-    served = gather(run, denoiser, recipe, options)
     root = (out or run / TRITON_FOLDER).absolute()
+    check_place(options.root or root)
+    served = gather(run, denoiser, recipe, options)
     on_step(0.1)
     if options.add_version:
         return _add_version(root, served, on_step)

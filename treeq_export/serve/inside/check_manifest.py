@@ -13,29 +13,120 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+Check = Callable[[Any], bool]
 
 MANIFEST_FILE = "manifest.json"
 _AGAIN = "Write the repository again with `treeq-export serve`"
 _BLOCK_BYTES = 1 << 20
 _BACKENDS = Path("/opt/tritonserver/backends")
+_MAX_BYTES = 16 << 20
+_VERSION = re.compile(r"\d{1,9}\.\d")
+_UNFIT = re.compile(r"[^\w/.,:=@%+~^-]")  # letters and digits are those of any language
 _ONNXRUNTIME_FILE = re.compile(r"libonnxruntime\.so\.(\d+\.\d+\.\d+)$")
+
+
+def find_unfit(root: Path) -> str | None:
+    """Return what keeps a server from serving a folder because of the folder's name.
+
+    Triton starts the processes of Python models by a shell that reads the path as it is: at a space
+    the server stops working without a word. And config.pbtxt has paths in quotes.
+
+    Args:
+        root: The repository, or where it will be.
+
+    Returns:
+        One line; None where the name is fit.
+    """
+    unfit = _UNFIT.search(str(root))
+    if unfit is None:
+        return None
+    return (
+        f"{str(root)!r}: holds {unfit[0]!r}, which Triton's Python backend cannot have in a path. "
+        "Move the repository to a path of letters, digits and / . _ - only."
+    )
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read manifest.json.
 
     Raises:
-        ValueError: It is missing or no JSON.
+        ValueError: It is missing, no JSON, or of another form.
     """
     path = root / MANIFEST_FILE
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")  # noqa: TRY301
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}). {_AGAIN}.") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected an object. {_AGAIN}.")  # noqa: TRY004
+    for key, (is_right, expected) in _FORM.items():
+        if key not in manifest or not is_right(manifest[key]):
+            raise ValueError(f"{path}: {key}: expected {expected}. {_AGAIN}.")
+    return manifest
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_version(value: Any) -> bool:
+    return _is_text(value) and _VERSION.match(value) is not None
+
+
+def _is_name(value: Any) -> bool:
+    is_text = isinstance(value, str) and value.isprintable()
+    return is_text and value not in ("", ".", "..") and "/" not in value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_mapping(value: Any, is_key: Check, is_value: Check) -> bool:
+    return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
+
+
+def _is_file(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and _is_number(value.get("bytes")) and _is_text(value.get("sha256"))
+    )
+
+
+def _is_path(value: str) -> bool:
+    parts = value.split("/")
+    return len(parts) > 1 and all(_is_name(part) for part in parts)
+
+
+_FORM: dict[str, tuple[Check, str]] = {
+    "root": (lambda value: value is None or _is_text(value), "a path, or null"),
+    "backend": (_is_text, "the name of a backend"),
+    "backend_version": (_is_version, "a version, such as 1.2.3"),
+    "models": (
+        lambda value: _is_mapping(
+            value,
+            _is_name,
+            lambda versions: isinstance(versions, list) and all(map(_is_number, versions)),
+        ),
+        "the versions of each model",
+    ),
+    "packages": (
+        lambda value: _is_mapping(
+            value, _is_name, lambda packages: _is_mapping(packages, _is_name, _is_text)
+        ),
+        "the packages of each model with their versions",
+    ),
+    "files": (
+        lambda value: _is_mapping(value, _is_path, _is_file),
+        "bytes and sha256 of each file below the repository",
+    ),
+}
 
 
 def check_model(folder: Path, version: str) -> None:
@@ -65,10 +156,14 @@ def check_repository(root: Path, backends: Path) -> list[str]:
         backends: The server's backend directory.
 
     Returns:
-        What differs, a line each.
+        What differs, a line each; what is wrong with the manifest where it cannot be read.
     """
-    manifest = read_manifest(root)
-    problems = []
+    unfit = find_unfit(root)
+    try:
+        manifest = read_manifest(root)
+    except ValueError as error:
+        return [str(error)]
+    problems = [] if unfit is None else [unfit]
     if manifest["root"] not in (None, str(root)):
         problems.append(
             f"{root}: written for {manifest['root']}, where denoiser/config.pbtxt looks for the "
@@ -96,10 +191,15 @@ def _find_files(root: Path, manifest: dict[str, Any], model: str, version: str) 
         if top != model or (second.isdigit() and second != version):
             continue
         path = root / name
-        if not path.is_file():
-            yield f"{path}: missing. Copy the whole repository again."
-        elif path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            yield f"{path}: not the file that {MANIFEST_FILE} names. {_AGAIN}, or copy it again."
+        try:
+            if not path.is_file():
+                yield f"{path}: missing. Copy the whole repository again."
+            elif path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                yield (
+                    f"{path}: not the file that {MANIFEST_FILE} names. {_AGAIN}, or copy it again."
+                )
+        except OSError as error:
+            yield f"{path}: cannot be read ({error.strerror}). Give the server's user the right to."
 
 
 def _sha256(path: Path) -> str:
@@ -171,7 +271,8 @@ def _tensorrt_version(major: int) -> list[str] | None:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"check_manifest: {line}\n")
+    printable = "".join(each if each.isprintable() else "?" for each in line)
+    sys.stderr.write(f"check_manifest: {printable}\n")
 
 
 def main() -> int:
@@ -179,10 +280,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backends", type=Path, default=_BACKENDS)
     options = parser.parse_args()
-    try:
-        problems = check_repository(Path(__file__).absolute().parent, options.backends)
-    except ValueError as error:
-        problems = [str(error)]
+    problems = check_repository(Path(__file__).absolute().parent, options.backends)
     for problem in problems:
         _say(problem)
     return 1 if problems else 0

@@ -10,6 +10,7 @@ from treeq_settings import SamplerSettings
 
 MOST_STEPS = 1000
 LABEL_INPUT = "class_labels"
+_CONTROLS = ("steps", "guidance", "preview_every")
 
 
 class RefusedError(ValueError):
@@ -81,11 +82,11 @@ def read_job(
         settings: Defaults and limits.
 
     Raises:
-        RefusedError: A value is out of range.
+        RefusedError: An input is missing, has another number of rows or type, or is out of range.
     """
+    num = _count_rows(arrays, settings)
     seeds = arrays["seed"].reshape(-1)
     _check_range("seed", seeds, 0, np.iinfo(np.int64).max)
-    num = len(seeds)
     steps = _column(arrays, "steps", num, settings.steps, np.int32)
     _check_range("steps", steps, 1, MOST_STEPS)
     embedded = settings.embedded_guidance
@@ -113,6 +114,24 @@ def read_job(
     )
 
 
+def _count_rows(arrays: Mapping[str, NDArray[Any]], settings: SamplerSettings) -> int:
+    """Return the number of rows, which all inputs have; the server may not have checked it."""
+    text = settings.num_classes is None
+    for name in ("seed", *(settings.conditioning if text else ("label",))):
+        if name not in arrays:
+            raise RefusedError(f"{name}: received none, expected a row for each image.")
+    num = arrays["seed"].size
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise RefusedError(f"{name}: received type {array.dtype}, expected numbers.")
+        one = name in ("seed", "label", *_CONTROLS)
+        if array.ndim < 1 or len(array) != num or not num or (one and array.size != num):
+            raise RefusedError(
+                f"{name}: received shape {array.shape}, expected {max(num, 1)} rows."
+            )
+    return num
+
+
 def _column(
     arrays: Mapping[str, NDArray[Any]], name: str, num: int, default: float, kind: Any
 ) -> NDArray[Any]:
@@ -129,7 +148,11 @@ def _read_conditioning(
         labels = arrays["label"].reshape(-1).astype(np.int64)
         _check_range("label", labels, 0, settings.num_classes - 1)
         return {LABEL_INPUT: labels}
-    for name in settings.conditioning:
+    for name, shape in settings.conditioning.items():
+        found = arrays[name].shape[1:]
+        wanted = tuple(size if axis == -1 else axis for axis, size in zip(shape, found))  # noqa: B905
+        if len(shape) != len(found) or found != wanted:
+            raise RefusedError(f"{name}: received rows of shape {found}, expected {shape}.")
         if not np.isfinite(arrays[name]).all():
             raise RefusedError(f"{name}: holds NaN or infinity. Encode the prompt again.")
     return {name: np.array(arrays[name], np.float32) for name in settings.conditioning}
@@ -142,11 +165,12 @@ def _check_range(name: str, values: NDArray[Any], low: int, high: int) -> None:
 
 
 def group_rows(jobs: Sequence[Job]) -> list[Group]:
-    """Return the rows of all jobs, those with equal steps and guidance together."""
-    found: dict[tuple[int, float], list[tuple[Job, int]]] = {}
+    """Return the rows of all jobs, those with equal steps, guidance and shapes together."""
+    found: dict[tuple[int, float, tuple[Any, ...]], list[tuple[Job, int]]] = {}
     for job in jobs:
+        shapes = tuple(rows.shape[1:] for rows in job.conditioning.values())
         for row in range(len(job.seeds)):
-            key = int(job.steps[row]), float(job.guidance[row])
+            key = int(job.steps[row]), float(job.guidance[row]), shapes
             found.setdefault(key, []).append((job, row))
     return [
         Group(
@@ -159,5 +183,5 @@ def group_rows(jobs: Sequence[Job]) -> list[Group]:
                 for name in rows[0][0].conditioning
             },
         )
-        for (steps, guidance), rows in found.items()
+        for (steps, guidance, _), rows in found.items()
     ]

@@ -91,6 +91,8 @@ class TritonPythonModel:
             except RefusedError as error:
                 text = f"{self.name}: {error}"
                 _finish(sender, error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
+            except Exception as error:  # of one request only: the others go on
+                _finish(sender, error=self._as_triton_error(error))
         if not self.concurrent:
             self._sample(jobs)
             return

@@ -1,11 +1,14 @@
 """settings.json of a served model: written by `treeq-export serve`, read inside the server."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+Settings = TypeVar("Settings", "NetworkSettings", "SamplerSettings")
 
 SETTINGS_FILE = "settings.json"
+_AGAIN = "Write the repository again with `treeq-export serve`."
 ONNXRUNTIME = "onnxruntime"
 DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"  # the models
 
@@ -79,16 +82,65 @@ def to_json(settings: NetworkSettings | SamplerSettings) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SETTINGS_FILE).read_text())
+    path = folder / SETTINGS_FILE
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object. {_AGAIN}")  # noqa: TRY004
+    return content
+
+
+def _make(kind: type[Settings], content: Any, folder: Path) -> Settings:
+    """Return settings from JSON's objects.
+
+    Raises:
+        ValueError: A field is missing, unknown or of another type.
+    """
+    path = folder / SETTINGS_FILE
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object. {_AGAIN}")  # noqa: TRY004
+    hints = get_type_hints(kind)
+    given = {field.name for field in fields(kind) if field.name in content}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if wrong := sorted((content.keys() - given) | (needed - given)):
+        raise ValueError(f"{path}: {wrong[0]}: missing, or not known here. {_AGAIN}")
+    for name in sorted(given):
+        if not _fits(content[name], hints[name]):
+            raise ValueError(f"{path}: {name}: of another type than {hints[name]}. {_AGAIN}")
+    return kind(**content)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type as the settings have them."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
+    if arguments:  # a union
+        return any(_fits(value, each) for each in arguments)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def read_network(folder: Path) -> NetworkSettings:
-    """Read the settings of a denoiser from its version's folder."""
-    return NetworkSettings(**_read(folder))
+    """Read the settings of a denoiser from its version's folder.
+
+    Raises:
+        ValueError: They cannot be read, or are of another form.
+    """
+    return _make(NetworkSettings, _read(folder), folder)
 
 
 def read_sampler(folder: Path) -> SamplerSettings:
-    """Read the settings of a sampler from its version's folder."""
+    """Read the settings of a sampler from its version's folder.
+
+    Raises:
+        ValueError: They cannot be read, or are of another form.
+    """
     content = _read(folder)
-    content["network"] = NetworkSettings(**content["network"])
-    return SamplerSettings(**content)
+    content["network"] = _make(NetworkSettings, content.get("network"), folder)
+    return _make(SamplerSettings, content, folder)
