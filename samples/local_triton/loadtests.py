@@ -25,6 +25,7 @@ share the machine's cores with it.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,7 @@ class ServingRecord(Record):
 def main() -> None:
     """Measure, write the record and the picture, say what is wrong."""
     options = parse_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
     wanted = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
     wanted["plan_sha256"] = sha256_of_file(options.run / PLAN_FILE)
     environment = describe_environment(options.threads)

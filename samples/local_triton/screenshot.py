@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _WAIT_MS = 60_000.0
@@ -114,16 +114,19 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=640)
     parser.add_argument("--dark", action="store_true")
     options = parser.parse_args()
-    with open_browser() as browser:
-        take_screenshot(
-            browser,
-            options.url,
-            options.out,
-            labels=options.labels,
-            seed=options.seed,
-            size=(options.width, options.height),
-            dark=options.dark,
-        )
+    try:
+        with open_browser() as browser:
+            take_screenshot(
+                browser,
+                options.url,
+                options.out,
+                labels=options.labels,
+                seed=options.seed,
+                size=(options.width, options.height),
+                dark=options.dark,
+            )
+    except (Error, RuntimeError, OSError) as error:
+        raise SystemExit(f"{options.url}: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

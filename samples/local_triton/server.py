@@ -10,9 +10,15 @@ speed is not.
 
 The server needs an environment of its own: its Python backend returns empty tensors, without a
 message, where numpy is 2 or newer.
+
+The wheel's Triton is 2.51 (October 2024). It lacks the fixes of NVIDIA's security bulletins of 2025
+and 2026, of bulletin 5828 with an authentication bypass among them. It is for trying and testing on
+one machine, listens on 127.0.0.1, and does not belong on a network.
 """
 
 import argparse
+import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -36,6 +42,10 @@ print(sysconfig.get_config_var("LIBDIR"))
 _EMULATED = Path(__file__).parent / "emulated"
 _EXIT_S = 6  # what the server waits for its models; one whose process was killed never unloads
 _SHUTDOWN_S = _EXIT_S + 4.0
+_ASK_S = 5.0
+_PR_SET_PDEATHSIG = 1  # of Linux
+_LIBC = ctypes.CDLL(None)
+_CHECK = Path(__file__).parents[2] / "treeq_export" / "serve" / "inside" / "check_manifest.py"
 _ORPHANS_S = 1.5  # within which the processes of models notice that the server is gone
 
 
@@ -128,7 +138,8 @@ def _wait_until_ready(server: Server, timeout_s: float) -> None:
         if server.process.poll() is not None:
             tail = server.log.read_text(errors="replace")[-3000:]
             raise RuntimeError(f"tritonserver ended with {server.process.returncode}:\n{tail}")
-        with suppress(OSError), urllib.request.urlopen(f"http://{server.http}/v2/health/ready"):
+        ready = f"http://{server.http}/v2/health/ready"
+        with suppress(OSError), urllib.request.urlopen(ready, timeout=_ASK_S):
             return
         time.sleep(0.1)
     raise TimeoutError(server.log.read_text(errors="replace")[-3000:])
@@ -162,7 +173,10 @@ def serve(
     Raises:
         RuntimeError: It ended, with the end of its log.
         TimeoutError: It is not ready in time.
+        SystemExit: Triton cannot serve a repository at this path, or keep its files here.
     """
+    _check_path(repository.absolute())
+    _check_path(Path(tempfile.gettempdir()))
     installation = _find_installation(python.absolute())
     prefix = f"treeq_{os.getpid()}_{os.urandom(3).hex()}_"
     http, grpc, metrics = ports or _free_ports(3)
@@ -191,7 +205,11 @@ def serve(
         own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=own | variables
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=own | variables,
+                preexec_fn=_end_with_parent,
             )
         server = Server(
             f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process, log
@@ -201,6 +219,24 @@ def serve(
             yield server
         finally:
             _stop(process, prefix)
+
+
+def _check_path(path: Path) -> None:
+    """Check what the repository's own check_manifest.py does, for repositories without one too."""
+    spec = importlib.util.spec_from_file_location("check_manifest", _CHECK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    unfit = module.find_unfit(path)
+    if unfit is not None:
+        raise SystemExit(unfit)
+
+
+def _end_with_parent() -> None:
+    """Let the server end when this process does, whatever ends that."""
+    with suppress(OSError, AttributeError):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def _starter(repository: Path, variables: dict[str, str]) -> list[str]:
@@ -244,16 +280,19 @@ def main() -> None:
     options = parser.parse_args()
     ports = [options.http_port + offset for offset in range(3)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
-    with serve(
-        options.repository,
-        options.python,
-        emulate=options.emulate,
-        ports=ports,
-        arguments=options.arguments,
-    ) as server:
-        print(f"http://{server.http} grpc://{server.grpc}  Ctrl-C stops it.", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.process.wait()
+    try:
+        with serve(
+            options.repository,
+            options.python,
+            emulate=options.emulate,
+            ports=ports,
+            arguments=options.arguments,
+        ) as server:
+            print(f"http://{server.http} grpc://{server.grpc}  Ctrl-C stops it.", flush=True)
+            with suppress(KeyboardInterrupt):
+                server.process.wait()
+    except (RuntimeError, TimeoutError) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

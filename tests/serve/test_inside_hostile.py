@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -134,6 +135,20 @@ def test_mutated_manifests_are_lines(tmp_path: Path):
 def test_a_repository_at_an_unfit_path(tmp_path: Path, name: str):
     (line,) = problems(write(tmp_path / name, MANIFEST))
     assert "Triton's Python backend cannot have in a path" in line
+
+
+@pytest.mark.parametrize("launch", [False, True])
+def test_the_sample_server_refuses_an_unfit_path(tmp_path: Path, launch: bool):
+    root = write(tmp_path / "x y", MANIFEST)
+    if launch:
+        (root / "launch.sh").write_text("exit 1")
+    script = Path(check_manifest.__file__).parents[3] / "samples/local_triton/server.py"
+    done = subprocess.run(
+        [sys.executable, script, root], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"'{root}': holds ' ', which Triton's Python backend cannot")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -153,6 +153,38 @@ class TestOnnxRuntime:
         assert done.returncode == 1
         assert f"{copy}: written for {ort_repository}" in done.stderr
 
+    def test_launch_refuses_an_unfit_path(self, ort_repository: Path, tmp_path: Path) -> None:
+        done = launch(Path(shutil.copytree(ort_repository, tmp_path / "a b")))
+        assert done.returncode == 1
+        assert done.stdout == ""
+        first = done.stderr.splitlines()[0]
+        assert "which Triton's Python backend cannot have in a path. Move" in first
+
+    @pytest.mark.parametrize(
+        ("address", "arguments", "warns"),
+        [
+            ("", [], False),
+            ("127.0.0.1", [], False),
+            ("127.1.2.3", [], False),
+            ("0.0.0.0", [], True),
+            ("10.0.0.7", [], True),
+            ("0.0.0.0", ["--http-restricted-api=model-repository:k=v"], False),
+        ],
+    )
+    def test_launch_warns_of_open_addresses(
+        self, ort_repository: Path, address: str, arguments: list[str], warns: bool
+    ) -> None:
+        environment = {"PATH": "/usr/bin:/bin", "TRITONSERVER": "/bin/echo"}
+        done = subprocess.run(
+            [ort_repository / "launch.sh", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment | ({"TRITON_ADDRESS": address} if address else {}),
+        )
+        assert (f"listens on {address}: whoever reaches" in done.stderr) == warns
+        assert f"--http-address={address or '127.0.0.1'}" in done.stdout
+
 
 def test_modes_and_batching_are_in_the_configs(served_run: Path, tmp_path: Path):
     invoke("--run", served_run, "--out", tmp_path / "a", "--mode", "bls")

@@ -387,6 +387,35 @@ def test_a_stale_connection_is_opened_again_and_a_fresh_one_not_asked_twice():
         assert len(asked) == 3
 
 
+@pytest.mark.parametrize(
+    ("version", "is_old"),
+    [("2.51.0", True), ("1.0", True), ("2.70.0", False), ("2.73.0", False), ("3.0", False)],
+)
+def test_an_old_server_is_a_warning(version: str, is_old: bool):
+    with http_server({"/v2": http_answer({"version": version})}) as url:
+        done = command("health", "--url", url)
+        assert done.exit_code == 0
+        assert ("bulletin 5828" in done.stderr) == is_old
+        shown = json.loads(command("health", "--url", url, "--json").stdout)
+        assert shown["server_version"] == version
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http_answer({}),
+        http_answer({"version": "x\x1b[31m"}),
+        http_answer([]),
+        http_answer(b"", "404 No"),
+        http_answer({"version": "9" * 5000}),
+    ],
+)
+def test_a_version_that_is_none_is_no_warning(answer: bytes):
+    with http_server({"/v2": answer}) as url:
+        done = command("health", "--url", url)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
 def test_json_form_survives(tmp_path: Any):
     # What a test of the load test relies on: the configuration as the server sent it.
     with http_server() as url, open_connection(url) as connection:
