@@ -6,6 +6,7 @@ So both limits are where all parts come from, in the socket.
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from http.client import HTTPConnection
@@ -47,9 +48,7 @@ class BoundedHttp(HTTPConnection):
             OSError: None does, or not in time.
         """
         failure = OSError(f"no address of {self.host}")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_STREAM
-        ):
+        for family, kind, protocol, _, address in self._resolve():
             sock = _BoundedSocket(self._seconds_left, self._count, family, kind, protocol)
             try:
                 sock.settimeout(self._seconds_left())
@@ -72,6 +71,25 @@ class BoundedHttp(HTTPConnection):
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:  # not connected any more
                 return
+
+    def _resolve(self) -> list[tuple[Any, ...]]:
+        """Return the host's addresses; the system's resolver has no deadline of its own."""
+        found: list[list[tuple[Any, ...]] | OSError] = []
+
+        def ask() -> None:
+            try:
+                found.append(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
+            except OSError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=ask, name="resolve", daemon=True)
+        thread.start()
+        thread.join(self._seconds_left())
+        if not found:
+            raise TimeoutError("timed out")
+        if isinstance(found[0], OSError):
+            raise found[0]
+        return found[0]
 
     def _seconds_left(self) -> float:
         left = self._end - time.monotonic()

@@ -1,11 +1,13 @@
 """What answers over HTTP is not always Triton: every answer ends in time, small, in one line."""
 
 import json
+import random
 import resource
 import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,11 @@ from tests.serve.client.fake_servers import (
     outputs_of,
 )
 from treeq_export.cli import main
+from treeq_export.client.answers import CONFIG as CONFIG_FORM
+from treeq_export.client.answers import read_json
 from treeq_export.client.connection import Connection, open_connection
 from treeq_export.client.health import check
-from treeq_export.client.http_connection import MAX_JSON_BYTES, MAX_TENSOR_BYTES
+from treeq_export.client.http_connection import MAX_JSON_BYTES, MAX_TENSOR_BYTES, _read_outputs
 from treeq_export.client.request import make_inputs, read_info, sample
 from treeq_export.errors import ServeError
 
@@ -414,6 +418,39 @@ def test_a_version_that_is_none_is_no_warning(answer: bytes):
     with http_server({"/v2": answer}) as url:
         done = command("health", "--url", url)
     assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1.2))
+    with open_connection("http://somewhere.example", TIMEOUT_S) as connection:
+        assert error_of(connection.is_server_live).kind == "timeout"
+
+
+def test_a_name_that_is_not_known():
+    with open_connection("http://no-such-host.invalid", 5) as connection:
+        assert error_of(connection.is_server_live).kind == "unreachable"
+
+
+def test_mutated_answers_are_lines():
+    chance = random.Random(0)
+    body = infer_answer(outputs_of(["image", "step"]), TENSORS)
+    head, data = body.split(b"\r\n\r\n", 1)
+    size = head.split(b"Inference-Header-Content-Length: ")[1].decode()
+    pieces = [b"", b"0", b"-1", b"[", b"]", b'"', b"\xff", b"null", b"1e9", b"{}", b"\\u0000"]
+    for text, read in (
+        (data, lambda mutated: _read_outputs("sampler", mutated, size, ["image", "step"])),
+        (json.dumps(CONFIG).encode(), lambda mutated: read_json(CONFIG_FORM, mutated)),
+    ):
+        num_read = 0
+        for _ in range(400):
+            mutated = bytearray(text)
+            for _ in range(chance.randint(1, 3)):
+                place = chance.randrange(len(mutated))
+                mutated[place : place + chance.randint(0, 3)] = chance.choice(pieces)
+            with suppress(ValueError):
+                read(bytes(mutated))
+                num_read += 1
+        assert 0 < num_read < 400
 
 
 def test_json_form_survives(tmp_path: Any):
