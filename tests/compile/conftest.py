@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -20,6 +19,7 @@ from treeq_export.plan import (
     TreePath,
 )
 from treeq_export.quant.spec import BranchFormat, WeightFormat
+from treeq_export.runners.ort_session import open_session
 
 
 class HandBranch:
@@ -100,15 +100,14 @@ def make_sum_model() -> Callable[..., ir.Model]:
 def run_onnx() -> Callable[[ir.Model, NDArray[Any]], NDArray[Any]]:
     """A function: a model with the input "x" and an array -> its first output.
 
-    The model has to pass onnx.checker and to run in ONNX Runtime without any library of ours.
+    The model has to pass onnx.checker and to run in ONNX Runtime without any library of ours, with
+    the options of our sessions.
     """
 
     def run(model: ir.Model, x: NDArray[Any]) -> NDArray[Any]:
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        session = open_session(proto.SerializeToString(), None)
         return np.asarray(session.run(None, {"x": x})[0])
 
     return run
@@ -122,7 +121,7 @@ def exported_dit(compiled_dit: Any) -> ir.Model:
 
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., tuple[Plan, Tensors]]:
-    """A function: hand-made layers -> their plan and its codes."""
+    """A function: hand-made layers -> their plan, codes and scales."""
 
     def make(*layers: Any) -> tuple[Plan, Tensors]:
         entries = tuple(
@@ -144,6 +143,9 @@ def make_plan() -> Callable[..., tuple[Plan, Tensors]]:
             strategy=StrategyRecord(name="uniform", options={}),
             layers=entries,
         )
-        return plan, {f"{layer.name}.codes": layer.codes for layer in layers}
+        tensors = {f"{layer.name}.codes": layer.codes for layer in layers}
+        return plan, tensors | {
+            f"{layer.name}.weight_scale": layer.weight_scale for layer in layers
+        }
 
     return make

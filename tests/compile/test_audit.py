@@ -159,17 +159,42 @@ def test_weight_that_nothing_multiplies_is_missing(
     assert (entry.op_type, entry.integer) == ("not found", False)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize(
+    ("target", "options", "op_type"),
+    [
+        ("portable", {}, "MatMulNBits"),
+        ("portable", {"weight_bits": 2, "bias": False}, "MatMulNBits"),
+        ("portable", {"group_size": 16}, "MatMulNBits"),
+        ("portable", {"k": 40, "rotation_group": 8}, "MatMulNBits"),
+        ("portable", {"k": 96, "rotation_group": 8, "group_size": 24}, "float"),
+        ("portable", {"weight_bits": 5}, "float"),
+        ("portable", {"weight_bits": 8, "group_size": 32}, "float"),
+        ("ort", {}, "float"),
+        ("ort", {"weight_bits": 8, "group_size": 16}, "float"),
+    ],
+)
 def test_weight_only_layers_may_be_float(
-    tmp_path: Path, make_layer: Make, make_model: Make, make_plan: Make
+    target: str,
+    options: dict[str, Any],
+    op_type: str,
+    rank: int,
+    tmp_path: Path,
+    make_layer: Make,
+    make_model: Make,
+    make_plan: Make,
 ):
+    given = {"rank": rank, "k": options.get("k", 64)}
     layers = [
-        make_layer(name="blocks.0.a", act_bits=None, act_scale="none"),
-        make_layer(name="blocks.0.b", seed=1),
+        make_layer(name="a", act_bits=None, act_scale="none", **given | options),
+        make_layer(name="b", seed=1, rotation_group=8, **given),
     ]
-    audit = audit_graph(save(lower(make_model(*layers), "portable"), tmp_path), *make_plan(*layers))
+    audit = audit_graph(save(lower(make_model(*layers), target), tmp_path), *make_plan(*layers))
     assert [entry.weight_only for entry in audit] == [True, False]
     assert [entry.integer for entry in audit] == [False, True]
-    check_audit("portable", audit)
+    expected = {"MatMul", "Gemm", "FusedMatMul"} if op_type == "float" else {op_type}
+    assert audit[0].op_type in expected
+    check_audit(target, audit)
 
 
 def test_many_failures_are_counted(

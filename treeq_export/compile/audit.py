@@ -2,9 +2,10 @@
 
 ONNX Runtime writes the graph as it would run it. Each layer is found in there by its weight: the
 INT8 initializer with the layer's codes, or UINT8 with 128 added, whatever name constant folding
-gave it. The node that
-multiplies it has to be one of the integer operators. Names and counts in the source graph would
-prove nothing: the runtime may silently fall back to float.
+gave it. The node that multiplies it has to be one of the integer operators. A layer whose
+activations stay in floating point is also found by the packed codes of MatMulNBits or by its
+dequantized weight. Names and counts in the source graph would prove nothing: the runtime may
+silently fall back to float.
 
 The `ort` target is audited twice: with our custom-op library every layer has to be left as a packed
 node, and without it each kind of function body has to become integer arithmetic as well. One layer
@@ -16,9 +17,9 @@ The targets of TensorRT are audited without a runtime, see compile/audit_tensorr
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -45,7 +46,32 @@ INTEGER_OPS = frozenset(
 )
 _MISSING = "not found"
 _UINT8_ZERO = 128  # the only zero point of UINT8 weights, see body.zero_points
+_UINT4_ZERO = 8
+_BLOCK_PRODUCT = "MatMulNBits"
 _REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
+
+
+_WEIGHT_TYPES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT})
+
+
+class Weight(NamedTuple):
+    """A weight's codes (N, K) int8 and scales (N, G) float32."""
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    def float_forms(self) -> Iterator[NDArray[Any]]:
+        """Yield how a product with floating-point activations may store it.
+
+        The dequantized weight (K, N), and MatMulNBits' packing of at most 4 bits: two input
+        channels a byte, the first in its low half, plus 8.
+        """
+        n, k = self.codes.shape
+        groups = self.codes.reshape(n, self.scales.shape[1], -1)
+        yield (groups * self.scales[:, :, None]).reshape(n, k).T
+        if self.codes.min() >= -_UINT4_ZERO and self.codes.max() < _UINT4_ZERO and not k % 2:
+            unsigned = (self.codes + _UINT4_ZERO).astype(np.uint8)
+            yield unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
 
 
 def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> ir.Model:
@@ -97,7 +123,9 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     with tempfile.TemporaryDirectory() as folder:
         graph = optimized_graph(path, Path(folder)).graph
         consumers = _consumers_by_digest(graph)
-    return [_audit_layer(layer, tensors[f"{layer.name}.codes"], consumers) for layer in plan.layers]
+    return [
+        _audit_layer(layer, _weight_of([layer.name], tensors), consumers) for layer in plan.layers
+    ]
 
 
 def audit_packed(
@@ -126,8 +154,8 @@ def audit_packed(
         key = nodes[site.node].op_identifier()
         if key not in bodies:
             names = [other.name for other in sites if other.node == site.node]
-            codes = np.concatenate([tensors[f"{name}.codes"] for name in names])
-            bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), codes)
+            weight = _weight_of(names, tensors)
+            bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), weight)
         entries.append(bodies[key].model_copy(update={"name": site.name}))
     if not uses_kernels(PACKED):
         return entries
@@ -146,15 +174,13 @@ def audit_packed(
     ]
 
 
-def _audit_body(
-    model: ir.Model, node: ir.Node, layer: LayerPlan, codes: NDArray[np.int8]
-) -> AuditLayer:
+def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight) -> AuditLayer:
     cut = cut_packed(model, node, as_functions=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         ir.save(cut, path)
         consumers = _consumers_by_digest(optimized_graph(path, Path(folder)).graph)
-    return _audit_layer(layer, codes, consumers)
+    return _audit_layer(layer, weight, consumers)
 
 
 def check_audit(target: str, audit: list[AuditLayer]) -> None:
@@ -204,25 +230,45 @@ def _digest(array: NDArray[Any]) -> str:
 
 
 def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
-    """Return, by digest of the codes in every initializer of 8 bits, the operators that read it."""
+    """Return, by digest of every initializer that may be a weight, the operators that read it."""
     consumers: dict[str, list[str]] = {}
     for value in graph.initializers.values():
-        if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8) and value.const_value is not None:
-            codes = value.const_value.numpy()
-            if value.dtype == ir.DataType.UINT8:
-                codes = (codes.astype(np.int16) - _UINT8_ZERO).astype(np.int8)
-            ops = consumers.setdefault(_digest(codes), [])
-            ops.extend(use.node.op_type for use in value.uses())
+        if value.dtype in _WEIGHT_TYPES and value.const_value is not None:
+            for use in value.uses():
+                codes = _read_codes(value.const_value.numpy(), use.node)
+                consumers.setdefault(_digest(codes), []).append(use.node.op_type)
     return consumers
 
 
+def _read_codes(stored: NDArray[Any], reader: ir.Node) -> NDArray[Any]:
+    """Return a weight as `Weight` has it, stored for a reader with a zero point or padded."""
+    if reader.op_type == _BLOCK_PRODUCT and stored.dtype == np.uint8:
+        return stored.reshape(len(stored), -1)[:, : reader.attributes["K"].as_int() // 2]
+    if stored.dtype == np.uint8:
+        return (stored.astype(np.int16) - _UINT8_ZERO).astype(np.int8)
+    return stored
+
+
+def _weight_of(names: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Weight:
+    """Return codes and scales of layers that share a node, one below the other."""
+    codes, scales = (
+        np.concatenate([tensors[f"{name}.{key}"] for name in names])
+        for key in ("codes", "weight_scale")
+    )
+    return Weight(codes, scales)
+
+
 def _audit_layer(
-    layer: LayerPlan, codes: NDArray[np.int8], consumers: Mapping[str, list[str]]
+    layer: LayerPlan, weight: Weight, consumers: Mapping[str, list[str]]
 ) -> AuditLayer:
-    ops = consumers.get(_digest(codes.T)) or [_MISSING]
+    ops = consumers.get(_digest(weight.codes.T), [])
+    weight_only = layer.activation.bits is None
+    if weight_only:
+        for array in weight.float_forms():
+            ops = ops + consumers.get(_digest(array), [])
     return AuditLayer(
         name=layer.name,
-        op_type=" + ".join(sorted(set(ops))),
-        integer=all(op in INTEGER_OPS for op in ops),
-        weight_only=layer.activation.bits is None,
+        op_type=" + ".join(sorted(set(ops))) or _MISSING,
+        integer=bool(ops) and all(op in INTEGER_OPS for op in ops),
+        weight_only=weight_only,
     )
