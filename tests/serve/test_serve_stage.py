@@ -450,3 +450,17 @@ def test_options_have_one_default_each():
 def test_errors_are_of_our_tree():
     assert issubclass(ServeError, TreeqError)
     assert ServeError("x").kind == "repository"
+
+
+@pytest.mark.slow
+def test_block_products_are_not_served_by_a_backend_that_quantizes_their_inputs(
+    make_tiny_run: Callable[..., Any], tmp_path: Path
+):
+    tiny = make_tiny_run("dit", activation_bits=None)
+    tiny.compile()
+    options = ServeOptions(target="portable")
+    with pytest.raises(ServeError, match=r"^--backend onnxruntime: portable has layers of 4-bit"):
+        run_serve(tiny.run, tiny.denoiser, tiny.recipe, options, out=tmp_path / "triton")
+    assert not (tmp_path / "triton").exists()
+    for accepted in (ServeOptions(target="portable", backend="python"), ServeOptions(target="ort")):
+        run_serve(tiny.run, tiny.denoiser, tiny.recipe, accepted, out=tmp_path / accepted.target)

@@ -52,12 +52,14 @@ class ServedGraph:
         output: The prediction.
         plan_sha256: Digest of its plan.
         has_data: Whether weights are in model.onnx.data.
+        has_block_products: Whether ONNX Runtime makes MatMulNBits of a layer.
     """
 
     inputs: tuple[ServedTensor, ...]
     output: ServedTensor
     plan_sha256: str
     has_data: bool
+    has_block_products: bool
 
 
 def read_graph(path: Path) -> ServedGraph:
@@ -79,7 +81,14 @@ def read_graph(path: Path) -> ServedGraph:
         output=_read_tensor(path, model.graph.outputs[0]),
         plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
         has_data=path.with_name(f"{path.name}.data").is_file(),
+        has_block_products=any(map(_dequantizes_int4, model.graph)),
     )
+
+
+def _dequantizes_int4(node: ir.Node) -> bool:
+    """Whether a node makes floats of an INT4 weight, see compile/lower_weight_only.py."""
+    weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    return weight is not None and weight.dtype == ir.DataType.INT4
 
 
 def _read_tensor(path: Path, value: ir.Value) -> ServedTensor:
