@@ -127,9 +127,9 @@ def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions)
     graph = read_graph(graph_file)
     if graph.has_block_products and options.chosen_backend == "onnxruntime":
         raise ServeError(
-            f"--backend onnxruntime: {options.target} has layers of 4-bit weights and floating-point "
-            "activations, which Triton's ONNX Runtime backend quantizes to 8 bits, and no setting "
-            "of it prevents that. Choose --backend python, or --target ort."
+            f"--backend onnxruntime: {options.target} has layers of 4-bit weights and "
+            "floating-point activations, which Triton's ONNX Runtime backend quantizes to 8 bits, "
+            "and no setting of it prevents that. Choose --backend python, or --target ort."
         )
     engine_folder = _find_engine(run, options) if options.is_engine else None
     engine = None if engine_folder is None else read_manifest(engine_folder)
