@@ -18,6 +18,7 @@ from treeq_export.evaluate.samples import digest_quantized
 from treeq_export.evaluate.stage import Baseline
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
+from treeq_export.reading import read_text
 from treeq_export.recipe import Recipe
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import run_search
@@ -68,8 +69,9 @@ def _make(
 
 def _load(workspace: Workspace, folder: Path) -> tuple[Plan, Tensors] | None:
     """Return what an earlier call has made for the same recipe and checkpoint."""
-    with suppress(OSError, PlanError):
-        if (folder / _KEY_FILE).read_text() == _digest(workspace):
+    with suppress(PlanError):
+        key = read_text(folder / _KEY_FILE, error=PlanError, remedy="")
+        if key == _digest(workspace):
             plan = load_plan(folder, workspace.checkpoint.sha256)
             return plan, load_tensors(folder, plan)
     return None

@@ -5,7 +5,6 @@ limit, because TensorRT may abort; these processes run while the rest is looked 
 """
 
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ from treeq_export import __version__
 from treeq_export.environment import VNNI, count_cores, read_cpu, version_of
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
+from treeq_export.runners.cubin_launcher import read_manifest
 from treeq_export.runners.op_definition import OPS
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.products import products_saturate
@@ -162,10 +162,10 @@ def _examine_cubins() -> Finding:
     if folder:
         manifest = Path(folder) / "kernels.json"
         try:
-            kernels = json.loads(manifest.read_bytes())["kernels"]
-            architectures = sorted({kernel["arch"] for kernel in kernels})
+            kernels = read_manifest(Path(folder))
+            architectures = sorted({kernel.arch for kernel in kernels})
             found = f"{len(kernels)} for {', '.join(architectures)}, {folder}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except RunnerError:
             problem = f"{manifest} is missing or malformed"
     return Finding("gpu kernels", found, purpose, remedy, required=False, problem=problem)
 

@@ -21,6 +21,7 @@ from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import PlanError, RecipeError
 from treeq_export.plan import PLAN_FILE
+from treeq_export.reading import read_object
 from treeq_export.recipe import Recipe, strategy_options
 from treeq_export.report import Report
 from treeq_export.stages import STAGE_NAMES, STAGES, OnStage, OnStep, Stage
@@ -111,9 +112,9 @@ def _is_plan_of(workspace: Workspace) -> bool:
     is refused when it is loaded.)
     """
     try:
-        plan = json.loads((workspace.run / PLAN_FILE).read_bytes())
+        plan = read_object(workspace.run / PLAN_FILE, error=PlanError, remedy="Search again.")
         options = plan["strategy"]["options"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PlanError, KeyError, TypeError):
         return False
     return options == strategy_options(workspace.recipe.search)
 

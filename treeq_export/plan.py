@@ -26,8 +26,7 @@ from typing import Annotated, Any, cast
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, Field
 
 from treeq_export.artefacts import atomic_path, sha256_of_file, write_bytes
 from treeq_export.errors import PlanError
@@ -38,6 +37,13 @@ from treeq_export.quant.spec import (
     WeightFormat,
     check_branch,
     check_divides,
+)
+from treeq_export.reading import (
+    load_safetensors,
+    parse_json,
+    parse_record,
+    read_bytes,
+    read_record,
 )
 
 FORMAT_VERSION = 1
@@ -158,6 +164,13 @@ class Plan(Spec):
         return weighted / max(sum(weights), 1)
 
 
+class _FinetuneDigests(BaseModel):
+    """What finetune.json says of the tensors; records/plans.py has all of it."""
+
+    base_tensors_sha256: str
+    tensors_sha256: str
+
+
 def plan_to_json(plan: Plan) -> str:
     """Return the canonical text of `plan.json`."""
     return json.dumps(plan.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -211,12 +224,9 @@ def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
     path = folder / PLAN_FILE
     if not path.is_file():
         raise PlanError(f"{path}: no plan. Run `treeq-export search --run {folder}` first.")
-    try:
-        raw: Any = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"{path}: not JSON ({error}). Run `treeq-export search --run {folder}` again."
-        ) from error
+    again = f"Run `treeq-export search --run {folder}` again."
+    data = read_bytes(path, error=PlanError, remedy=again)
+    raw: Any = parse_json(data, path, error=PlanError, remedy=again)
     fields = cast(dict[str, Any], raw) if isinstance(raw, dict) else {}
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
@@ -224,15 +234,8 @@ def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
             f"{path}: format_version {version}, expected {FORMAT_VERSION}. "
             "Install the treeq-export that wrote it, or search again with this one."
         )
-    try:
-        plan = Plan.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(
-            f"{path}: {where}: {first['msg']} (received {first['input']!r:.60}). "
-            f"Mend it by the schema of `treeq-export inspect --schema`, or search again."
-        ) from error
+    mend = "Mend it by the schema of `treeq-export inspect --schema`, or search again."
+    plan = parse_record(data, Plan, path, error=PlanError, remedy=mend)
     if checkpoint_sha256 is not None and plan.checkpoint_sha256 != checkpoint_sha256:
         raise PlanError(
             f"{path}: belongs to checkpoint {plan.checkpoint_sha256[:12]}, "
@@ -280,14 +283,10 @@ def _lay_over(folder: Path, plan: Plan, tensors: Tensors) -> None:
     """Replace calibrated tensors by the trained ones."""
     path, record = folder / FINETUNED_FILE, folder / FINETUNE_FILE
     remedy = f"Run `treeq-export finetune --run {folder}` again."
-    try:
-        fields: Any = json.loads(record.read_bytes())
-        base, own = fields["base_tensors_sha256"], fields["tensors_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"{record}: malformed. {remedy}") from error
-    if base != plan.tensors_sha256:
+    made = read_record(record, _FinetuneDigests, error=PlanError, remedy=remedy)
+    if made.base_tensors_sha256 != plan.tensors_sha256:
         raise PlanError(f"{record}: belongs to other calibrated tensors than plan.json. {remedy}")
-    if not path.is_file() or sha256_of_file(path) != own:
+    if not path.is_file() or sha256_of_file(path) != made.tensors_sha256:
         raise PlanError(f"{path}: not the file that {FINETUNE_FILE} names. {remedy}")
     tensors |= _read_tensors(path, "Finetune")
     for layer in plan.layers:
@@ -295,10 +294,7 @@ def _lay_over(folder: Path, plan: Plan, tensors: Tensors) -> None:
 
 
 def _read_tensors(path: Path, what: str) -> Tensors:
-    try:
-        return _storage.load_file(path)
-    except SafetensorError as error:
-        raise PlanError(f"{path}: {error}. {what} again.") from error
+    return load_safetensors(path, error=PlanError, remedy=f"{what} again.")
 
 
 def _check_tensors(path: Path, layer: LayerPlan, tensors: Tensors, what: str) -> None:

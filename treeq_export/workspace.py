@@ -1,7 +1,6 @@
 """A run folder and what is loaded for it: at most once, and only when a stage needs it."""
 
 import fcntl
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from treeq_export.model.pipeline_scheduler import (
 )
 from treeq_export.model.zoo import Denoiser, make_denoiser
 from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
+from treeq_export.reading import first_problem, read_record
 from treeq_export.recipe import Recipe
 
 RUN_FILE = "run.json"
@@ -104,7 +104,7 @@ class Workspace:
         try:
             recipe = Recipe.model_validate(record.recipe)
         except ValidationError as error:
-            raise _malformed(run) from error
+            raise PlanError(f"{run / RUN_FILE}: {first_problem(error)} {_again(run)}") from error
         return cls(run, recipe, record.recipe_path, tuple(record.overrides))
 
     def sibling(self, run: Path, recipe: Recipe) -> "Workspace":
@@ -202,14 +202,8 @@ def read_run(run: Path) -> RunRecord:
         )
     if not path.is_file():
         raise PlanError(f"{path}: missing. Run `treeq-export run RECIPE --out {run}` first.")
-    try:
-        return RunRecord.model_validate(json.loads(path.read_bytes()))
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise _malformed(run) from error
+    return read_record(path, RunRecord, error=PlanError, remedy=_again(run))
 
 
-def _malformed(run: Path) -> PlanError:
-    return PlanError(
-        f"{run / RUN_FILE}: not what this treeq-export writes. "
-        f"Remove it and run `treeq-export run RECIPE --out {run}` again."
-    )
+def _again(run: Path) -> str:
+    return f"Remove it and run `treeq-export run RECIPE --out {run}` again."

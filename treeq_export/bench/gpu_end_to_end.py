@@ -18,7 +18,6 @@ Triton's interpreter, measures nothing and says so.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -52,6 +51,7 @@ from treeq_export.bench.gpu_timing import (
 )
 from treeq_export.errors import RunnerError
 from treeq_export.model.zoo import DiTDenoiser
+from treeq_export.reading import read_json
 from treeq_export.runners.cuda_runner import GraphedModel, capture_graph
 
 RECORD_FILE = "end_to_end.json"
@@ -227,7 +227,7 @@ def run_batches(
     for batch in batches:
         path = parts / f"end_to_end_{batch}.json"
         if path.is_file():
-            rows += json.loads(path.read_bytes())
+            rows += read_json(path, error=RunnerError, remedy="Remove it.")
         elif time.monotonic() < deadline:
             size = config["sample_size"]
             shapes = DiTDenoiser(_Shapes(config), (config["in_channels"], size, size))

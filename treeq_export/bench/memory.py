@@ -25,13 +25,23 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treeq_export.errors import RunnerError
-from treeq_export.records import BenchMemory
+from treeq_export.reading import read_record
+from treeq_export.records import BenchMemory, Record
 
 NUM_RUNS = 3
 _TIMEOUT_S = 1800
 _CHILD = "treeq_export.bench.memory_child"
 # What a process needs to find its libraries and caches; all else could change its memory.
 _KEPT_VARIABLES = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
+
+
+class MeasuredMemory(Record):
+    """What the child writes; the fields are those of BenchMemory."""
+
+    after_load_bytes: int
+    peak_bytes: int
+    load_s: float
+    file_bytes: int
 
 
 def measure_memory(
@@ -84,8 +94,10 @@ def measure_memory(
                 f"{target}: the process that measures memory ended with status "
                 f"{done.returncode}: {lines[-1].strip()}"
             )
-        result = json.loads(result_file.read_bytes())
-    return BenchMemory(target=target, **result)
+        measured = read_record(
+            result_file, MeasuredMemory, error=RunnerError, remedy="Run bench again."
+        )
+    return BenchMemory(target=target, **measured.model_dump())
 
 
 def _child_environment(threads: int) -> dict[str, str]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from treeq_export.bench.peer import model_files
+from treeq_export.errors import RunnerError
+from treeq_export.reading import load_safetensors, parse_json
 from treeq_export.recipe import ModelSection
 
 _STATUS = Path("/proc/self/status")
@@ -117,14 +118,14 @@ def prepare_torch(
 
 def main(text: str) -> None:
     """Carry out an order and write its result file."""
-    order = json.loads(text)
+    order = parse_json(text, "the order", error=RunnerError, remedy="Run bench again.")
     what = order["what"]
     if "onnx" in what:
         load, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["options"])
     else:
         section = ModelSection.model_validate(what["torch"])
         load, files = prepare_torch(section, order["threads"])
-    arrays = load_file(order["inputs"])
+    arrays = load_safetensors(Path(order["inputs"]), error=RunnerError, remedy="Run bench again.")
     inputs = {name: arrays[name] for name in order["input_names"]}
     result = measure(load, inputs, order["num_runs"])
     result["file_bytes"] = sum(file.stat().st_size for file in files)

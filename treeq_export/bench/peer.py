@@ -16,7 +16,6 @@ Calibration takes the model's own example inputs. Only the speed and the size of
 reported, never its image quality.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from treeq_export.artefacts import atomic_folder, sha256_of_file, write_json
 from treeq_export.environment import VNNI, read_cpu, runtime_version
 from treeq_export.errors import OutputError, RunnerError
+from treeq_export.reading import read_json
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -96,8 +96,8 @@ def _check_room(folder: Path, fp32: Path) -> None:
 
 def _read_source(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json(path, error=RunnerError, remedy="")
+    except RunnerError:
         return None
 
 

@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.build.engine import (
     BUILD_FILE,
@@ -23,6 +21,8 @@ from treeq_export.build.engine import (
     BuildOrder,
     build_engine,
 )
+from treeq_export.errors import RunnerError
+from treeq_export.reading import read_record
 from treeq_export.records import Record, save_record
 from treeq_export.records.build import PluginKind, PluginReference, ShapeRange
 
@@ -89,8 +89,8 @@ class CacheEntry(Record):
 def read_entry(folder: Path) -> CacheEntry | None:
     """Return a cache folder's entry, None where there is none or it is malformed."""
     try:
-        return CacheEntry.model_validate_json((folder / ENTRY_FILE).read_bytes())
-    except (OSError, ValidationError):
+        return read_record(folder / ENTRY_FILE, CacheEntry, error=RunnerError, remedy="")
+    except RunnerError:
         return None
 
 

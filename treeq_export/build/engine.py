@@ -1,6 +1,5 @@
 """Build one engine in a process of its own, watch it, and say in one line how it ended."""
 
-import json
 import os
 import selectors
 import signal
@@ -11,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from treeq_export.build.progress import estimate
 from treeq_export.errors import RunnerError
+from treeq_export.reading import parse_record, read_record
 from treeq_export.records import Record
 from treeq_export.records.build import PluginKind, ShapeRange
 from treeq_export.runners.engine_manifest import ENGINE_FILE as ENGINE_FILE
@@ -60,6 +60,18 @@ class BuildResult(Record):
     num_layers: int
 
 
+class Message(Record):
+    """A line of the child's output.
+
+    Attributes:
+        fraction: How far the build is, 0..1.
+        error: Why it ended.
+    """
+
+    fraction: float | None = None
+    error: str | None = None
+
+
 def build_engine(
     order: BuildOrder, expected_s: float | None, on_step: Callable[[float], None]
 ) -> BuildResult:
@@ -83,8 +95,9 @@ def build_engine(
         if status or not result.is_file():
             stderr.seek(0)
             raise RunnerError(error or _describe_end(order, status, stderr.read()))
+        built = read_record(result, BuildResult, error=RunnerError, remedy="Build again.")
     on_step(1.0)
-    return BuildResult.model_validate_json(result.read_bytes())
+    return built
 
 
 @contextmanager
@@ -126,13 +139,14 @@ def _watch(
                     return error
                 *lines, rest = (rest + data).split(b"\n")
                 for message in map(_read_line, lines):
-                    fraction = float(message.get("fraction", fraction))
-                    error = message.get("error", error)
+                    fraction = fraction if message.fraction is None else message.fraction
+                    error = message.error or error
             on_step(estimate(fraction, time.monotonic() - started, expected_s))
 
 
-def _read_line(line: bytes) -> dict[str, Any]:
-    return json.loads(line) if line.strip() else {}
+def _read_line(line: bytes) -> Message:
+    where = "the builder's progress"
+    return parse_record(line or b"{}", Message, where, error=RunnerError, remedy="Build again.")
 
 
 def _describe_end(order: BuildOrder, status: int, stderr: str) -> str:

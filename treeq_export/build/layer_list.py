@@ -10,12 +10,15 @@ fusion in the metadata: what several nodes became lists all of them, and a node 
 layers is in all of these.
 """
 
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from treeq_export.errors import CompileError
+from treeq_export.reading import parse_record
 
 HEADER = "Layers:"
 _LINE = re.compile(
@@ -80,7 +83,7 @@ def parse_layers(text: str) -> list[EngineLayer]:
         CompileError: The text has neither form.
     """
     layers = (
-        [_from_json(entry) for entry in _json_layers(text)]
+        list(_from_json(text))
         if text.lstrip().startswith("{")
         else [_from_line(line) for line in text.splitlines() if line.startswith("Name: ")]
     )
@@ -108,24 +111,34 @@ def _from_line(line: str) -> EngineLayer:
     )
 
 
-def _json_layers(text: str) -> list[dict[str, Any]]:
-    layers = json.loads(text).get("Layers", [])
-    if any(not isinstance(layer, dict) for layer in layers):
-        raise CompileError(
-            "the engine says only the names of its layers. Build it with "
-            "ProfilingVerbosity.DETAILED, as treeq-export does."
+class _JsonLayer(BaseModel):
+    name: str = Field(alias="Name")
+    kind: str = Field("", alias="LayerType")
+    inputs: list[dict[str, Any]] = Field([], alias="Inputs")
+    constants: list[dict[str, Any]] = Field([], alias="Constants")
+    metadata: str = Field("", alias="Metadata")
+
+
+class _JsonList(BaseModel):
+    layers: list[_JsonLayer | str] = Field([], alias="Layers")
+
+
+def _from_json(text: str) -> Iterator[EngineLayer]:
+    remedy = "Install the version of the runtime that README.md names."
+    found = parse_record(text, _JsonList, "the layer list", error=CompileError, remedy=remedy)
+    for entry in found.layers:
+        if isinstance(entry, str):
+            raise CompileError(
+                "the engine says only the names of its layers. Build it with "
+                "ProfilingVerbosity.DETAILED, as treeq-export does."
+            )
+        yield EngineLayer(
+            name=entry.name,
+            kind=entry.kind,
+            input_types=_json_types(entry.inputs),
+            constant_types=_json_types(entry.constants),
+            nodes=frozenset(_ONNX_NODE.findall(entry.metadata)),
         )
-    return layers
-
-
-def _from_json(entry: dict[str, Any]) -> EngineLayer:
-    return EngineLayer(
-        name=entry["Name"],
-        kind=entry.get("LayerType", ""),
-        input_types=_json_types(entry.get("Inputs", [])),
-        constant_types=_json_types(entry.get("Constants", [])),
-        nodes=frozenset(_ONNX_NODE.findall(entry.get("Metadata", ""))),
-    )
 
 
 def _json_types(tensors: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from treeq_export import __version__
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.build.cache import CacheEntry, EngineInputs, build_into, find, link
@@ -28,6 +26,7 @@ from treeq_export.build.options import BuildOptions
 from treeq_export.build.verify import check, verify
 from treeq_export.errors import PlanError, RunnerError
 from treeq_export.plan import Plan, load_plan, plan_to_json
+from treeq_export.reading import read_record, read_text
 from treeq_export.recipe import CompileSection
 from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
@@ -219,7 +218,8 @@ def _place(folder: Path, cached: Path, entry: CacheEntry, source: _Source) -> En
     Raises:
         CompileError: It does not obey the plan.
     """
-    text = (cached / LAYERS_FILE).read_text()
+    remedy = f"Remove {cached} and run `treeq-export build` again."
+    text = read_text(cached / LAYERS_FILE, error=RunnerError, remedy=remedy)
     table: VerifierTable = verify(source.facts, parse_layers(text), source.bits)
     check(str(folder), table)
     inputs = entry.inputs
@@ -268,8 +268,9 @@ def _with_earlier(run: Path, done: list[BuiltEngine]) -> list[BuiltEngine]:
     """Return these engines, and what build.json lists beside them and is still there."""
     mine = {engine.path for engine in done}
     try:
-        earlier = BuildRecord.model_validate_json((run / RECORD_FILE).read_bytes()).engines
-    except (OSError, ValidationError):
+        record = read_record(run / RECORD_FILE, BuildRecord, error=PlanError, remedy="")
+        earlier = record.engines
+    except PlanError:  # none yet
         earlier = []
     return done + [
         engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from treeq_export.cli.console import json_option, main, make_stdout, say, stderr
+from treeq_export.cli.console import json_option, main, make_stdout, read_output, say, stderr
 
 
 def _parsed(kind: str) -> Callable[..., Any]:
@@ -90,6 +90,6 @@ def compare(
         workspace.say = say
         record = run_compare(workspace, options, progress)
     if as_json:
-        click.echo((out / COMPARE_FILE).read_text(), nl=False)
+        click.echo(read_output(out / COMPARE_FILE), nl=False)
     else:
         print_comparison(record, make_stdout())

@@ -22,7 +22,8 @@ from rich.progress import (
 )
 
 from treeq_export import __version__
-from treeq_export.errors import TreeqError
+from treeq_export.errors import PlanError, TreeqError
+from treeq_export.reading import read_text
 
 stderr = Console(stderr=True)
 _PIPE_WIDTH = 140  # columns of a table where stdout is no terminal
@@ -123,6 +124,11 @@ run_option = click.option(
     "--run", "run", type=click.Path(path_type=Path), required=True, help="Folder of the run."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def read_output(path: Path) -> str:
+    """Return a text that the command itself has just written."""
+    return read_text(path, error=PlanError, remedy="Run the same command again.")
 
 
 def say(line: str) -> None:

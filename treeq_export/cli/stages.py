@@ -9,6 +9,7 @@ from treeq_export.cli.console import (
     json_option,
     main,
     make_stdout,
+    read_output,
     run_option,
     say,
     stage_progress,
@@ -62,7 +63,7 @@ def show_report(report: Any, run: Path, *, as_json: bool) -> None:
     from treeq_export.report import print_report
 
     if as_json:
-        click.echo((run / "report.json").read_text(), nl=False)
+        click.echo(read_output(run / "report.json"), nl=False)
     else:
         print_report(report, make_stdout())
 
@@ -82,7 +83,7 @@ def run_one(run: Path, name: str) -> object:
 
 def print_record(run: Path, file: str, as_json: bool) -> None:
     """Print a stage's record, or say where it is."""
-    text = (run / file).read_text()
+    text = read_output(run / file)
     if as_json:
         click.echo(text, nl=False)
     else:

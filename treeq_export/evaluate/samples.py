@@ -7,13 +7,13 @@ number, seed, conditioning. It is written as a whole or not at all.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from treeq_export.artefacts import atomic_path, sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, TENSORS_FILE
+from treeq_export.reading import open_safetensors
 from treeq_export.runners.compiled import model_path
 
 _TENSOR = "samples"
@@ -93,12 +94,12 @@ def sample_or_load(path: Path, fingerprint: str, make: Callable[[], Tensor]) -> 
     Raises:
         OutputError: The file cannot be written.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if (file.metadata() or {}).get(_KEY) == fingerprint:
-                return file.get_tensor(_TENSOR)
-    except (OSError, SafetensorError):
-        pass  # none yet, or not a file of ours: sampled anew
+    with (
+        suppress(TreeqError),  # none yet, or not a file of ours: sampled anew
+        open_safetensors(path, error=TreeqError, remedy="") as file,
+    ):
+        if file.metadata.get(_KEY) == fingerprint:
+            return file.get(_TENSOR)
     samples = np.ascontiguousarray(make().numpy())
     with atomic_path(path) as temporary:
         save_file({_TENSOR: samples}, temporary, metadata={_KEY: fingerprint})

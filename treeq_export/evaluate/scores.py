@@ -11,13 +11,12 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from treeq_export.errors import RecipeError
 from treeq_export.evaluate.frechet import Gaussian, fit_gaussian, frechet_distance
 from treeq_export.model.denoise import is_pixels
 from treeq_export.quant.metrics import psnr_db
+from treeq_export.reading import load_safetensors
 from treeq_export.recipe import EvaluateSection
 from treeq_export.records import QualityScores
 
@@ -115,12 +114,7 @@ def _count_features(
 
 def _load_reference(path: Path, num_features: int) -> Gaussian:
     remedy = "Write mean and covariance of the classifier's features of real images."
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(
-            f"{path}: cannot be read as safetensors ({error}). Correct evaluate.reference."
-        ) from error
+    tensors = load_safetensors(path, error=RecipeError, remedy="Correct evaluate.reference.")
     if not set(tensors) >= _TENSORS:
         raise RecipeError(
             f"{path}: received tensors {', '.join(sorted(tensors)) or 'none'}, expected "

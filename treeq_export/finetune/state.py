@@ -7,12 +7,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from treeq_export.artefacts import atomic_path
+from treeq_export.errors import PlanError
 from treeq_export.finetune.training import Progress, Training
+from treeq_export.reading import open_safetensors
 
 STATE_FILE = "finetune.state.safetensors"
 _FINGERPRINT, _PROGRESS, _SECONDS = "fingerprint", "progress", "seconds"
@@ -52,13 +53,12 @@ def load_state(path: Path, training: Training, fingerprint: str) -> float:
         The seconds spent before; 0 where nothing was taken up.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        with open_safetensors(path, error=PlanError, remedy="", framework="pt") as file:
+            header = file.metadata
             if header.get(_FINGERPRINT) != fingerprint:
                 return 0.0
-            names: list[str] = file.keys()
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError):
+            tensors: dict[str, Tensor] = {name: file.get(name) for name in file.header}
+    except PlanError:
         return 0.0  # none, or not a file of ours: training starts anew
     training.load_state(tensors, Progress(**json.loads(header[_PROGRESS])))
     return float(header[_SECONDS])

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from treeq_export.errors import CheckpointError
+from treeq_export.reading import load_safetensors
 
 
 def text_shapes(
@@ -55,13 +54,13 @@ def load_prompts(path: Path, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[
     Raises:
         CheckpointError: Unreadable, other names or shapes, or not finite.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({error}). Set model.conditioning to a file "
-            f"with {', '.join(row_shapes)}, or leave it out for random conditioning."
-        ) from error
+    tensors = load_safetensors(
+        path,
+        error=CheckpointError,
+        remedy=f"Set model.conditioning to a safetensors file with {', '.join(row_shapes)}, or "
+        "leave it out for random conditioning.",
+        framework="pt",
+    )
     if set(tensors) != set(row_shapes):
         raise CheckpointError(
             f"{path}: received tensors {', '.join(sorted(tensors)) or 'none'}, expected "

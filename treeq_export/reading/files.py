@@ -1,5 +1,6 @@
 """Reading the bytes and texts of files."""
 
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ def read_bytes(
     Raises:
         TreeqError: Missing, not a file, not readable or too large; of the class `error`.
     """
-    with open_file(path, error=error, remedy=remedy, pipe=pipe) as file:
-        data = file.read(max_bytes + 1)
     try:
-        check_size(data, max_bytes)
+        with open_file(path, error=error, remedy=remedy, pipe=pipe) as file:
+            check_size(os.fstat(file.fileno()).st_size, max_bytes)
+            data = file.read(max_bytes + 1 if pipe else -1)  # a pipe has no size
+            check_size(len(data), max_bytes)
     except RefusedError as fault:
         raise error(f"{path}: {fault}. {remedy}") from fault
     return data
@@ -71,5 +73,7 @@ def open_file(
         raise error(f"{path}: missing. {remedy}") from fault
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror or fault}). {remedy}") from fault
+    except RefusedError:
+        raise
     except ValueError as fault:  # a NUL in its name
         raise error(f"{str(path)!r}: not the name of a file ({fault}). {remedy}") from fault

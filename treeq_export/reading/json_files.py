@@ -80,7 +80,7 @@ def parse_json(
         {'bits': 4}
     """
     try:
-        check_size(data, max_bytes)
+        check_size(len(data), max_bytes)
         text = data if isinstance(data, str) else decode(data)
         check_count(sum(map(text.count, ",[{")), MAX_NODES)  # before they take memory
         value = json.loads(text, parse_int=_integer, parse_float=_number, object_pairs_hook=_unique)

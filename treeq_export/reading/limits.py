@@ -40,13 +40,13 @@ def decode(data: bytes) -> str:
         raise RefusedError(f"not UTF-8 (byte {fault.start})") from fault
 
 
-def check_size(data: bytes | str, most: int) -> None:
+def check_size(size: int, most: int) -> None:
     """Check the length of a file or text.
 
     Raises:
         RefusedError: It is longer than `most`.
     """
-    if len(data) > most:
+    if size > most:
         raise RefusedError(f"larger than {most} bytes, the most that is read")
 
 

@@ -50,7 +50,7 @@ def parse_yaml(text: str, where: str | Path, *, error: type[TreeqError], remedy:
         {'bits': [2, 4]}
     """
     try:
-        check_size(text, MAX_YAML_BYTES)
+        check_size(len(text), MAX_YAML_BYTES)
         value = yaml.load(text, _Loader)
         check_value(value, MAX_YAML_NODES)
     except yaml.YAMLError as fault:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from treeq_export.errors import RecipeError
+from treeq_export.reading import parse_yaml, read_yaml
 from treeq_export.recipe.sections import Recipe
 
 
@@ -25,14 +25,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: Unreadable, not YAML, an unknown key, or a value out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {_yaml_problem(error)}. Correct that.") from error
+    raw = read_yaml(
+        path, error=RecipeError, remedy="Correct it, or give the path of another YAML file."
+    )
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path}: received {type(raw).__name__}, expected sections. "
@@ -76,20 +71,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"--set {override}: {parent} is no section.")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {override}: not YAML: {_yaml_problem(error)}. Correct or quote the value."
-        ) from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    """Say in one line where a text stops to be YAML."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
+    node[last] = parse_yaml(
+        value, f"--set {override:.60}", error=RecipeError, remedy="Correct or quote the value."
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -7,9 +7,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, strict=False)]
+# Upper ends that no use comes near, so that every number fits what computes with it.
+MAX_COUNT = 10_000_000
+MAX_AXIS = 1 << 16
+MAX_SAMPLER_STEPS = 1000  # of the schedules that models are trained with
+MAX_SEED = 1 << 62  # offsets are added, and generators take 64 bits
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Axis = Annotated[int, Field(ge=1, le=MAX_AXIS)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Rate = Annotated[float, Field(gt=0, le=1e6, strict=False)]
 Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
 
@@ -21,9 +29,9 @@ def _check_square(size: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys."""
+    """Base of all sections: strict types, finite numbers, no unknown keys."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -40,8 +48,8 @@ class ModelSection(Section):
 
     checkpoint: str
     variant: str | None = None
-    latent_size: Annotated[Positive | None, BeforeValidator(_check_square)] = None
-    num_text_tokens: Positive | None = None
+    latent_size: Annotated[Axis | None, BeforeValidator(_check_square)] = None
+    num_text_tokens: Axis | None = None
     conditioning: str | None = None
 
 
@@ -78,9 +86,9 @@ class SamplerSection(Section):
 
     scheduler: Literal["flow_match_euler", "ddim", "pipeline"] = "flow_match_euler"
     pipeline_scheduler: PipelineScheduler | None = None
-    steps: Positive = 25
-    guidance_scale: Annotated[float, Field(ge=1.0, strict=False)] = 1.0
-    batch_size: Positive = 50
+    steps: Annotated[int, Field(ge=1, le=MAX_SAMPLER_STEPS)] = 25
+    guidance_scale: Annotated[float, Field(ge=1.0, le=1e6, strict=False)] = 1.0
+    batch_size: Axis = 50
 
     @property
     def definition(self) -> str | dict[str, Any]:
@@ -106,7 +114,7 @@ class BudgetSection(Section):
 
     weight_bits: AverageBits | None = None
     activation_bits: AverageBits | None = None
-    size_bytes: Positive | None = None
+    size_bytes: Annotated[int, Field(ge=1, le=1 << 60)] | None = None
 
 
 class BranchBudget(Section):
@@ -118,7 +126,7 @@ class BranchBudget(Section):
     """
 
     parameter_fraction: Annotated[float, Field(gt=0, lt=1, strict=False)]
-    grids: Positive = 8
+    grids: Axis = 8
 
 
 class SearchSection(Section):
@@ -164,16 +172,16 @@ class SearchSection(Section):
     weight_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
     activation_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
     noise: Annotated[float, Field(ge=0, le=1, strict=False)] = 1.0
-    keep: Annotated[int, Field(ge=2)] = 16
+    keep: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 16
     num_samples: Positive = 32
     num_rows: Positive = 128
-    num_final_rows: Annotated[int, Field(ge=0)] = 256
-    calibrated_finalists: Annotated[int, Field(ge=0)] = 4
-    num_probes: Annotated[int, Field(ge=0)] = 16
+    num_final_rows: NonNegative = 256
+    calibrated_finalists: NonNegative = 4
+    num_probes: NonNegative = 16
     refine: Annotated[float, Field(ge=0, lt=1, strict=False)] | None = 1e-3
     executor: Literal["local", "ray"] = "local"
-    num_workers: Positive = 2
-    threads: Positive = 1
+    num_workers: Threads = 2
+    threads: Threads = 1
     activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
     group_size: Positive | None = None
     rotation_group: Positive | Literal["auto"] = "auto"
@@ -207,7 +215,7 @@ class CalibrateSection(Section):
     """
 
     num_samples: Positive = 64
-    num_clip_steps: Positive = 40
+    num_clip_steps: Axis = 40
     max_tokens: Positive = 16384
     inputs: Literal["full_precision", "quantized"] = "quantized"
     num_rows: Positive = 1600
@@ -264,16 +272,16 @@ class FinetuneSection(Section):
         "bias",
     ]
     steps: Positive = 300
-    batch_size: Positive = 64
+    batch_size: Axis = 64
     num_trajectories: Positive = 256
     on_policy: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.5
-    block_weight: Annotated[float, Field(ge=0, strict=False)] = 1.0
+    block_weight: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 1.0
     branch_lr: Rate = 0.02
     scale_lr: Rate = 0.005
     bias_lr: Rate = 0.005
     weight_lr: Rate = 0.005
     warmup: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.05
-    clip_norm: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e30, strict=False)] = 1.0
     check_every: Positive = 50
     held_out_rows: Positive = 256
     patience: Positive = 5
@@ -292,8 +300,8 @@ class CompileSection(Section):
 
     targets: Annotated[list[Target], Field(min_length=1)] = ["portable", "ort"]
     external_data: Literal["auto", "always", "never"] = "auto"
-    max_batch: Annotated[int, Field(ge=2)] = 256
-    opt_batch: Positive = 2
+    max_batch: Annotated[int, Field(ge=2, le=MAX_AXIS)] = 256
+    opt_batch: Axis = 2
 
     @model_validator(mode="after")
     def _opt_batch_is_a_batch(self) -> Self:
@@ -329,7 +337,7 @@ class ValidateSection(Section):
         gates: Limits; one not met ends the run with status 3.
     """
 
-    batch_size: Positive = 8
+    batch_size: Axis = 8
     gates: ParityGates = ParityGates()
 
 
@@ -343,10 +351,10 @@ class BenchSection(Section):
         threads: Threads of every runtime.
     """
 
-    batch_sizes: Annotated[list[Positive], Field(min_length=1)] = [2]
-    rounds: Annotated[int, Field(ge=3)] = 20
+    batch_sizes: Annotated[list[Axis], Field(min_length=1)] = [2]
+    rounds: Annotated[int, Field(ge=3, le=MAX_COUNT)] = 20
     warmup: Positive = 3
-    threads: Positive = 2
+    threads: Threads = 2
 
 
 class QualityGates(Section):
@@ -370,8 +378,8 @@ class EvaluateSection(Section):
         gates: Limits; one not met ends the run with status 3.
     """
 
-    num_samples: Annotated[int, Field(ge=2)] = 100
-    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+    num_samples: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 100
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=1000)] = [0]
     classifier: str | None = None
     reference: str | None = None
     runner: Literal["portable", "ort", "torch"] = "portable"
@@ -383,7 +391,7 @@ class Recipe(Section):
     """A whole recipe."""
 
     name: str
-    seed: NonNegative = 0
+    seed: Seed = 0
     model: ModelSection
     sampler: SamplerSection = SamplerSection()
     search: SearchSection = SearchSection()

@@ -1,13 +1,13 @@
 """What all records share: their form, gates, and how they are written and read."""
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from treeq_export.artefacts import write_json
+from treeq_export.artefacts import write_bytes
 from treeq_export.errors import PlanError
+from treeq_export.reading import read_record
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -48,7 +48,7 @@ def save_record(path: Path, record: Record) -> None:
     Raises:
         OutputError: The folder cannot be written to.
     """
-    write_json(path, json.loads(record.model_dump_json()))
+    write_bytes(path, (record.model_dump_json(indent=2) + "\n").encode())
 
 
 def load_record(path: Path, kind: type[Model], stage: str) -> Model:
@@ -64,9 +64,9 @@ def load_record(path: Path, kind: type[Model], stage: str) -> Model:
     """
     if not path.is_file():
         raise PlanError(f"{path}: missing. Run `treeq-export {stage} --run {path.parent}` first.")
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise PlanError(
-            f"{path}: malformed. Run `treeq-export {stage} --run {path.parent}` again."
-        ) from error
+    return read_record(
+        path,
+        kind,
+        error=PlanError,
+        remedy=f"Run `treeq-export {stage} --run {path.parent}` again.",
+    )

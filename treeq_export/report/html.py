@@ -20,6 +20,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from treeq_export import __version__
+from treeq_export.errors import PlanError
+from treeq_export.reading import read_bytes
 from treeq_export.recipe import Recipe
 from treeq_export.records import AuditLayer, TargetParity
 from treeq_export.report import figures, quantities, search_figures
@@ -247,7 +249,10 @@ def read_grid(run: Path, title: str, name: str) -> Grid:
         return Grid(title, "", f"{name}: outside the run folder", pixelated=False)
     if not path.is_file():
         return Grid(title, "", f"{name}: missing", pixelated=False)
-    data = path.read_bytes()
+    try:
+        data = read_bytes(path, error=PlanError, remedy="")
+    except PlanError:
+        return Grid(title, "", f"{name}: cannot be read", pixelated=False)
     if len(data) < 24 or not data.startswith(PNG_SIGNATURE):
         return Grid(title, "", f"{name}: not a PNG file", pixelated=False)
     (width,) = struct.unpack(">I", data[16:20])

@@ -10,16 +10,17 @@ Untested: needs a GPU.
 
 import ctypes
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from treeq_gpu import choose
 from treeq_gpu.instantiations import DType
 
 from treeq_export.errors import RunnerError
+from treeq_export.reading import read_bytes, read_record
 from treeq_export.runners.cuda_bindings import load_driver
 
 MANIFEST = "kernels.json"
@@ -127,9 +128,7 @@ class KernelFolder:
         minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         manifest = read_manifest(folder)
         self.architecture = pick_architecture(folder, manifest, major, minor)
-        self._entries = {
-            entry["name"]: entry for entry in manifest if entry["arch"] == self.architecture
-        }
+        self._entries = {entry.name: entry for entry in manifest if entry.arch == self.architecture}
         self._kernels: dict[str, Kernel] = {}
 
     def launch(self, name: str, grid: Grid, values: Mapping[str, Number], stream: int) -> None:
@@ -158,21 +157,21 @@ class KernelFolder:
                 f"{self.folder}: no kernel {name} for {self.architecture}. Run `python -m "
                 f"treeq_gpu.ahead --out {self.folder} --arch {self.architecture}`."
             )
-        data = (self.folder / entry["file"]).read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        remedy = f"Run `python -m treeq_gpu.ahead --out {self.folder}` again."
+        data = read_bytes(self.folder / entry.file, error=RunnerError, remedy=remedy)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise RunnerError(
-                f"{self.folder / entry['file']}: its content is not what {MANIFEST} says. "
-                f"Run `python -m treeq_gpu.ahead --out {self.folder}` again."
+                f"{self.folder / entry.file}: its content is not what {MANIFEST} says. {remedy}"
             )
         library = self._call("cuLibraryLoadData", data, [], [], 0, [], [], 0)
-        handle = self._call("cuLibraryGetKernel", library, entry["function"].encode())
-        shared = entry["shared_bytes"]
+        handle = self._call("cuLibraryGetKernel", library, entry.function.encode())
+        shared = entry.shared_bytes
         if shared > _PLAIN_SHARED_BYTES:
             attribute = self._driver.CUfunction_attribute
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call("cuKernelSetAttribute", most, shared, handle, self._device)
-        params = tuple((param, kind) for param, kind in entry["params"])
-        kernel = Kernel(name, handle, params, entry["num_warps"] * _WARP, shared)
+        params = tuple(entry.params)
+        kernel = Kernel(name, handle, params, entry.num_warps * _WARP, shared)
         self._kernels[name] = kernel
         return kernel
 
@@ -190,28 +189,55 @@ class KernelFolder:
         return results[0] if results else None
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
+class CubinEntry(BaseModel):
+    """An entry of kernels.json, as `treeq_gpu.ahead` writes it.
+
+    Attributes:
+        name: The instantiation.
+        arch: Such as "sm_89".
+        file: Of the machine code, in the same folder.
+        sha256: Digest of that file.
+        function: Symbol in it.
+        shared_bytes: Shared memory of a block.
+        num_warps: Warps of a block.
+        params: Name and type of each parameter.
+    """
+
+    name: str
+    arch: str
+    file: str
+    sha256: str
+    function: str
+    shared_bytes: int
+    num_warps: int
+    params: list[tuple[str, str]]
+
+
+class _Manifest(BaseModel):
+    kernels: list[CubinEntry]
+
+
+def read_manifest(folder: Path) -> list[CubinEntry]:
     """Return the kernels of a folder.
 
     Raises:
         RunnerError: There are none.
     """
-    try:
-        return json.loads((folder / MANIFEST).read_bytes())["kernels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunnerError(
-            f"{folder / MANIFEST}: missing or malformed. "
-            f"Run `python -m treeq_gpu.ahead --out {folder}`."
-        ) from error
+    return read_record(
+        folder / MANIFEST,
+        _Manifest,
+        error=RunnerError,
+        remedy=f"Run `python -m treeq_gpu.ahead --out {folder}`.",
+    ).kernels
 
 
-def pick_architecture(folder: Path, manifest: list[dict[str, Any]], major: int, minor: int) -> str:
+def pick_architecture(folder: Path, manifest: list[CubinEntry], major: int, minor: int) -> str:
     """Return the best architecture for a GPU: the same major, the largest minor up to its own.
 
     Raises:
         RunnerError: None of the folder's runs on it.
     """
-    found = {entry["arch"] for entry in manifest}
+    found = {entry.arch for entry in manifest}
     for candidate in range(minor, -1, -1):
         if f"sm_{major}{candidate}" in found:
             return f"sm_{major}{candidate}"

@@ -6,10 +6,9 @@ own messages about a mismatch are long and late, some are none at all; these are
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import RunnerError
+from treeq_export.reading import read_record
 from treeq_export.records.build import EngineManifest
 from treeq_export.runners.cuda_bindings import load_driver
 from treeq_export.runners.tensorrt_library import Runtime
@@ -43,13 +42,12 @@ def read_manifest(folder: Path) -> EngineManifest:
     Raises:
         RunnerError: Missing or malformed.
     """
-    path = folder / MANIFEST_FILE
-    try:
-        return EngineManifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise RunnerError(
-            f"{path}: missing or malformed. Build the engine again with `treeq-export build`."
-        ) from error
+    return read_record(
+        folder / MANIFEST_FILE,
+        EngineManifest,
+        error=RunnerError,
+        remedy="Build the engine again with `treeq-export build`.",
+    )
 
 
 def check_manifest(folder: Path, runtime: Runtime, *, gpu: str | None = None) -> EngineManifest:

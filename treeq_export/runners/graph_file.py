@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from treeq_export.errors import TreeqError
 from treeq_export.reading import read_bytes
@@ -52,11 +53,9 @@ def read_graph(path: Path, *, error: type[TreeqError], remedy: str) -> ir.Model:
     Raises:
         TreeqError: It cannot be read, is damaged, or its external data are; of the class `error`.
     """
-    data = read_bytes(path, error=error, remedy=remedy, max_bytes=MAX_GRAPH_BYTES)
     path = path.absolute()
+    proto = read_proto(path, error=error, remedy=remedy)
     try:
-        proto = onnx.ModelProto()
-        proto.ParseFromString(data)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
         _check_values(model)
@@ -68,7 +67,7 @@ def read_graph(path: Path, *, error: type[TreeqError], remedy: str) -> ir.Model:
         raise error(f"{path}: damaged: {fault}. {remedy}") from fault
     except MemoryError:
         raise
-    except Exception as fault:  # protobuf and onnx_ir raise whatever they met
+    except Exception as fault:  # onnx_ir raises whatever it met
         first = fault
         while first.__cause__ is not None:  # onnx_ir wraps one in another
             first = first.__cause__
@@ -76,6 +75,21 @@ def read_graph(path: Path, *, error: type[TreeqError], remedy: str) -> ir.Model:
         raise error(f"{path}: not an ONNX graph ({reason:.200}). {remedy}") from fault
     model.meta[_PATH] = str(path)
     return model
+
+
+def read_proto(path: Path, *, error: type[TreeqError], remedy: str) -> onnx.ModelProto:
+    """Read the protobuf of a graph and nothing else.
+
+    Raises:
+        TreeqError: It cannot be read, or is no protobuf of a model; of the class `error`.
+    """
+    data = read_bytes(path, error=error, remedy=remedy, max_bytes=MAX_GRAPH_BYTES)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as fault:
+        raise error(f"{path}: not an ONNX graph ({fault}). {remedy}") from fault
+    return proto
 
 
 def path_of(model: ir.Model) -> str:

@@ -21,7 +21,6 @@ Whether TensorRT lets a kernel have more than 48 KB of shared memory (`wide` has
 tactic that cannot be launched fails when it is timed.
 """
 
-import hashlib
 import importlib
 import inspect
 import os
@@ -34,7 +33,9 @@ from typing import Any
 from treeq_gpu import choose, instantiations
 from treeq_gpu.instantiations import DType, Instantiation
 
+from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import RunnerError
+from treeq_export.reading import read_text
 from treeq_export.runners.cubin_launcher import MANIFEST, pick_architecture, read_manifest
 from treeq_export.runners.op_definition import NAMESPACE
 from treeq_export.runners.quick_ptx import float_bits, reorder_params
@@ -85,7 +86,7 @@ def load_kernel(folder: Path, architecture: str, instantiation: Instantiation) -
         RunnerError: It is not there, or cannot be launched by TensorRT.
     """
     for entry in read_manifest(folder):
-        if (entry["name"], entry["arch"]) == (instantiation.name, architecture):
+        if (entry.name, entry.arch) == (instantiation.name, architecture):
             break
     else:
         raise RunnerError(
@@ -98,14 +99,16 @@ def load_kernel(folder: Path, architecture: str, instantiation: Instantiation) -
     integers = [name for name, kind in params if not kind.startswith("*")]
     inputs = [name for name in pointers if name not in is_output]
     outputs = [name for name in pointers if name in is_output]
-    ptx = (folder / entry["file"]).with_suffix(".ptx").read_text()
+    file = (folder / entry.file).with_suffix(".ptx")
+    again = f"Run `python -m treeq_gpu.ahead --out {folder}` again."
+    ptx = read_text(file, error=RunnerError, remedy=again)
     names = [name for name, _ in params]
     return QuickKernel(
-        function=entry["function"],
+        function=entry.function,
         ptx=reorder_params(ptx, names, [*inputs, *integers, *outputs]),
         integers=tuple(integers),
-        num_threads=entry["num_warps"] * _WARP,
-        shared_bytes=entry["shared_bytes"],
+        num_threads=entry.num_warps * _WARP,
+        shared_bytes=entry.shared_bytes,
     )
 
 
@@ -333,7 +336,7 @@ def hash_quick_kernels() -> str:
     """
     folder = _quick_kernels()
     read_manifest(folder)
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return sha256_of_file(folder / MANIFEST)
 
 
 def register_quick_plugins(runtime: Runtime, gpu: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.reading import read_bytes
 from treeq_export.runners.cpu_kernels import find_library
 from treeq_export.runners.cuda_device import CudaDevice, as_contiguous
 from treeq_export.runners.engine_manifest import ENGINE_FILE, check_manifest
@@ -274,7 +275,10 @@ def open_engine(folder: Path, runtime_name: RuntimeName, gpu: str | None) -> Ope
     trt = runtime.module
     logger = trt.Logger(trt.Logger.ERROR)
     deserializer = trt.Runtime(logger)
-    engine = deserializer.deserialize_cuda_engine((folder / ENGINE_FILE).read_bytes())
+    data = read_bytes(
+        folder / ENGINE_FILE, error=RunnerError, remedy="Build it again.", max_bytes=1 << 36
+    )
+    engine = deserializer.deserialize_cuda_engine(data)
     if engine is None:
         raise RunnerError(
             f"{folder}: {runtime.name} {runtime.version} refuses the engine; its own message is "

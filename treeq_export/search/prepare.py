@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from treeq_export.artefacts import atomic_path
+from treeq_export.errors import PlanError
 from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.replay import BlockReplay, Output, concatenate_outputs
@@ -34,10 +34,12 @@ from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import WeightFormat
+from treeq_export.reading import load_safetensors, open_safetensors
 from treeq_export.recipe import Recipe
 from treeq_export.search.formats import make_activation_format
 
 FOLDER = "search"
+_REDO = "Remove the folder `search` of the run; the search then starts again."
 ROWS_FILE, FINAL_FILE = "rows.safetensors", "final.safetensors"
 _PREDICTION = "prediction"
 _KEY = "fingerprint"
@@ -68,15 +70,17 @@ class Store:
 
     def has(self, name: str) -> bool:
         """Whether a file of this search is there."""
+        path = self.folder / name
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                return (file.metadata() or {}).get(_KEY) == self.fingerprint
-        except (OSError, SafetensorError):
+            with open_safetensors(path, error=PlanError, remedy=_REDO, framework="pt") as file:
+                return file.metadata.get(_KEY) == self.fingerprint
+        except PlanError:
             return False
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one file; their bytes are read when they are used."""
-        return load_file(self.folder / name)
+        path = self.folder / name
+        return load_safetensors(path, error=PlanError, remedy=_REDO, framework="pt")
 
     def load_rows(self, name: str = ROWS_FILE) -> tuple[Rows, Tensor]:
         """Return the network's inputs and its clean prediction."""

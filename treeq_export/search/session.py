@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from treeq_export import __version__
+from treeq_export.errors import PlanError
 from treeq_export.model.checkpoint import load_model, open_checkpoint
 from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
@@ -22,6 +23,7 @@ from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.model.zoo import Denoiser, make_denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import BranchFormat
+from treeq_export.reading import parse_record
 from treeq_export.recipe import Recipe
 from treeq_export.search.bank import LayerBank
 from treeq_export.search.formats import make_layer_plan
@@ -76,7 +78,7 @@ class Session:
         Args:
             denoiser: The full-precision model; None loads the recipe's checkpoint.
         """
-        recipe = Recipe.model_validate_json(self.recipe)
+        recipe = _read_recipe(self.recipe)
         torch.set_num_threads(recipe.search.threads)
         if denoiser is None:
             checkpoint = open_checkpoint(Path(recipe.model.checkpoint), recipe.model.variant)
@@ -165,7 +167,7 @@ def prepare(
         statistics: Returns every layer's rotated input; called only if weights are missing.
         on_step: Called with the fraction done, 0..1.
     """
-    recipe = Recipe.model_validate_json(session.recipe)
+    recipe = _read_recipe(session.recipe)
     found = discover_linears(denoiser)
     linears = [linear for linear in found if linear.name in session.names]
     leaves = make_leaves(linears)
@@ -234,3 +236,9 @@ def choose_batch_rows(denoiser: Denoiser, blocks: Sequence[str]) -> int:
     with BlockReplay(denoiser, blocks) as replay:
         replay.run(denoiser.make_example_inputs(1, seed=0), last=0, on_output=see)
     return max(1, _TOKENS_PER_BATCH // max(sizes[0], 1))
+
+
+def _read_recipe(text: str) -> Recipe:
+    return parse_record(
+        text, Recipe, "the search's recipe", error=PlanError, remedy="Search again."
+    )

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from treeq_export.errors import ServeError
+from treeq_export.reading import read_bytes
 from treeq_export.serve.lint_read import Config, Remark, Remarks, number_of_version
 
 _MODEL_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
@@ -106,12 +108,16 @@ def python_model(config: Config) -> Remarks:
     if config.backend != "python":
         return
     for path in model_files(config):
-        if path.is_file() and not re.search(rb"TritonPythonModel|import \*", path.read_bytes()):
+        if path.is_file() and not re.search(rb"TritonPythonModel|import \*", _content(path)):
             yield Remark(
                 path,
                 "received no TritonPythonModel, expected a class of this name: the backend makes "
                 "an instance of it. Name the model's class so.",
             )
+
+
+def _content(path: Path) -> bytes:
+    return read_bytes(path, error=ServeError, remedy="Make it readable.")
 
 
 def label_file(config: Config) -> Remarks:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from treeq_export.errors import ServeError
 from treeq_export.serve.lint_files import model_files
 from treeq_export.serve.lint_read import Config, Remark, Remarks, enum_name, shape_of
 from treeq_export.serve.lint_warmup import scheduler_inputs
@@ -43,13 +44,12 @@ def _read(config: Config, path: Path) -> Any:
     """Return a graph without its external data; None where it cannot be read."""
     graphs = config.folder.repository.graphs
     if path not in graphs:
-        import onnx
-        from google.protobuf.message import DecodeError
+        from treeq_export.runners.graph_file import read_proto  # heavy: onnx
 
         try:
-            model = onnx.load(path, load_external_data=False)
+            model = read_proto(path, error=ServeError, remedy="")
             graphs[path] = model if model.graph.output else None
-        except DecodeError:
+        except ServeError:
             graphs[path] = None
     return graphs[path]
 
@@ -163,11 +163,16 @@ def external_data(config: Config) -> Remarks:
         for tensor in _tensors(model):
             entries = {entry.key: entry.value for entry in tensor.external_data}
             location = entries.get("location", "")
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            end = _size(entries.get("offset")) + _size(entries.get("length"))
             if location:
                 sizes[location] = max(sizes.get(location, 0), end)
         for location, size in sorted(sizes.items()):
             yield from _check_data(path, location, size)
+
+
+def _size(text: str | None) -> int:
+    """Return a number of bytes; 0 for none, and for what is no number."""
+    return int(text) if text and len(text) < 20 and text.isdecimal() else 0
 
 
 def _check_data(path: Path, location: str, size: int) -> Remarks:

@@ -8,7 +8,6 @@ Version folders are numbered as Triton 2.51 does (tried with the server): a name
 `stoll`, so that "2.bak" is version 2, and names with leading zeros are ignored.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from treeq_export.errors import ServeError
+from treeq_export.reading import read_record, read_text
 from treeq_export.serve.inside.settings import DENOISER as DENOISER
 from treeq_export.serve.inside.settings import SAMPLER as SAMPLER
 from treeq_export.serve.inside.settings import VAE_DECODER as VAE_DECODER
@@ -48,13 +50,22 @@ class Remark(NamedTuple):
 Remarks = Iterator[Remark]
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(BaseModel):
     """Batch sizes that the denoiser was built for; from manifest.json."""
 
     min: int
     opt: int
     max: int
+
+
+class _Denoiser(BaseModel):
+    profile: Profile | None = None
+
+
+class _Manifest(BaseModel):
+    """What lint compares with; the rest of manifest.json may be of any version."""
+
+    denoiser: _Denoiser | None = None
 
 
 @dataclass(eq=False)
@@ -271,13 +282,11 @@ def _load_parser() -> Any:
 
     def parse(path: Path, folder: ModelFolder) -> None:
         try:
-            text = path.read_bytes().decode()
+            text = read_text(path, error=ServeError, remedy="Write it as UTF-8.")
             message = text_format.Parse(text, schema.ModelConfig())
             listed = text_format.Parse(text, listed_class())
-        except UnicodeDecodeError as error:
-            folder.unread.append(
-                Remark(path, f"received bytes that are no UTF-8 ({error.reason}).")
-            )
+        except ServeError as error:
+            folder.unread.append(Remark(path, str(error).removeprefix(f"{path}: ")))
         except text_format.ParseError as error:
             place = f"line {error.GetLine()}, column {error.GetColumn()}"
             folder.unread.append(Remark(path, f"{place}: {_problem(error)}"))
@@ -304,17 +313,13 @@ def _read_manifest(repository: Repository) -> None:
     if not path.is_file():
         return
     try:
-        denoiser = json.loads(path.read_bytes()).get(DENOISER) or {}
-        profile = denoiser.get("profile")
-        if profile is None:
-            return
-        sizes = Profile(int(profile["min"]), int(profile["opt"]), int(profile["max"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        repository.manifest_error = (
-            f"received what cannot be read ({type(error).__name__}: {error}), expected "
-            "denoiser.profile with min, opt and max."
-        )
+        denoiser = read_record(path, _Manifest, error=ServeError, remedy="").denoiser
+    except ServeError as error:
+        repository.manifest_error = str(error).removeprefix(f"{path}: ").strip()
         return
+    if denoiser is None or denoiser.profile is None:
+        return
+    sizes = denoiser.profile
     if 1 <= sizes.min <= sizes.opt <= sizes.max:
         repository.profile = sizes
     else:

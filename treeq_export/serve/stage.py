@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from treeq_export import __version__
 from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
 from treeq_export.model import denoise
 from treeq_export.model.zoo import Denoiser
+from treeq_export.reading import read_record, read_text
 from treeq_export.recipe import Recipe
 from treeq_export.records import save_record
 from treeq_export.records.serve import ServedFile, ServeManifest
@@ -250,12 +249,8 @@ def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -
 
 def _read_manifest(root: Path) -> ServeManifest:
     path = root / MANIFEST_FILE
-    try:
-        return ServeManifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ServeError(
-            f"{path}: missing or malformed. Write the repository first, without --add-version."
-        ) from error
+    remedy = "Write the repository first, without --add-version."
+    return read_record(path, ServeManifest, error=ServeError, remedy=remedy)
 
 
 def _check_same_configs(root: Path, final: Path, served: Served) -> None:
@@ -263,7 +258,7 @@ def _check_same_configs(root: Path, final: Path, served: Served) -> None:
     remedy = "A server cannot exchange that under load; write a new repository with another --out."
     for name, text in render_configs(served, final).items():
         path = root / name
-        if not path.is_file() or path.read_text() != text:
+        if not path.is_file() or read_text(path, error=ServeError, remedy=remedy) != text:
             raise ServeError(f"{path}: the new version needs another one. {remedy}")
     if served.library is not None:
         library = root / DENOISER / "lib" / served.library.name

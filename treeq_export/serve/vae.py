@@ -1,14 +1,15 @@
 """The decoder of latents: a diffusers AutoencoderKL folder, checked before it is copied."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export.errors import ServeError
+from treeq_export.reading import read_object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _CLASS = "AutoencoderKL"
+_MAX_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,11 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
     """
     if (folder / "vae" / CONFIG_FILE).is_file():
         folder = folder / "vae"
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ServeError(
-            f"{folder / CONFIG_FILE}: cannot be read ({error}). "
-            f"Give --vae the folder of a diffusers {_CLASS}."
-        ) from error
+    config = read_object(
+        folder / CONFIG_FILE,
+        error=ServeError,
+        remedy=f"Give --vae the folder of a diffusers {_CLASS}.",
+    )
     name = config.get("_class_name")
     if name != _CLASS:
         raise ServeError(f"{folder}: received {name}, expected {_CLASS}.")
@@ -63,5 +62,9 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
             f"{folder}: latent_channels {received}, expected {wanted} as the denoiser's samples. "
             "Give the autoencoder that belongs to the model."
         )
-    blocks = config.get("block_out_channels", [64])
-    return Vae(folder, 2 ** (len(blocks) - 1), config.get("out_channels", 3))
+    blocks, channels = config.get("block_out_channels", [64]), config.get("out_channels", 3)
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
+        raise ServeError(f"{folder}: block_out_channels {blocks!r:.60}, expected a short list.")
+    if not isinstance(channels, int) or channels < 1:
+        raise ServeError(f"{folder}: out_channels {channels!r:.60}, expected a positive number.")
+    return Vae(folder, 2 ** (len(blocks) - 1), channels)
