@@ -280,7 +280,7 @@ def test_departure_in_a_graph_that_can_only_be_run_as_a_whole(
 
 
 def test_an_engine_that_is_not_there(compiled_dit: Any):
-    with pytest.raises(RunnerError, match=r"sm_89/manifest\.json: missing or malformed"):
+    with pytest.raises(RunnerError, match=r"sm_89/manifest\.json: cannot be read"):
         bisect(compiled_dit, compiled_dit.run, "engines/tensorrt-rtx/tensorrt/sm_89")
 
 

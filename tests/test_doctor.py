@@ -144,7 +144,9 @@ class TestGpu:
         assert "python -m treeq_gpu.ahead --out" in missing.remedy
         monkeypatch.setenv(doctor.KERNELS_VARIABLE, str(tmp_path))
         assert finding_of("gpu kernels").problem.endswith("kernels.json is missing or malformed")
-        kernels = [{"arch": "sm_90"}, {"arch": "sm_80"}, {"arch": "sm_80"}]
+        entry = {"name": "a", "file": "a.cubin", "sha256": "0", "function": "f"}
+        entry |= {"shared_bytes": 0, "num_warps": 4, "params": []}
+        kernels = [entry | {"arch": arch} for arch in ("sm_90", "sm_80", "sm_80")]
         (tmp_path / "kernels.json").write_text(json.dumps({"kernels": kernels}))
         assert finding_of("gpu kernels").found == f"3 for sm_80, sm_90, {tmp_path}"
         (tmp_path / "kernels.json").write_text('{"kernels": 3}')

@@ -77,8 +77,11 @@ def test_bytes_and_text(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert _line(tmp_path / "none") == f"{tmp_path}/none: missing. Write it again."
-    assert "a folder, expected a file" in _line(tmp_path)
+    assert (
+        _line(tmp_path / "none")
+        == f"{tmp_path}/none: cannot be read (No such file or directory). Write it again."
+    )
+    assert "cannot be read (Is a directory)" in _line(tmp_path)
     assert "not a regular file" in _line(tmp_path / "pipe")  # would wait for ever
     assert "not a regular file" in _line(Path("/dev/zero"))  # never ends
     assert "not the name of a file" in _line(tmp_path / "a\0b")
@@ -94,7 +97,7 @@ def test_size_and_encoding(tmp_path: Path) -> None:
     path.write_bytes(b"ab\xff")
     assert read_bytes(path, **FAULTS, max_bytes=3) == b"ab\xff"
     assert "larger than 2 bytes" in _line(path, max_bytes=2)
-    assert "not UTF-8 (byte 2)" in _line(path, reader=read_text)
+    assert "not UTF-8 at byte 2" in _line(path, reader=read_text)
 
 
 def test_a_pipe_stands_for_a_recipe() -> None:
@@ -140,9 +143,9 @@ def test_json_of_noise_is_a_value_or_one_line(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"a": ', "not JSON: Expecting value at line 1, column 7"),
-        (b"", "not JSON: Expecting value"),
-        (b"\xff\xfe{\x00}\x00", "not UTF-8 (byte 0)"),
+        ('{"a": ', "not JSON (Expecting value: line 1 column 7 (char 6))"),
+        (b"", "not JSON (Expecting value"),
+        (b"\xff\xfe{\x00}\x00", "not JSON (not UTF-8 at byte 0)"),
         ("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2), "more than 64 levels deep"),
         ("[" * 100_000, "more than 64 levels deep"),
         ('{"a":' * 100_000, "more than 64 levels deep"),
@@ -186,9 +189,12 @@ def test_json_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[]", "the whole: received []. "),
-        ("{}", "x: missing. "),
-        ('{"x": "y"}', "x: received 'y'. "),
+        ("[]", "the whole: Input should be a valid dictionary or instance of Point (received [])."),
+        ("{}", "x: Field required (received {})."),
+        (
+            '{"x": "y"}',
+            "x: Input should be a valid integer, unable to parse string as an integer (received 'y').",
+        ),
         ('{"x": 1, "name": "a\\nb"}', ""),
         ('{"x": 1, "x": 1}', "key 'x' stands twice"),
         ("[" * 100_000, "more than 64 levels deep"),
@@ -305,10 +311,13 @@ def test_damaged_tensors(tmp_path: Path) -> None:
     def line(header: Any, **options: Any) -> str:
         return _line(_with_header(path, header, **options), reader=load_safetensors)
 
-    assert "12 bytes, with a header of" in line(b"", data=bytes(4), size=1 << 63)
-    assert "with a header of 0" in line(b"")
-    assert "with a header of 100" in line({"a": _entry()}, size=100)
-    assert "header: not JSON" in line(b"{]")
+    assert (
+        "12 bytes that are no complete safetensors file (its header would take 9223372036854775808)"
+        in line(b"", data=bytes(4), size=1 << 63)
+    )
+    assert "would take 0)" in line(b"")
+    assert "would take 100)" in line({"a": _entry()}, size=100)
+    assert "header: not JSON (" in line(b"{]")
     assert "header: received a list" in line([])
     assert "header: more than 64 levels deep" in line(b"[" * 100_000)
     assert "header: a number of 5000 characters" in line(b"9" * 5000)
@@ -323,14 +332,14 @@ def test_damaged_tensors(tmp_path: Path) -> None:
         {"data_offsets": [8, 0]},
         {"data_offsets": None},
     ):
-        assert "not a complete safetensors file" in line({"a": _entry(**changes)})
-    assert "not a complete" in line({"a": 1})
-    assert "not a complete" in line({"a": _entry()}, data=bytes(7))
-    assert "not a complete" in line({"__metadata__": {"a": 1}, "a": _entry()})
+        assert "that are no complete safetensors file" in line({"a": _entry(**changes)})
+    assert "bytes that are no complete" in line({"a": 1})
+    assert "bytes that are no complete" in line({"a": _entry()}, data=bytes(7))
+    assert "bytes that are no complete" in line({"__metadata__": {"a": 1}, "a": _entry()})
     path.write_bytes(b"abc")
-    assert "3 bytes, with a header of" in _line(path, reader=load_safetensors)
-    assert "missing" in _line(tmp_path / "none", reader=load_safetensors)
-    assert "a folder" in _line(tmp_path, reader=load_safetensors)
+    assert "3 bytes that are no complete" in _line(path, reader=load_safetensors)
+    assert "No such file" in _line(tmp_path / "none", reader=load_safetensors)
+    assert "Is a directory" in _line(tmp_path, reader=load_safetensors)
 
 
 def test_a_type_that_numpy_lacks(tmp_path: Path) -> None:

@@ -343,19 +343,19 @@ def test_nothing_is_executed(recipe_path: Path):
 @pytest.mark.parametrize("key", ["1", "null", "true"])
 def test_keys_that_are_no_strings(key: str, recipe_path: Path):
     recipe_path.write_text(f"name: a\nmodel: {{checkpoint: c}}\n{key}: x")
-    assert message_of(recipe_path).endswith("Keys should be strings.")
+    assert ", expected a text; quote it. Correct that" in message_of(recipe_path)
 
 
 def test_a_missing_file(tmp_path: Path):
     path = tmp_path / "nothing.yaml"
     assert (
         message_of(path)
-        == f"{path}: cannot be read (No such file or directory). Give the path of a YAML file."
+        == f"{path}: cannot be read (No such file or directory). Correct that, or give the path of a YAML file."
     )
 
 
 def test_a_folder(tmp_path: Path):
-    expected = f"{tmp_path}: cannot be read (Is a directory). Give the path of a YAML file."
+    expected = f"{tmp_path}: cannot be read (Is a directory). Correct that, or give the path of a YAML file."
     assert message_of(tmp_path) == expected
 
 

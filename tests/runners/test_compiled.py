@@ -59,10 +59,13 @@ def test_layers_are_read_as_written():
     ("text", "problem"),
     [
         ("", "not JSON"),
-        ("{}", "the whole: received {}"),
-        ("[1]", "0: received 1"),
-        ('[{"name": "x", "y": 1}]', "0.input: missing"),
-        ('[{"name": "x", "input": "a", "output": "b", "size": []}]', "0.size: received []"),
+        ("{}", "the whole: Input should be a valid list"),
+        ("[1]", "0: "),
+        ('[{"name": "x", "y": 1}]', "0.input: Missing required argument"),
+        (
+            '[{"name": "x", "input": "a", "output": "b", "size": []}]',
+            "0.size: Input should be a valid integer",
+        ),
         ("[" * 100_000, "more than 64 levels deep"),
     ],
 )

@@ -15,6 +15,7 @@ from treeq_gpu.instantiations import INSTANTIATIONS
 
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cubin_launcher import (
+    CubinEntry,
     KernelFolder,
     LinearPointers,
     LinearShape,
@@ -274,14 +275,20 @@ def test_the_workspace_suffices_for_fewer_tokens_and_fewer_multiprocessors(n: in
     ],
 )
 def test_the_architecture_is_of_the_same_major(archs: list[str], gpu: Any, expected: str):
-    manifest = [{"arch": arch} for arch in archs]
+    manifest = _entries(archs)
     assert pick_architecture(Path("k"), manifest, *gpu) == expected
+
+
+def _entries(archs: list[str]) -> list[CubinEntry]:
+    rest: Any = {"name": "a", "file": "a.cubin", "sha256": "0", "function": "f"}
+    rest |= {"shared_bytes": 0, "num_warps": 4, "params": []}
+    return [CubinEntry(arch=arch, **rest) for arch in archs]
 
 
 @pytest.mark.parametrize("archs", [["sm_90"], ["sm_120"], []])
 def test_no_architecture_for_the_gpu(archs: list[str]):
     with pytest.raises(RunnerError, match=r"the GPU is sm_89.*--arch sm_80"):
-        pick_architecture(Path("k"), [{"arch": arch} for arch in archs], 8, 9)
+        pick_architecture(Path("k"), _entries(archs), 8, 9)
 
 
 def test_a_kernel_that_is_not_compiled_is_named(kernels: KernelFolder):
@@ -304,7 +311,7 @@ def test_kernels_of_another_version_are_refused(tmp_path: Path, driver: FakeDriv
 
 
 def test_a_folder_without_kernels_says_how_to_make_them(tmp_path: Path, driver: FakeDriver):
-    with pytest.raises(RunnerError, match=r"missing or malformed.*treeq_gpu\.ahead --out"):
+    with pytest.raises(RunnerError, match=r"kernels\.json: cannot be read.*treeq_gpu\.ahead --out"):
         KernelFolder(tmp_path, driver)
 
 

@@ -175,7 +175,7 @@ def test_external_data_of_another_length(
 
 def test_damaged_graphs(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    assert _line(path) == f"{path}: missing. Compile again."
+    assert _line(path) == f"{path}: cannot be read (No such file or directory). Compile again."
     path.write_bytes(b"")
     assert "it has no input" in _line(path)
     whole = _proto().SerializeToString()

@@ -51,7 +51,7 @@ WRONG = [
     ),
     wrong("schema", "should not have multiple", add("max_batch_size: 3")),
     wrong("schema", "another member of oneof", warmup(f"{WARMUP_VALUE} random_data: true")),
-    wrong("schema", "no UTF-8", (VAE, None, b"name: \xff")),
+    wrong("schema", "not UTF-8 at byte 6", (VAE, None, b"name: \xff")),
     wrong("schema", "Value out of range", (VAE, "max_batch_size: 4", "max_batch_size: 9999999999")),
     wrong(
         "manifest-is-readable",
@@ -60,15 +60,13 @@ WRONG = [
     ),
     wrong(
         "manifest-is-readable",
-        "received what cannot be read (KeyError",
+        "denoiser.profile.max: Field required",
         (MANIFEST, '"max"', '"most"'),
     ),
-    wrong(
-        "manifest-is-readable", "received what cannot be read (JSONDecodeError", (MANIFEST, "{", "")
-    ),
+    wrong("manifest-is-readable", "not JSON (Extra data", (MANIFEST, "{", "")),
     wrong(
         "manifest-is-readable",
-        "received what cannot be read (AttributeError",
+        "the whole: Input should be a valid dictionary",
         (MANIFEST, None, "[]"),
     ),
     wrong(

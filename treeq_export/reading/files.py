@@ -1,5 +1,6 @@
 """Reading the bytes and texts of files."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -65,12 +66,10 @@ def open_file(
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not (pipe and stat.S_ISFIFO(mode)):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise error(f"{path}: {kind}, expected a file. {remedy}")
+            kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file"
+            raise error(f"{path}: cannot be read ({kind}). {remedy}")
         with path.open("rb") as file:
             yield file
-    except FileNotFoundError as fault:
-        raise error(f"{path}: missing. {remedy}") from fault
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror or fault}). {remedy}") from fault
     except RefusedError:

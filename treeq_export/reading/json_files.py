@@ -12,6 +12,7 @@ from treeq_export.reading.limits import (
     MAX_BYTES,
     MAX_NODES,
     TOO_DEEP,
+    NotTextError,
     RefusedError,
     check_count,
     check_number,
@@ -86,8 +87,9 @@ def parse_json(
         value = json.loads(text, parse_int=_integer, parse_float=_number, object_pairs_hook=_unique)
         check_value(value, MAX_NODES)
     except json.JSONDecodeError as fault:
-        place = f"line {fault.lineno}, column {fault.colno}"
-        raise error(f"{where}: not JSON: {fault.msg} at {place}. {remedy}") from fault
+        raise error(f"{where}: not JSON ({fault}). {remedy}") from fault
+    except NotTextError as fault:
+        raise error(f"{where}: not JSON ({fault}). {remedy}") from fault
     except RefusedError as fault:
         raise error(f"{where}: {fault}. {remedy}") from fault
     except RecursionError as fault:
@@ -116,14 +118,10 @@ def parse_record(
 
 
 def first_problem(fault: ValidationError) -> str:
-    """Say the first problem of a value in one sentence: key, what was received, what is wrong."""
+    """Say the first problem of a value in one sentence: key, what is wrong, what was received."""
     first = fault.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the whole"
-    if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key."
-    if first["type"] == "missing":
-        return f"{place}: missing."
-    return f"{place}: received {first['input']!r:.60}. {first['msg']}."
+    return f"{place}: {first['msg']} (received {first['input']!r:.60})."
 
 
 def _integer(text: str) -> int:

@@ -28,16 +28,20 @@ class RefusedError(ValueError):
     """A text goes beyond a limit; the message says which, without file and remedy."""
 
 
+class NotTextError(RefusedError):
+    """Bytes are not UTF-8."""
+
+
 def decode(data: bytes) -> str:
     """Return a UTF-8 text without its byte order mark.
 
     Raises:
-        RefusedError: It is not UTF-8.
+        NotTextError: It is not UTF-8.
     """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise RefusedError(f"not UTF-8 (byte {fault.start})") from fault
+        raise NotTextError(f"not UTF-8 at byte {fault.start}") from fault
 
 
 def check_size(size: int, most: int) -> None:

@@ -84,11 +84,13 @@ def open_safetensors(
     Raises:
         TreeqError: It cannot be read, or is no complete safetensors file; of the class `error`.
     """
-    header = _read_header(path, error=error, remedy=remedy)
+    header, size = _read_header(path, error=error, remedy=remedy)
     try:
         reader: Any = safe_open(path, framework=framework)
     except (SafetensorError, OSError) as fault:
-        raise error(f"{path}: not a complete safetensors file ({fault}). {remedy}") from fault
+        raise error(
+            f"{path}: {size} bytes that are no complete safetensors file ({fault}). {remedy}"
+        ) from fault
     with reader:
         yield TensorFile(path, header, reader, error=error, remedy=remedy)
 
@@ -101,27 +103,28 @@ def load_safetensors(
         return {name: file.get(name) for name in file.header}
 
 
-def _read_header(path: Path, *, error: type[TreeqError], remedy: str) -> dict[str, Any]:
+def _read_header(path: Path, *, error: type[TreeqError], remedy: str) -> tuple[dict[str, Any], int]:
     """Read the header of a safetensors file; the data are only counted.
 
     Returns:
-        {name: {"dtype", "shape", "data_offsets"}}, and "__metadata__" where the file has it.
+        {name: {"dtype", "shape", "data_offsets"}}, with "__metadata__" where the file has it; and
+        the size of the file in bytes.
 
     Raises:
         TreeqError: It cannot be read, or is cut short or damaged; of the class `error`.
     """
     with open_file(path, error=error, remedy=remedy) as file:
-        available = file.seek(0, os.SEEK_END) - _SIZE_FIELD
+        total = file.seek(0, os.SEEK_END)
         file.seek(0)
         size = int.from_bytes(file.read(_SIZE_FIELD), "little")
-        complete = 0 < size <= min(available, MAX_HEADER_BYTES)
+        complete = 0 < size <= min(total - _SIZE_FIELD, MAX_HEADER_BYTES)
         data = file.read(size) if complete else b""
     if not complete:
         raise error(
-            f"{path}: not a complete safetensors file: {available + _SIZE_FIELD} bytes, with a "
-            f"header of {size}. {remedy}"
+            f"{path}: {total} bytes that are no complete safetensors file (its header would take "
+            f"{size}). {remedy}"
         )
     header = parse_json(data, f"{path}: header", error=error, remedy=remedy)
     if not isinstance(header, dict):
         raise error(f"{path}: header: received a {type(header).__name__}. {remedy}")
-    return header
+    return header, total

@@ -7,17 +7,19 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from treeq_export.errors import TreeqError
-from treeq_export.reading.files import read_text
+from treeq_export.reading.files import read_bytes
 from treeq_export.reading.limits import (
     MAX_DEPTH,
     MAX_YAML_BYTES,
     MAX_YAML_NODES,
     TOO_DEEP,
+    NotTextError,
     RefusedError,
     check_count,
     check_number,
     check_size,
     check_value,
+    decode,
 )
 
 _TAG = "tag:yaml.org,2002:"
@@ -29,15 +31,17 @@ def read_yaml(path: Path, *, error: type[TreeqError], remedy: str) -> Any:
     Raises:
         TreeqError: It cannot be read, is not YAML or goes beyond a limit; of the class `error`.
     """
-    text = read_text(path, error=error, remedy=remedy, max_bytes=MAX_YAML_BYTES, pipe=True)
-    return parse_yaml(text, path, error=error, remedy=remedy)
+    data = read_bytes(path, error=error, remedy=remedy, max_bytes=MAX_YAML_BYTES, pipe=True)
+    return parse_yaml(data, path, error=error, remedy=remedy)
 
 
-def parse_yaml(text: str, where: str | Path, *, error: type[TreeqError], remedy: str) -> Any:
+def parse_yaml(
+    data: bytes | str, where: str | Path, *, error: type[TreeqError], remedy: str
+) -> Any:
     """Parse YAML.
 
     Args:
-        text: The text.
+        data: The text.
         where: What the errors call it.
         error: Class of the errors.
         remedy: A sentence that ends every error.
@@ -50,14 +54,17 @@ def parse_yaml(text: str, where: str | Path, *, error: type[TreeqError], remedy:
         {'bits': [2, 4]}
     """
     try:
-        check_size(len(text), MAX_YAML_BYTES)
+        check_size(len(data), MAX_YAML_BYTES)
+        text = data if isinstance(data, str) else decode(data)
         value = yaml.load(text, _Loader)
         check_value(value, MAX_YAML_NODES)
     except yaml.YAMLError as fault:
         raise error(f"{where}: not YAML: {_problem(fault)}. {remedy}") from fault
+    except (NotTextError, OverflowError) as fault:  # or an escape beyond the last character
+        raise error(f"{where}: not YAML: {fault}. {remedy}") from fault
     except RefusedError as fault:
         raise error(f"{where}: {fault}. {remedy}") from fault
-    except (ValueError, OverflowError) as fault:  # an escape beyond the last character
+    except ValueError as fault:
         raise error(f"{where}: not YAML: {fault}. {remedy}") from fault
     return value
 

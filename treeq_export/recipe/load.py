@@ -26,7 +26,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Unreadable, not YAML, an unknown key, or a value out of range.
     """
     raw = read_yaml(
-        path, error=RecipeError, remedy="Correct it, or give the path of another YAML file."
+        path, error=RecipeError, remedy="Correct that, or give the path of a YAML file."
     )
     if not isinstance(raw, dict):
         raise RecipeError(
