@@ -86,7 +86,7 @@ class TestRecipe:
 
     def test_binary_file(self, driver: Any, checkpoint: Path, tmp_path: Path) -> None:
         outcome = driver.run("run", checkpoint / WEIGHTS, "--out", tmp_path / "run")
-        check_refused(outcome, f"{WEIGHTS}: not YAML")
+        check_refused(outcome, f"{WEIGHTS}: larger than 262144 bytes")
 
     def test_folder_as_recipe(self, driver: Any, checkpoint: Path, tmp_path: Path) -> None:
         outcome = driver.run("run", checkpoint, "--out", tmp_path / "run")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from safetensors.numpy import save_file
@@ -128,6 +128,7 @@ _PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(_PLAIN, st.booleans())
 def test_json_of_anything(value: Any, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
@@ -135,6 +136,7 @@ def test_json_of_anything(value: Any, ascii_only: bool) -> None:
     assert _json(text.encode()) == value
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_json_of_noise_is_a_value_or_one_line(data: bytes) -> None:
     assert _ending(_json, data).startswith("x.json: ")
@@ -189,11 +191,11 @@ def test_json_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[]", "the whole: Input should be a valid dictionary or instance of Point (received [])."),
+        ("[]", "the whole: Input should be an object (received [])."),
         ("{}", "x: Field required (received {})."),
         (
             '{"x": "y"}',
-            "x: Input should be a valid integer, unable to parse string as an integer (received 'y').",
+            "x: Input should be a valid integer, unable to parse",
         ),
         ('{"x": 1, "name": "a\\nb"}', ""),
         ('{"x": 1, "x": 1}', "key 'x' stands twice"),
@@ -270,6 +272,7 @@ def test_yaml_beyond_a_limit(text: str, problem: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.text("ab:-[]{}&*!<>?|'\"\\ \n#%@,01.eE_~", max_size=40))
 def test_yaml_of_noise_is_a_value_or_one_line(text: str) -> None:
     assert _ending(_yaml, text).startswith("x.yaml: ")
@@ -347,6 +350,7 @@ def test_a_type_that_numpy_lacks(tmp_path: Path) -> None:
     assert "a (F8_E5M2): cannot be read" in _line(path, reader=load_safetensors)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100), st.integers(0, 200))
 def test_tensors_of_noise(tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"

@@ -348,15 +348,17 @@ def test_keys_that_are_no_strings(key: str, recipe_path: Path):
 
 def test_a_missing_file(tmp_path: Path):
     path = tmp_path / "nothing.yaml"
-    assert (
-        message_of(path)
-        == f"{path}: cannot be read (No such file or directory). Correct that, or give the path of a YAML file."
+    assert message_of(path) == (
+        f"{path}: cannot be read (No such file or directory). "
+        "Correct that, or give the path of a YAML file."
     )
 
 
 def test_a_folder(tmp_path: Path):
-    expected = f"{tmp_path}: cannot be read (Is a directory). Correct that, or give the path of a YAML file."
-    assert message_of(tmp_path) == expected
+    assert message_of(tmp_path) == (
+        f"{tmp_path}: cannot be read (Is a directory). "
+        "Correct that, or give the path of a YAML file."
+    )
 
 
 def test_recipes_are_immutable(recipe_path: Path):

@@ -102,7 +102,7 @@ class TestRunRecord:
         (tmp_path / "run.json").write_text(json.dumps(record))
         with pytest.raises(
             PlanError,
-            match=r"run\.json: bench\.laps: Extra inputs are not permitted .*Remove it and run",
+            match=r"run\.json: bench\.laps: Extra inputs .*Remove it and run",
         ):
             Workspace.reopen(tmp_path)
 

@@ -221,7 +221,7 @@ def test_missing_weights(dit: Path):
 def test_truncated_weights(dit: Path, keep: int):
     content = (dit / WEIGHTS).read_bytes()[:keep]
     (dit / WEIGHTS).write_bytes(content)
-    fails_with(dit, WEIGHTS, "not a complete safetensors file", "Download it again")
+    fails_with(dit, WEIGHTS, "no complete safetensors file", "Download it again")
 
 
 def test_header_of_garbage(dit: Path):

@@ -59,9 +59,9 @@ def test_layers_are_read_as_written():
     ("text", "problem"),
     [
         ("", "not JSON"),
-        ("{}", "the whole: Input should be a valid list"),
+        ("{}", "the whole: Input should be a valid array"),
         ("[1]", "0: "),
-        ('[{"name": "x", "y": 1}]', "0.input: Missing required argument"),
+        ('[{"name": "x", "y": 1}]', "0.input: Field required"),
         (
             '[{"name": "x", "input": "a", "output": "b", "size": []}]',
             "0.size: Input should be a valid integer",

@@ -66,7 +66,7 @@ WRONG = [
     wrong("manifest-is-readable", "not JSON (Extra data", (MANIFEST, "{", "")),
     wrong(
         "manifest-is-readable",
-        "the whole: Input should be a valid dictionary",
+        "the whole: Input should be an object",
         (MANIFEST, None, "[]"),
     ),
     wrong(

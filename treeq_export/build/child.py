@@ -26,6 +26,7 @@ from treeq_export.build.engine import (
 from treeq_export.build.layer_list import HEADER
 from treeq_export.build.progress import Phases
 from treeq_export.errors import RunnerError, TreeqError
+from treeq_export.reading import parse_record
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.runners.tensorrt_plugin import register_plugins
 from treeq_export.runners.tensorrt_quick_plugin import register_quick_plugins
@@ -183,7 +184,9 @@ def main(text: str) -> int:
     end_with_parent()
     channel = Channel()
     try:
-        order = BuildOrder.model_validate_json(text)
+        order = parse_record(
+            text, BuildOrder, "the order", error=RunnerError, remedy="Build again."
+        )
         runtime = load_runtime(order.runtime)
         require_parser(runtime)
         if order.plugin_kind == "quick":

@@ -10,7 +10,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
-from pydantic import ValidationError
 
 from treeq_export.artefacts import make_folder
 from treeq_export.client.connection import Connection, open_connection
@@ -24,6 +23,7 @@ from treeq_export.client.load_statistics import (
 )
 from treeq_export.environment import count_cores, describe_machine, version_of
 from treeq_export.errors import PlanError, ServeError
+from treeq_export.reading import read_record
 from treeq_export.records.base import load_record, save_record
 from treeq_export.records.loadtest import (
     ClientCost,
@@ -145,12 +145,8 @@ def _open_record(path: Path, setup: LoadSetup, *, fresh: bool) -> LoadTestRecord
     new = LoadTestRecord(setup=setup, environment=environment, levels=[])
     if fresh or not path.is_file():
         return new
-    try:
-        old = LoadTestRecord.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ServeError(
-            f"{path}: malformed. Pass --fresh to replace it, or choose another --out."
-        ) from error
+    remedy = "Pass --fresh to replace it, or choose another --out."
+    old = read_record(path, LoadTestRecord, error=ServeError, remedy=remedy)
     changes = _describe_changes(old, new)
     if changes:
         raise ServeError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from treeq_export.client.answers import MAX_TENSOR_BYTES, TensorConfig, clean
 from treeq_export.client.connection import Arrays, Connection
 from treeq_export.errors import ServeError
+from treeq_export.reading import load_safetensors
 
 SAMPLER = "sampler"
 CONTROLS = ("label", "seed", "steps", "guidance", "preview_every")  # all else is conditioning
@@ -282,16 +283,14 @@ def load_conditioning(path: Path, info: SamplerInfo) -> dict[str, NDArray[np.flo
         ServeError: Unreadable, or not this model's inputs.
     """
     import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
+    inputs = ", ".join(info.text_inputs) or "the text inputs of a text model"
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise _refused(
-            f"{path}: cannot be read as safetensors ({error}). Give a file with "
-            f"{', '.join(info.text_inputs) or 'the text inputs of a text model'}."
-        ) from error
+        tensors = load_safetensors(
+            path, error=ServeError, remedy=f"Give a safetensors file with {inputs}."
+        )
+    except ServeError as error:
+        raise _refused(str(error)) from error
     _check_rows(info, tensors, str(path))
     if len({len(rows) for rows in tensors.values()}) != 1:
         raise _refused(

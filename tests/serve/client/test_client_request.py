@@ -172,9 +172,9 @@ def test_wrong_conditioning_files(tmp_path: Path):
         with pytest.raises(ServeError, match=line):
             load_conditioning(path, FLUX)
     path.write_text("no safetensors")
-    with pytest.raises(ServeError, match="cannot be read as safetensors"):
+    with pytest.raises(ServeError, match="Give a safetensors file with"):
         load_conditioning(path, FLUX)
-    with pytest.raises(ServeError, match="cannot be read as safetensors"):
+    with pytest.raises(ServeError, match="Give a safetensors file with"):
         load_conditioning(tmp_path / "missing", FLUX)
 
 
