@@ -75,10 +75,11 @@ serve: venv triton-env
 	  --python $(TRITON_ENV)/bin/python --out $(DEMO_OUT)/serving \
 	  --duration $(LOAD_SECONDS) --sweep-duration $(SWEEP_SECONDS)
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
+# Files in the order of their names: the cheapest, doctests, come last and fill the gaps.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
 test: venv
-	TREEQ_TEST_CPU_S=$(TEST_CPU_S) $(PYTEST) -m "not slow and not triton and not compiler"
+	TREEQ_TEST_CPU_S=$(TEST_CPU_S) $(PYTEST) -m "not slow and not triton"
 
 test-all: venv triton-env foreign-env
 	$(PYTEST) --cov --cov-report=term

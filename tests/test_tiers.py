@@ -23,7 +23,7 @@ def outcomes(pytester: pytest.Pytester) -> Run:
     """A function: source of tests -> numbers of outcomes, and what is printed. The limit is 0.2."""
 
     def run(source: str) -> tuple[dict[str, int], str]:
-        pytester.makeini("[pytest]\nmarkers =\n    slow\n    triton\n    compiler\n")
+        pytester.makeini("[pytest]\nmarkers =\n    slow\n    triton\n")
         pytester.makepyfile(PLUGIN + source)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TREEQ_TEST_CPU_S", "0.2")

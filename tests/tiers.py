@@ -15,7 +15,7 @@ import pytest
 from tests import export_cache, meter
 from treeq_export.environment import count_cores
 
-LONG = ("slow", "triton", "compiler")
+LONG = ("slow", "triton")
 SPENT = pytest.StashKey[float]()
 
 _fixture_s: dict[tuple[str, str], float] = {}  # by name and place, without those it uses

@@ -7,6 +7,14 @@ import pytest
 from tests.kernels.plugin_build import Built, build_all, header_roots, make_cubins, require_headers
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what builds the plugins, which takes a minute where TensorRT's headers are."""
+    for item in items:
+        if "built" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like that of `python -m treeq_gpu.ahead`, of texts instead of machine code."""
