@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization import quantize_static, shape_inference
 
+from tests.commands import measure_nothing
 from treeq_export.bench import memory_child, run_bench, timing
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
@@ -108,16 +110,18 @@ def steps() -> list[float]:
 def record(
     run_folder: Path, make_tiny_denoiser: MakeDenoiser, tiny_checkpoints: Path, steps: list[float]
 ) -> BenchRecord:
-    """One bench of four targets at two batch sizes, with memory."""
-    return run_bench(
-        run_folder,
-        make_tiny_denoiser("dit"),
-        BenchSection(batch_sizes=[1, 2], rounds=5, warmup=1, threads=1),
-        targets=TARGETS,
-        seed=3,
-        on_step=steps.append,
-        model=ModelSection(checkpoint=str(tiny_checkpoints / "dit")),
-    )
+    """One bench of four targets at two batch sizes; its processes for memory are not started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("treeq_export.bench.stage.measure_memory", measure_nothing)
+        return run_bench(
+            run_folder,
+            make_tiny_denoiser("dit"),
+            BenchSection(batch_sizes=[1, 2], rounds=5, warmup=1, threads=1),
+            targets=TARGETS,
+            seed=3,
+            on_step=steps.append,
+            model=ModelSection(checkpoint=str(tiny_checkpoints / "dit")),
+        )
 
 
 class TestRunBench:
@@ -144,12 +148,32 @@ class TestRunBench:
             assert speedup.ratio == pytest.approx(expected)
             assert 0 < speedup.low <= speedup.ratio <= speedup.high
 
-    def test_memory_of_every_target(self, record: BenchRecord, run_folder: Path) -> None:
+    def test_memory_is_asked_for_every_target(self, record: BenchRecord) -> None:
+        assert record.memory == [measure_nothing(target) for target in TARGETS]
+
+    @pytest.mark.slow
+    def test_memory_of_every_target(
+        self,
+        run_folder: Path,
+        make_tiny_denoiser: MakeDenoiser,
+        tiny_checkpoints: Path,
+        tmp_path: Path,
+    ) -> None:
+        run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+        record = run_bench(
+            run,
+            make_tiny_denoiser("dit"),
+            BenchSection(batch_sizes=[1], rounds=3, warmup=1, threads=1),
+            targets=TARGETS,
+            seed=3,
+            on_step=lambda _: None,
+            model=ModelSection(checkpoint=str(tiny_checkpoints / "dit")),
+        )
         assert [entry.target for entry in record.memory] == list(TARGETS)
         for entry in record.memory:
             assert 0 < entry.after_load_bytes <= entry.peak_bytes < 2**30
             assert entry.load_s > 0
-        portable = run_folder / "onnx/portable/model.onnx"
+        portable = run / "onnx/portable/model.onnx"
         assert record.memory[-1].file_bytes == portable.stat().st_size
 
     def test_record_is_saved(self, record: BenchRecord, run_folder: Path) -> None:

@@ -122,7 +122,14 @@ class History:
         return STAGE_NAMES[: STAGE_NAMES.index(self.stage)]
 
 
-@pytest.fixture(scope="module", params=STAGE_NAMES)
+# After these two stages little is left to do.
+QUICK = ("evaluate", "report")
+PARAMS = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STAGE_NAMES
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def history(
     request: pytest.FixtureRequest,
     driver: Any,
@@ -268,6 +275,7 @@ def test_full_disk_of_the_run_record(driver: Any, run_recipe: Path, small_disk: 
     assert find_half_written(small_disk / "run") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_killed_between_the_files_of_calibrate_on_its_second_run(
     driver: Any, run_recipe: Path, finished_run: Path, tmp_path: Path, count: int

@@ -517,6 +517,7 @@ class TestFinishedRun:
         assert set(report["stages"]) == ALL - {"report"}
         assert all(seconds >= 0 for seconds in report["stages"].values())
 
+    @pytest.mark.slow
     def test_equal_bytes_in_another_process_and_folder(
         self, driver: Any, run_recipe: Path, finished_run: Path, tmp_path: Path
     ) -> None:

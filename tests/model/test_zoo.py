@@ -310,7 +310,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:# The axis name. batch will not be used:UserWarning")
 @pytest.mark.parametrize(
-    "family", ["dit", "sd3", pytest.param("pixart", marks=SLOW), pytest.param("flux", marks=SLOW)]
+    "family", ["dit", *(pytest.param(name, marks=SLOW) for name in ("sd3", "pixart", "flux"))]
 )
 def test_export_agrees_with_torch_at_any_batch(
     family: str, make_tiny_denoiser: MakeDenoiser, tmp_path: Path
