@@ -11,7 +11,7 @@
  *
  * and after the file itself has defined
  *
- *   void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes)
+ *   void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes)   2..7 bits
  *   void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
  *                       const treeq_qlinear_config& config, int32_t* sums)   sums[rows][32]
  *   bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config)   are m tokens few enough for

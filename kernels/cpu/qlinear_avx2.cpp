@@ -65,8 +65,7 @@ void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes
     case 4: return unpack_chunks<4>(stream, chunks, codes);
     case 5: return unpack_chunks<5>(stream, chunks, codes);
     case 6: return unpack_chunks<6>(stream, chunks, codes);
-    case 7: return unpack_chunks<7>(stream, chunks, codes);
-    default: return unpack_chunks<8>(stream, chunks, codes);
+    default: return unpack_chunks<7>(stream, chunks, codes);
   }
 }
 
@@ -99,8 +98,8 @@ TREEQ_INLINE void widen(__m256i sum, bool is_first, int32_t* sums) {
 /* kRows tokens and 16 channels, `steps` words in 16 bits before they are widened. 6 x 2 sums, two
  * registers of codes, inputs and products: all 16. */
 template <int kRows>
-void multiply_narrow(const uint8_t* codes, const int32_t* x, int stride, int64_t words,
-                     int64_t steps, int32_t* sums) {
+TREEQ_NOINLINE void multiply_narrow(const uint8_t* codes, const int32_t* x, int stride,
+                                    int64_t words, int64_t steps, int32_t* sums) {
   for (int64_t begin = 0; begin < words; begin += steps) {
     const int64_t count = words - begin < steps ? words - begin : steps;
     __m256i sum[kRows][2];
@@ -119,25 +118,12 @@ void multiply_narrow(const uint8_t* codes, const int32_t* x, int stride, int64_t
   }
 }
 
-/* u x s of four inputs, summed into eight channels. */
-template <bool kWide>
-TREEQ_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i inputs) {
-  if (!kWide)
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, inputs),
-                                                   _mm256_set1_epi16(1)));
-  const __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(255));
-  const __m256i odd = _mm256_srli_epi16(codes, 8);
-  const __m256i even_inputs = _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8);
-  const __m256i odd_inputs = _mm256_srai_epi16(inputs, 8);
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_inputs));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, odd_inputs));
-}
-
-/* kRows tokens and 16 channels, each pair of products widened at once: kWide before it is added. */
-template <bool kWide, int kRows>
-void multiply_widened(const uint8_t* codes, const int32_t* x, int stride, int64_t words,
-                      int32_t* sums) {
+/* kRows tokens and 16 channels, where fewer sums of two products fit: each is widened at once. */
+template <int kRows>
+TREEQ_NOINLINE void multiply_widened(const uint8_t* codes, const int32_t* x, int stride,
+                                     int64_t words, int32_t* sums) {
   __m256i sum[kRows][2];
+  const __m256i ones = _mm256_set1_epi16(1);
   TREEQ_UNROLL
   for (int t = 0; t < kRows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
   for (int64_t w = 0; w < words; ++w, codes += 2 * kVector, x += stride) {
@@ -145,8 +131,9 @@ void multiply_widened(const uint8_t* codes, const int32_t* x, int stride, int64_
     TREEQ_UNROLL
     for (int t = 0; t < kRows; ++t) {
       const __m256i inputs = _mm256_set1_epi32(x[t]);
-      sum[t][0] = add_products<kWide>(sum[t][0], w0, inputs);
-      sum[t][1] = add_products<kWide>(sum[t][1], w1, inputs);
+      const __m256i low = _mm256_maddubs_epi16(w0, inputs), high = _mm256_maddubs_epi16(w1, inputs);
+      sum[t][0] = _mm256_add_epi32(sum[t][0], _mm256_madd_epi16(low, ones));
+      sum[t][1] = _mm256_add_epi32(sum[t][1], _mm256_madd_epi16(high, ones));
     }
   }
   TREEQ_UNROLL
@@ -157,24 +144,88 @@ void multiply_widened(const uint8_t* codes, const int32_t* x, int stride, int64_
   }
 }
 
+/* W8A8: not even two products fit 16 bits, so inputs and codes are widened before they are multiplied,
+ * each word of four into its even and its odd two. */
+constexpr int kWideWords = 64;  // of a block whose inputs are widened once for 32 channels
+struct WideInputs {
+  int32_t even[kWideWords * kMaxRows], odd[kWideWords * kMaxRows];
+};
+
+/* Reads up to 7 words behind the last one: other parts of a run's workspace follow the codes. */
+void widen_inputs(const int32_t* x, int64_t count, WideInputs& inputs) {
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256i four = load_codes(x + i);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(inputs.even + i),
+                        _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(inputs.odd + i), _mm256_srai_epi16(four, 8));
+  }
+}
+
+TREEQ_INLINE void accumulate_wide(__m256i& sum, const int32_t* even, const int32_t* odd,
+                                  __m256i even_codes, __m256i odd_codes) {
+  __m256i product;
+  asm("vpbroadcastd %2, %1\n\tvpmaddwd %1, %4, %1\n\tvpaddd %1, %0, %0\n\t"
+      "vpbroadcastd %3, %1\n\tvpmaddwd %1, %5, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=&x"(product)
+      : "m"(*even), "m"(*odd), "x"(even_codes), "x"(odd_codes));
+}
+
+/* kRows tokens from row `first`, 16 channels and the words of a block, added to the earlier blocks. */
+template <int kRows>
+TREEQ_NOINLINE void multiply_wide(const uint8_t* codes, const WideInputs& inputs, int first,
+                                  int stride, int64_t words, bool is_first, int32_t* sums) {
+  __m256i sum[kRows][2];
+  TREEQ_UNROLL
+  for (int t = 0; t < kRows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+  const int32_t *even = inputs.even + first, *odd = inputs.odd + first;
+  for (int64_t w = 0; w < words; ++w, codes += 2 * kVector, even += stride, odd += stride) {
+    TREEQ_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const __m256i four = load_codes(codes + h * kVector / 2);
+      const __m256i even_codes = _mm256_and_si256(four, _mm256_set1_epi16(255));
+      const __m256i odd_codes = _mm256_srli_epi16(four, 8);
+      TREEQ_UNROLL
+      for (int t = 0; t < kRows; ++t)
+        accumulate_wide(sum[t][h], even + t, odd + t, even_codes, odd_codes);
+    }
+  }
+  TREEQ_UNROLL
+  for (int t = 0; t < kRows; ++t) {
+    TREEQ_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      __m256i* to = reinterpret_cast<__m256i*>(sums + t * kTile + 8 * h);
+      _mm256_storeu_si256(
+          to, is_first ? sum[t][h] : _mm256_add_epi32(sum[t][h], _mm256_loadu_si256(to)));
+    }
+  }
+}
+
+void multiply_wide_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
+                         int32_t* sums) {
+  WideInputs inputs;
+  for (int64_t begin = 0; begin < words; begin += kWideWords) {
+    const int64_t count = words - begin < kWideWords ? words - begin : kWideWords;
+    widen_inputs(x + begin * rows, count * rows, inputs);
+    for (int half = 0; half < 2; ++half)
+      for_rows<6>(rows, [&](auto size, int t) {
+        multiply_wide<decltype(size)::value>(codes + (begin * 2 + half) * kVector, inputs, t, rows,
+                                             count, begin == 0, sums + t * kTile + half * kLanes);
+      });
+  }
+}
+
 void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
                     const treeq_qlinear_config& config, int32_t* sums) {
   const int64_t steps = safe_steps(config);
+  if (!steps) return multiply_wide_panel(codes, x, rows, words, sums);
   for (int half = 0; half < 2; ++half, codes += kVector, sums += kLanes) {
     if (steps >= kWorthwhileSteps)
-      for_rows<6>(rows, [&](auto count, int t) {
-        multiply_narrow<decltype(count)::value>(codes, x + t, rows, words, steps,
-                                                sums + t * kTile);
-      });
-    else if (steps)
-      for_rows<4>(rows, [&](auto count, int t) {
-        multiply_widened<false, decltype(count)::value>(codes, x + t, rows, words,
-                                                        sums + t * kTile);
+      for_rows<6>(rows, [&](auto size, int t) {
+        multiply_narrow<decltype(size)::value>(codes, x + t, rows, words, steps, sums + t * kTile);
       });
     else
-      for_rows<4>(rows, [&](auto count, int t) {
-        multiply_widened<true, decltype(count)::value>(codes, x + t, rows, words,
-                                                       sums + t * kTile);
+      for_rows<4>(rows, [&](auto size, int t) {
+        multiply_widened<decltype(size)::value>(codes, x + t, rows, words, sums + t * kTile);
       });
   }
 }
@@ -188,8 +239,8 @@ bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config) {
 }
 
 template <int kBits, int kRows>
-void multiply_packed_rows(const uint8_t* stream, const int32_t* x, int64_t chunks, int64_t steps,
-                          int32_t* sums) {
+TREEQ_NOINLINE void multiply_packed_rows(const uint8_t* stream, const int32_t* x, int64_t chunks,
+                                         int64_t steps, int32_t* sums) {
   const int64_t block = steps / 2;  // a chunk is two words
   for (int64_t begin = 0; begin < chunks; begin += block) {
     const int64_t count = chunks - begin < block ? chunks - begin : block;

@@ -9,10 +9,6 @@ namespace {
 template <int kBits>
 inline const uint8_t* unpack_chunk(const uint8_t* stream, __m512i v[kVectors]) {
   constexpr Parts parts = parts_of(kBits);
-  if (kBits == 8) {
-    for (int j = 0; j < kVectors; ++j) v[j] = _mm512_loadu_si512(stream + j * kVector);
-    return stream + kChunkCodes;
-  }
   int shift = 0;
   if (parts.nibbles) {
     const __m512i low = _mm512_set1_epi8(15);
@@ -66,8 +62,7 @@ void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes
     case 4: return unpack_chunks<4>(stream, chunks, codes);
     case 5: return unpack_chunks<5>(stream, chunks, codes);
     case 6: return unpack_chunks<6>(stream, chunks, codes);
-    case 7: return unpack_chunks<7>(stream, chunks, codes);
-    default: return unpack_chunks<8>(stream, chunks, codes);
+    default: return unpack_chunks<7>(stream, chunks, codes);
   }
 }
 
@@ -82,7 +77,7 @@ inline void accumulate(__m512i& low, __m512i& high, const int32_t* x, __m512i w0
 
 /* kRows tokens. Few tokens keep two sets of sums, so that the latency of vpdpbusd is hidden. */
 template <int kRows>
-__attribute__((noinline)) void multiply_rows(const uint8_t* codes, const int32_t* x, int64_t words, int32_t* sums) {
+TREEQ_NOINLINE void multiply_rows(const uint8_t* codes, const int32_t* x, int64_t words, int32_t* sums) {
   constexpr int kSets = kRows <= 3 ? 2 : 1;
   __m512i sum[kSets][kRows][2];
   TREEQ_UNROLL
@@ -130,10 +125,12 @@ void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t wo
 constexpr int kMaxPackedRows = 4;
 constexpr int kPrefetchBytes = 2048;
 
-bool can_multiply_packed(int64_t m, const treeq_qlinear_config&) { return m <= kMaxPackedRows; }
+bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config) {
+  return m <= kMaxPackedRows && config.weight_bits < 8;
+}
 
 template <int kBits, int kRows>
-__attribute__((noinline)) void multiply_packed_rows(const uint8_t* stream, const int32_t* x, int64_t chunks, int32_t* sums) {
+TREEQ_NOINLINE void multiply_packed_rows(const uint8_t* stream, const int32_t* x, int64_t chunks, int32_t* sums) {
   __m512i sum[2][kRows][2];
   TREEQ_UNROLL
   for (int i = 0; i < 2 * kRows; ++i)
@@ -175,8 +172,7 @@ void multiply_packed(const uint8_t* stream, const int32_t* x, int rows, int64_t 
     case 4: return multiply_packed_bits<4>(stream, x, rows, chunks, sums);
     case 5: return multiply_packed_bits<5>(stream, x, rows, chunks, sums);
     case 6: return multiply_packed_bits<6>(stream, x, rows, chunks, sums);
-    case 7: return multiply_packed_bits<7>(stream, x, rows, chunks, sums);
-    default: return multiply_packed_bits<8>(stream, x, rows, chunks, sums);
+    default: return multiply_packed_bits<7>(stream, x, rows, chunks, sums);
   }
 }
 

@@ -220,16 +220,23 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
   write_rows(run, tile, first, rows, {layer.num_groups > 1 ? out : nullptr, sums});
 }
 
+/* The codes of a tile: whole bytes lie in the stream, others are unpacked into scratch. */
+const uint8_t* find_codes(const Layer& layer, int64_t tile, uint8_t* scratch) {
+  const uint8_t* stream = layer.stream + size_t(tile) * layer.tile_bytes;
+  if (layer.config.weight_bits == 8) return stream;
+  unpack_tile(stream, layer.config.weight_bits, layer.num_words * kInputs / kChunk, scratch);
+  return scratch;
+}
+
 void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scratch) {
   const Layer& layer = *run.layer;
-  const size_t codes = size_t(layer.num_words) * kTile * kInputs;
-  const bool packed = can_multiply_packed(run.panels.m, layer.config);
-  for (int64_t tile = begin; tile < end && !packed; ++tile)
-    unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
-                layer.num_words * kInputs / kChunk, scratch + size_t(tile - begin) * codes);
+  const size_t size = size_t(layer.num_words) * kTile * kInputs;
+  const uint8_t* codes[kTilesPerTask] = {};
+  if (!can_multiply_packed(run.panels.m, layer.config))
+    for (int64_t i = 0; i < end - begin; ++i)
+      codes[i] = find_codes(layer, begin + i, scratch + size_t(i) * size);
   for (int64_t p = 0; p < run.panels.count; ++p)
-    for (int64_t tile = begin; tile < end; ++tile)
-      run_panel(run, tile, p, packed ? nullptr : scratch + size_t(tile - begin) * codes);
+    for (int64_t tile = begin; tile < end; ++tile) run_panel(run, tile, p, codes[tile - begin]);
 }
 
 void run_branch_tile(const Run& run, int64_t tile) {
@@ -238,11 +245,9 @@ void run_branch_tile(const Run& run, int64_t tile) {
 }
 
 void run_weight_only_tile(const Run& run, int64_t tile, uint8_t* scratch) {
-  const Layer& layer = *run.layer;
-  const size_t codes = size_t(layer.num_words) * kTile * kInputs;
-  unpack_tile(layer.stream + size_t(tile) * layer.tile_bytes, layer.config.weight_bits,
-              layer.num_words * kInputs / kChunk, scratch);
-  run_float_tile(run, tile, scratch, reinterpret_cast<float*>(scratch + codes));
+  const size_t size = size_t(run.layer->num_words) * kTile * kInputs;
+  run_float_tile(run, tile, find_codes(*run.layer, tile, scratch),
+                 reinterpret_cast<float*>(scratch + size));
 }
 
 void run_tiles(const Run& run, int64_t task, uint8_t* scratch) {

@@ -6,10 +6,6 @@ void unpack_chunks(const uint8_t* stream, int64_t chunks, uint8_t* codes) {
   for (int64_t c = 0; c < chunks; ++c, codes += kChunkCodes) {
     for (int i = 0; i < kChunkCodes; ++i) codes[i] = 0;
     int shift = 0;
-    if (kBits == 8) {
-      __builtin_memcpy(codes, stream, kChunkCodes);
-      stream += kChunkCodes;
-    }
     if (parts.nibbles) {
       for (int i = 0; i < kChunkCodes / 2; ++i) {
         codes[i] = stream[i] & 15;
@@ -45,8 +41,7 @@ void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes
     case 4: return unpack_chunks<4>(stream, chunks, codes);
     case 5: return unpack_chunks<5>(stream, chunks, codes);
     case 6: return unpack_chunks<6>(stream, chunks, codes);
-    case 7: return unpack_chunks<7>(stream, chunks, codes);
-    default: return unpack_chunks<8>(stream, chunks, codes);
+    default: return unpack_chunks<7>(stream, chunks, codes);
   }
 }
 

@@ -9,6 +9,8 @@
 #include "layer.h"
 
 #define TREEQ_INLINE inline __attribute__((always_inline))
+/* For loops that need all registers: what is around them must not take any. */
+#define TREEQ_NOINLINE __attribute__((noinline))
 /* Before a loop of a few constant rounds, so that its vectors stay in registers. */
 #ifdef __clang__
 #define TREEQ_UNROLL _Pragma("unroll")
