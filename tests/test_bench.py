@@ -268,9 +268,14 @@ class TestRounds:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(timing, "wait_until_idle", lambda: True)
-        clock = iter([10_000_000, 13_500_000] * 3)
-        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: next(clock))
-        times = time_rounds({"a": lambda: None}, rounds=3, warmup=0, on_turn=lambda: None)
+        readings = iter([10_000_000, 13_500_000] * 3)
+        times = time_rounds(
+            {"a": lambda: None},
+            rounds=3,
+            warmup=0,
+            on_turn=lambda: None,
+            clock=lambda: next(readings),
+        )
         assert times == {"a": [3.5, 3.5, 3.5]}
 
     def test_garbage_collection_is_off_and_comes_back(self) -> None:

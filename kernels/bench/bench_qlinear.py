@@ -11,6 +11,8 @@ import argparse
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,19 +50,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor times, on a machine that others use too"
+    )
+    parser.add_argument("--note", default="")
     parser.add_argument("--tokens", type=lambda text: [int(m) for m in text.split(",")])
     arguments = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     tokens = arguments.tokens or TOKENS
+    clock = time.process_time_ns if arguments.cpu_time else time.perf_counter_ns
     rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         bar = progress.add_task("bench", total=len(SHAPES) * len(tokens))
         for shape, (k, n) in SHAPES.items():
             with open_contenders(k, n, seed=0) as calls:
                 for m in tokens:
-                    rows += time_shape(shape, k, n, m, calls, arguments.rounds)
+                    rows += time_shape(shape, k, n, m, calls, arguments.rounds, clock)
                     progress.advance(bar)
     record = {
         "shapes": SHAPES,
@@ -69,7 +76,12 @@ def main() -> None:
         "block": summarise_block(rows, tokens),
         "environment": describe_environment(1)
         | versions()
-        | {"isa": read_isa(), "rounds": arguments.rounds},
+        | {
+            "isa": read_isa(),
+            "rounds": arguments.rounds,
+            "clock": "processor" if arguments.cpu_time else "wall",
+            "note": arguments.note,
+        },
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "bench.json", record)
@@ -80,7 +92,13 @@ def main() -> None:
 
 
 def time_shape(
-    shape: str, k: int, n: int, m: int, calls: dict[str, Any], rounds: int
+    shape: str,
+    k: int,
+    n: int,
+    m: int,
+    calls: dict[str, Any],
+    rounds: int,
+    clock: Callable[[], int],
 ) -> list[dict[str, Any]]:
     """Return one row per contender, and one for the peak."""
     x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
@@ -88,7 +106,7 @@ def time_shape(
     library = load_kernels()
     timed = {name: (lambda call=call: call(x)) for name, call in calls.items()}
     timed[PEAK] = lambda: library.treeq_peak(PEAK_ITERATIONS, ctypes.byref(operations))
-    times = time_rounds(timed, rounds=rounds, warmup=1, on_turn=lambda: None)
+    times = time_rounds(timed, rounds=rounds, warmup=1, on_turn=lambda: None, clock=clock)
     rows = []
     for name, values in times.items():
         count = operations.value if name == PEAK else 2 * m * n * k

@@ -3,11 +3,13 @@
     python kernels/bench/bench_run.py --run runs/digits --out FILE
     python tests/emulate/without_avx512.py python kernels/bench/bench_run.py ... --note TEXT
 
-FILE holds all raw times, ratios to ONNX Runtime's float32 with 95 % intervals, the environment, the
-instruction set of our kernels, and the note.
+One thread. FILE holds all raw processor times, in which other programs do not count, ratios to ONNX
+Runtime's float32 with 95 % intervals, the environment, the instruction set of our kernels, and the
+note.
 """
 
 import argparse
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -43,8 +45,13 @@ def make_inputs(model: Path, batch: int, seed: int) -> dict[str, np.ndarray]:
 
 def time_batch(runners: dict[str, Any], inputs: dict[str, np.ndarray], rounds: int) -> list[dict]:
     """Return one row per way to run."""
-    calls = {name: (lambda runner=runner: runner.run(inputs)) for name, runner in runners.items()}
-    times = time_rounds(calls, rounds=rounds, warmup=2, on_turn=lambda: None)
+    times = time_rounds(
+        {name: (lambda runner=runner: runner.run(inputs)) for name, runner in runners.items()},
+        rounds=rounds,
+        warmup=1,
+        on_turn=lambda: None,
+        clock=time.process_time_ns,
+    )
     rows = []
     for name, values in times.items():
         ratio = compare_times(times[FP32], values, seed=0)
@@ -52,11 +59,11 @@ def time_batch(runners: dict[str, Any], inputs: dict[str, np.ndarray], rounds: i
             {
                 "target": name,
                 "batch": len(next(iter(inputs.values()))),
-                "median_ms": median(values),
+                "median_cpu_ms": median(values),
                 "times_fp32": ratio.ratio,
                 "low": ratio.low,
                 "high": ratio.high,
-                "all_times_ms": values,
+                "all_cpu_times_ms": values,
             }
         )
     return rows
@@ -69,14 +76,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=lambda text: [int(b) for b in text.split(",")])
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
     names = [FP32, *(name for name in TARGETS if model_path(arguments.run, name).is_file())]
     rows = []
     with ExitStack() as stack:
         runners = {
-            name: stack.enter_context(open_target(arguments.run, name, threads=arguments.threads))
+            name: stack.enter_context(open_target(arguments.run, name, threads=1))
             for name in ways_to_run(names)
         }
         for batch in arguments.batches or [2, 32]:
@@ -85,10 +91,10 @@ def main() -> None:
     console = Console(highlight=False)
     for row in rows:
         console.print(
-            f"batch {row['batch']:3} {row['target']:10} {row['median_ms']:8.2f} ms "
+            f"batch {row['batch']:3} {row['target']:10} {row['median_cpu_ms']:8.2f} CPU-ms "
             f"{row['times_fp32']:5.2f}x ({row['low']:.2f} to {row['high']:.2f})"
         )
-    environment = describe_environment(arguments.threads) | {"isa": read_isa()}
+    environment = describe_environment(1) | {"isa": read_isa()}
     record = {"note": arguments.note, "rows": rows, "environment": environment}
     write_json(arguments.out, record)
 
