@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +24,13 @@ from onnxruntime import quantization
 from onnxruntime.quantization import quantize_static, shape_inference
 
 from tests.commands import measure_nothing
-from treeq_export.bench import memory_child, run_bench, timing
+from treeq_export.bench import memory, memory_child, run_bench, timing
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
 from treeq_export.bench.stage import compare_rows
 from treeq_export.bench.timing import compare_times, round_order, time_rounds, wait_until_idle
-from treeq_export.environment import describe_environment, read_cpu, warn_if_busy
-from treeq_export.errors import OutputError, PlanError, RunnerError
+from treeq_export.environment import describe_environment, read_cpu, read_peak_bytes, warn_if_busy
+from treeq_export.errors import OutOfMemoryError, OutputError, PlanError, RunnerError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.recipe import BenchSection, ModelSection
@@ -486,23 +487,21 @@ class TestMemory:
     def test_child_in_this_process(
         self, tmp_path: Path, tiny_checkpoints: Path, kind: str, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path = write_graph(tmp_path / "model.onnx")
         section = ModelSection(checkpoint=str(tiny_checkpoints / "dit"))
         inputs = make_inputs(2)
-        save_file(inputs, tmp_path / "inputs.safetensors")
         what: dict[str, Any] = {"onnx": str(path), "torch": section.model_dump(mode="json")}
         order = {
             "what": {kind: what[kind], "options": {}},
             "input_names": list(inputs),
-            "inputs": str(tmp_path / "inputs.safetensors"),
             "threads": 1,
             "num_runs": 2,
-            "result": str(tmp_path / "result.json"),
         }
-        memory_child.main(json.dumps(order))
-        result = json.loads((tmp_path / "result.json").read_text())
+        result_file = tmp_path / "result.json"
+        memory_child.main(json.dumps(order), save(inputs), result_file.open("w"))
+        result = json.loads(result_file.read_text())
         assert 0 <= result["after_load_bytes"] <= result["peak_bytes"] < 2**30
         weights = tiny_checkpoints / "dit/diffusion_pytorch_model.safetensors"
         assert result["file_bytes"] == (path if kind == "onnx" else weights).stat().st_size
@@ -511,12 +510,43 @@ class TestMemory:
     def test_peak_is_read_from_the_kernels_counter(self, tmp_path: Path) -> None:
         status = tmp_path / "status"
         status.write_text("Name:\tpython\nVmHWM:\t    1200 kB\nVmRSS:\t     800 kB\n")
-        assert memory_child.read_peak_bytes(status) == 1200 * 1024
+        assert read_peak_bytes(status) == 1200 * 1024
+        assert read_peak_bytes(tmp_path / "nowhere") == 0
 
-    def test_without_a_counter_the_present_size_is_taken(self, tmp_path: Path) -> None:
+    def test_without_a_counter_the_present_size_is_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         memory_child.reset_peak(tmp_path / "absent" / "clear_refs")
-        peak = memory_child.read_peak_bytes(tmp_path / "status")
-        assert peak == pytest.approx(memory_child.resident_bytes(), rel=0.2)
+        monkeypatch.setattr(memory_child, "read_peak_bytes", lambda: 0)
+        sizes = iter([100, 200, 350])
+        monkeypatch.setattr(memory_child, "resident_bytes", lambda: next(sizes))
+        result = memory_child.measure(nullcontext, {}, num_runs=0)
+        assert (result["after_load_bytes"], result["peak_bytes"]) == (100, 250)
+
+    @pytest.mark.parametrize(
+        ("code", "error", "words"),
+        [
+            ("import os; os.kill(os.getpid(), 9)", OutOfMemoryError, "Lower bench.batch_sizes"),
+            ("import time; time.sleep(60)", RunnerError, "took more than 0.2 s"),
+            ("import sys; sys.exit('first\\nlast')", RunnerError, "status 1: last"),
+        ],
+    )
+    def test_a_child_that_does_not_answer(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        code: str,
+        error: type[TreeqError],
+        words: str,
+    ) -> None:
+        (tmp_path / "fake_child.py").write_text(code)
+        monkeypatch.setattr(memory, "_CHILD", "fake_child")
+        monkeypatch.setattr(memory, "_TIMEOUT_S", 0.2 if "sleep" in code else 60)
+        monkeypatch.setattr(
+            memory, "_child_environment", lambda _: {**os.environ, "PYTHONPATH": str(tmp_path)}
+        )
+        with pytest.raises(error, match=words):
+            measure_memory("ort", {"onnx": "model.onnx"}, make_inputs(1), threads=1)
 
 
 class TestEnvironment:

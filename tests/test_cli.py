@@ -135,7 +135,7 @@ class TestErrors:
             (
                 MemoryError(),
                 1,
-                "out of memory. Lower the recipe's batch_size, or use a larger machine.",
+                "report: out of memory. Use a machine with more memory.",
             ),
             (
                 ModuleNotFoundError("No module named 'torch'"),

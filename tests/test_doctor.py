@@ -234,9 +234,11 @@ class TestRegistration:
         ],
     )
     def test_a_runtime_that_fails_is_a_finding(
-        self, script: str, problem: str, monkeypatch: pytest.MonkeyPatch
+        self, script: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(doctor, "_REGISTER", script)
+        (tmp_path / "fake_registration.py").write_text(script)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(doctor, "_REGISTER", "fake_registration")
         monkeypatch.setattr(doctor, "RUNTIME_MODULES", {"tensorrt-rtx": "tensorrt_rtx"})
         with doctor.registrations() as children:
             [(name, child)] = children.items()

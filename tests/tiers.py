@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import export_cache, meter
-from treeq_export.environment import count_cores
+from treeq_export.environment import available_cpus
 
 LONG = ("slow", "triton")
 SPENT = pytest.StashKey[float]()
@@ -24,7 +24,7 @@ _nested_s = [0.0]  # of shared fixtures: a stack, one entry for each that is bei
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of cores that this process may use."""
-    return count_cores()
+    return available_cpus()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

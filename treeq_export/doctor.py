@@ -10,15 +10,15 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
-from treeq_export.environment import VNNI, count_cores, read_cpu, version_of
+from treeq_export.children import python_child
+from treeq_export.environment import VNNI, available_cpus, read_cpu, version_of
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
 from treeq_export.runners.cubin_launcher import read_manifest
@@ -47,19 +47,7 @@ RUNTIME_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 REQUIRED = frozenset({"torch", "diffusers", "onnx", "onnxscript", "onnxruntime"})
 
 REGISTRATION_TIMEOUT_S = 30.0
-_REGISTER = """\
-import sys
-from treeq_export.errors import TreeqError
-from treeq_export.runners.tensorrt_library import load_runtime, require_parser
-from treeq_export.runners.tensorrt_runner import load_plugins
-try:
-    runtime = load_runtime(sys.argv[1])
-    source = load_plugins(runtime)
-    require_parser(runtime)
-except TreeqError as error:
-    sys.exit(str(error))
-sys.stdout.write(source)
-"""
+_REGISTER = "treeq_export.runners.registration"
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _COMMAND_TIMEOUT_S = 5.0
@@ -98,11 +86,11 @@ def examine() -> list[Finding]:
 
 def _examine_packages() -> list[Finding]:
     """Say what of Python is there."""
-    model, sets = read_cpu()
+    (model, sets), cores = read_cpu(), available_cpus()
     findings = [
         Finding("treeq-export", __version__, "this tool", "", required=True),
         Finding("python", platform.python_version(), "interpreter", "", required=True),
-        Finding("cpu", f"{model}, {count_cores()} cores: {' '.join(sets)}", "", "", required=True),
+        Finding("cpu", f"{model}, {cores} cores: {' '.join(sets)}", "", "", required=True),
     ]
     for module, package, purpose, remedy in PACKAGES:
         found = None
@@ -221,25 +209,16 @@ def _output_of(command: list[str]) -> str:
 @contextmanager
 def registrations() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
     """Yield, by installed runtime, a process that registers our plugins in it."""
-    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    children = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", _REGISTER, name],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, module in RUNTIME_MODULES.items()
-        if _is_installed(module)
-    }
-    try:
-        yield children
-    finally:
-        for child in children.values():
-            child.kill()
-            child.communicate()
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(
+                python_child(
+                    _REGISTER, name, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+            for name, module in RUNTIME_MODULES.items()
+            if _is_installed(module)
+        }
 
 
 def _examine_registration(

@@ -3,9 +3,10 @@
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import psutil
@@ -29,6 +30,9 @@ INSTRUCTION_SETS = (
 # Those of them with an exact 8-bit dot product; x86 without one adds pairs of products in 16 bits.
 VNNI = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 _CPU_INFO = Path("/proc/cpuinfo")
+_STATUS = Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 _log = logging.getLogger(__name__)
 
@@ -63,11 +67,96 @@ def runtime_version() -> str | None:
     return version_of("onnxruntime") or version_of("onnxruntime-gpu")
 
 
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def available_cpus(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> int:
+    """Return how many processors this process may use: by affinity, and by its container's quota.
+
+    Args:
+        cgroup: Where Linux mounts control groups.
+        membership: A file in the format of Linux' /proc/self/cgroup.
+
+    Returns:
+        At least 1; part of a processor counts as one.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for folder in _control_groups("cpu", cgroup, membership):
+        quota, period = _read_quota(folder)
+        if quota > 0 and period > 0:
+            count = min(count, -(-quota // period))
+    return max(count, 1)
+
+
+def _read_quota(folder: Path) -> tuple[int, int]:
+    """Return the microseconds of processor time and the period that they are for; 0: no limit."""
+    with suppress(OSError, ValueError):  # version 2
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota), int(period)  # "max" is no number
+    with suppress(OSError, ValueError):  # version 1
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        quota, period = (int((folder / name).read_text()) for name in names)
+        return quota, period
+    return 0, 0
+
+
+def available_memory(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> int:
+    """Return the bytes that this process can have at most: the machine's, or its container's.
+
+    Args:
+        cgroup: As for `available_cpus`.
+        membership: Likewise.
+    """
+    limits = [psutil.virtual_memory().total + psutil.swap_memory().total]
+    for folder in _control_groups("memory", cgroup, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
+def _control_groups(controller: str, cgroup: Path, membership: Path) -> Iterator[Path]:
+    """Yield this process' control groups from the innermost out, of both versions."""
+    text = membership.read_text() if membership.is_file() else ""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        # Version 2 is mounted at the root, or at "unified" beside the controllers of version 1.
+        for mount in (controllers, controller) if controllers else ("", "unified"):
+            group = PurePosixPath(path.lstrip("/"))
+            yield from (cgroup / mount / part for part in (group, *group.parents))
+
+
+def settle_threads(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Choose how OpenMP works in this process and its children, where the user has not.
+
+    A library reads these variables once, when it is loaded: call this before PyTorch is imported.
+    A thread that waits for others shall sleep, not spin: where other programs want the cores, a
+    spinning thread takes the time that those it waits for need.
+
+    Args:
+        environment: Is changed.
+    """
+    environment.setdefault("OMP_NUM_THREADS", str(available_cpus()))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def default_threads(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the threads of a runtime that is given no number: OpenMP's, or one per processor."""
+    text = environment.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() and int(text) > 0 else available_cpus()
+
+
+def read_peak_bytes(status: Path = _STATUS) -> int:
+    """Return the largest resident size of this process; 0 where the system does not say.
+
+    Args:
+        status: A file in the format of Linux' /proc/self/status.
+    """
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def describe_machine() -> dict[str, Any]:
@@ -80,7 +169,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "instruction_sets": instruction_sets,
-        "cores": count_cores(),
+        "cores": available_cpus(),
         "ram_bytes": psutil.virtual_memory().total,
         "load_average": list(os.getloadavg()),
         "os": " ".join((platform.system(), *platform.libc_ver(), platform.machine())),

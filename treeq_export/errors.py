@@ -9,6 +9,7 @@
     |-- RunnerError          a runtime: missing package, input of a wrong shape
     |-- ServeError           a Triton repository or server: does not fit, unreachable, refuses
     |-- OutputError          the output folder: not writable, disk full
+    |-- OutOfMemoryError     memory: too little for what the recipe asks
     `-- GateError            exit status 3: a parity or quality gate is not met
 
 A message is one line: the file or layer, what was received, what was expected, the remedy.
@@ -61,6 +62,10 @@ class ServeError(TreeqError):
 
 class OutputError(TreeqError):
     """A file could not be written; nothing half written is left behind."""
+
+
+class OutOfMemoryError(TreeqError):
+    """Memory ran out, or a size is beyond all memory; names the recipe's keys to lower."""
 
 
 class GateError(TreeqError):

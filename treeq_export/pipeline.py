@@ -13,13 +13,16 @@ calibrated and compiled again, but not searched again.
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.errors import PlanError, RecipeError
+from treeq_export.environment import available_memory
+from treeq_export.errors import OutOfMemoryError, PlanError, RecipeError
+from treeq_export.memory import explain_memory
 from treeq_export.plan import PLAN_FILE
 from treeq_export.reading import read_object
 from treeq_export.recipe import Recipe, strategy_options
@@ -131,10 +134,13 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
         The stage's result, if any.
 
     Raises:
-        TreeqError: Whatever the stage raises.
+        OutOfMemoryError: Memory ran out; names the recipe's keys to lower.
+        TreeqError: Whatever else the stage raises.
     """
     started = time.monotonic()
-    result = stage.execute(workspace, on_step)
+    check_memory(workspace, stage)
+    with explain_memory(stage.name, memory_keys(workspace.recipe, stage)):
+        result = stage.execute(workspace, on_step)
     _remove_dependent_results(workspace, stage)
     workspace.stages[stage.name] = StageRecord(
         fingerprint=fingerprint(workspace, stage),
@@ -143,6 +149,36 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     )
     workspace.save()
     return result
+
+
+def memory_keys(recipe: Recipe, stage: Stage) -> list[str]:
+    """Return the recipe's keys that lower a stage's memory where they are lowered."""
+    return [*stage.memory(recipe), *_latent_keys(recipe)]
+
+
+def _latent_keys(recipe: Recipe) -> list[str]:
+    return [] if recipe.model.latent_size is None else ["model.latent_size"]
+
+
+def check_memory(workspace: Workspace, stage: Stage) -> None:
+    """Check that the samples alone that a stage keeps at once can be in memory.
+
+    Raises:
+        OutOfMemoryError: They cannot; names the keys.
+    """
+    keys = memory_keys(workspace.recipe, stage)
+    with explain_memory(stage.name, keys):
+        shape = workspace.denoiser.sample_shape
+    size_text, most = " x ".join(map(str, shape)), available_memory()
+    for key, num in stage.memory(workspace.recipe).items():
+        size = num * 4 * math.prod(shape)
+        if size > most:
+            lower = " or ".join([key, *_latent_keys(workspace.recipe)])
+            raise OutOfMemoryError(
+                f"{stage.name}: out of memory: {key} asks for {num:,} samples of {size_text} "
+                f"numbers at once, {size / 1e9:,.1f} GB; there are {most / 1e9:,.1f} GB. "
+                f"Lower {lower}."
+            )
 
 
 def _remove_dependent_results(workspace: Workspace, stage: Stage) -> None:
@@ -189,11 +225,15 @@ def run_all(workspace: Workspace, start: str | None, on_stage: OnStage) -> Repor
         TreeqError: A stage failed; finished stages are kept.
     """
     check_recipe(workspace.recipe)
-    again = False
+    again = begun = False
     report: object = None
     for stage in STAGES:
         again = again or stage.name == start
         current = stage.name != "report" and not again and is_up_to_date(workspace, stage)
+        if not current and not begun:
+            for later in STAGES[STAGES.index(stage) :]:
+                check_memory(workspace, later)
+            begun = True
         on_step = on_stage(stage.name, current)
         if not current:
             report = run_stage(workspace, stage, on_step)

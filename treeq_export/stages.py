@@ -14,6 +14,7 @@ from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
+from treeq_export.recipe import Recipe
 from treeq_export.report import Report, write_report
 from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
@@ -43,6 +44,8 @@ class Stage:
         after: Stages whose results it reads.
         outputs: Files that it has written, relative to the run folder.
         execute: Does the work.
+        memory: Recipe keys that lower its memory where they are lowered, each with the number of
+            samples that are in memory at once because of it; 0 where that is not plain.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage:
     after: tuple[str, ...]
     outputs: Callable[[Workspace], list[str]]
     execute: Callable[[Workspace, OnStep], object]
+    memory: Callable[[Recipe], dict[str, int]] = lambda _: {}
 
 
 def _search(workspace: Workspace, on_step: OnStep) -> None:
@@ -169,6 +173,43 @@ def _compiled_files(workspace: Workspace) -> list[str]:
     return ["compile.json", *(str(file.relative_to(run)) for file in files)]
 
 
+def _search_memory(recipe: Recipe) -> dict[str, int]:
+    section = recipe.search
+    if section.strategy == "uniform" and section.branch_budget is None:
+        return {}
+    return {
+        "search.num_samples": section.num_samples * recipe.sampler.steps,
+        "search.num_rows": 0,
+        "search.num_final_rows": 0,
+        **_calibrate_memory(recipe),
+    }
+
+
+def _calibrate_memory(recipe: Recipe) -> dict[str, int]:
+    return {
+        "calibrate.num_samples": recipe.calibrate.num_samples,
+        "calibrate.num_rows": 0,
+        "calibrate.max_tokens": 0,
+        "sampler.batch_size": 0,
+    }
+
+
+def _finetune_memory(recipe: Recipe) -> dict[str, int]:
+    section = recipe.finetune
+    if section.mode == "none":
+        return {}
+    return {
+        "finetune.batch_size": 0,
+        "finetune.num_trajectories": section.num_trajectories,
+        "finetune.held_out_rows": section.held_out_rows,
+        "sampler.batch_size": 0,
+    }
+
+
+def _evaluate_memory(recipe: Recipe) -> dict[str, int]:
+    return {"evaluate.num_samples": recipe.evaluate.num_samples, "sampler.batch_size": 0}
+
+
 STAGES = (
     Stage(
         "search",
@@ -176,6 +217,7 @@ STAGES = (
         (),
         lambda _: [PLAN_FILE, SEARCH_FILE],
         _search,
+        _search_memory,
     ),
     Stage(
         "calibrate",
@@ -183,6 +225,7 @@ STAGES = (
         ("search",),
         lambda _: [PLAN_FILE, "plan.safetensors", "calibration.json"],
         _calibrate,
+        _calibrate_memory,
     ),
     Stage(
         "finetune",
@@ -190,16 +233,32 @@ STAGES = (
         ("calibrate",),
         _finetuned_files,
         _finetune,
+        _finetune_memory,
     ),
     Stage("compile", ("model", "compile"), ("finetune",), _compiled_files, _compile),
-    Stage("validate", ("validate", "seed"), ("compile",), lambda _: ["parity.json"], _validate),
-    Stage("bench", ("bench", "seed"), ("compile",), lambda _: ["bench.json"], _bench),
+    Stage(
+        "validate",
+        ("validate", "seed"),
+        ("compile",),
+        lambda _: ["parity.json"],
+        _validate,
+        lambda recipe: {"validate.batch_size": recipe.validate_.batch_size},
+    ),
+    Stage(
+        "bench",
+        ("bench", "seed"),
+        ("compile",),
+        lambda _: ["bench.json"],
+        _bench,
+        lambda recipe: {"bench.batch_sizes": max(recipe.bench.batch_sizes)},
+    ),
     Stage(
         "evaluate",
         ("sampler", "evaluate", "seed"),
         ("compile",),
         lambda _: ["quality.json"],
         _evaluate,
+        _evaluate_memory,
     ),
     Stage(
         "report",

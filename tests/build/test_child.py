@@ -79,12 +79,6 @@ def test_the_layers_of_tensorrt_come_from_the_inspector():
         child._inspect(trt, None, b"")
 
 
-def test_the_peak_is_read(tmp_path: Path):
-    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t  1234 kB\n")
-    assert child.read_peak_bytes(tmp_path / "status") == 1234 * 1024
-    assert child.read_peak_bytes(tmp_path / "nowhere") == 0
-
-
 @pytest.mark.parametrize(
     ("code", "words"),
     [

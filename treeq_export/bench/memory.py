@@ -13,19 +13,19 @@ there is no such counter the peak is the resident size after the runs.
 
 import json
 import os
+import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from treeq_export.children import python_child
 from treeq_export.errors import RunnerError
-from treeq_export.reading import read_record
+from treeq_export.memory import out_of_memory
+from treeq_export.reading import parse_record
 from treeq_export.records import BenchMemory, Record
 
 NUM_RUNS = 3
@@ -61,42 +61,41 @@ def measure_memory(
 
     Raises:
         RunnerError: The child failed; the message ends with the last line it wrote.
+        OutOfMemoryError: The system killed it.
     """
-    with tempfile.TemporaryDirectory(prefix="treeq-bench-") as name:
-        folder = Path(name)
-        result_file = folder / "result.json"
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in inputs.items()},
-            folder / "inputs.safetensors",
-        )
-        order = {
-            "what": dict(what),
-            "input_names": list(inputs),
-            "inputs": str(folder / "inputs.safetensors"),
-            "threads": threads,
-            "num_runs": NUM_RUNS,
-            "result": str(result_file),
-        }
-        # -P: the folder it runs in is no place to import from.
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", _CHILD, json.dumps(order)],
-            cwd=folder,
-            env=_child_environment(threads),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode or not result_file.is_file():
-            lines = done.stderr.strip().splitlines() or ["no message"]
+    arrays = {key: np.ascontiguousarray(value) for key, value in inputs.items()}
+    order = {
+        "what": dict(what),
+        "input_names": list(inputs),
+        "threads": threads,
+        "num_runs": NUM_RUNS,
+    }
+    with python_child(
+        _CHILD,
+        json.dumps(order),
+        environment=_child_environment(threads),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        try:
+            answer, complaint = child.communicate(save(arrays), timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
             raise RunnerError(
-                f"{target}: the process that measures memory ended with status "
-                f"{done.returncode}: {lines[-1].strip()}"
-            )
-        measured = read_record(
-            result_file, MeasuredMemory, error=RunnerError, remedy="Run bench again."
+                f"{target}: the process that measures memory took more than {_TIMEOUT_S} s. "
+                "Lower bench.batch_sizes, or give it a machine of its own."
+            ) from error
+    if child.returncode == -signal.SIGKILL:
+        raise out_of_memory(f"bench, {target}", ("bench.batch_sizes",))
+    if child.returncode:
+        lines = complaint.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise RunnerError(
+            f"{target}: the process that measures memory ended with status "
+            f"{child.returncode}: {lines[-1].strip()}"
         )
+    measured = parse_record(
+        answer, MeasuredMemory, target, error=RunnerError, remedy="Run bench again."
+    )
     return BenchMemory(target=target, **measured.model_dump())
 
 
@@ -106,9 +105,7 @@ def _child_environment(threads: int) -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _KEPT_VARIABLES or name.startswith("TREEQ_")
     }
-    package = Path(__file__).parents[2]
     return kept | {
-        "PYTHONPATH": str(package),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }

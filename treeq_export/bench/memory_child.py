@@ -1,7 +1,7 @@
 """The process that `bench.memory` starts: load one target, run it, report its memory.
 
-`python -m treeq_export.bench.memory_child ORDER`, ORDER being JSON from `measure_memory`.
-All libraries are imported before the first reading.
+`python -m treeq_export.bench.memory_child ORDER`, ORDER being JSON from `measure_memory`, with the
+inputs on stdin. All libraries are imported before the first reading. No file is written.
 """
 
 import gc
@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from treeq_export.bench.peer import model_files
+from treeq_export.children import take_stdout
+from treeq_export.environment import read_peak_bytes
 from treeq_export.errors import RunnerError
-from treeq_export.reading import load_safetensors, parse_json
+from treeq_export.reading import parse_json
 from treeq_export.recipe import ModelSection
 
-_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 
@@ -37,19 +39,6 @@ def reset_peak(clear_refs: Path = _CLEAR_REFS) -> None:
         clear_refs.write_text(_RESET_PEAK)
     except OSError:
         return
-
-
-def read_peak_bytes(status: Path = _STATUS) -> int:
-    """Return the largest resident size since `reset_peak`; the present one without a counter.
-
-    Args:
-        status: A file in the format of Linux' /proc/self/status.
-    """
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resident_bytes()
 
 
 def measure(
@@ -76,7 +65,7 @@ def measure(
         after_load = resident_bytes()
         for _ in range(num_runs):
             runner.run(inputs)
-        peak = max(read_peak_bytes(), after_load)
+        peak = max(read_peak_bytes() or resident_bytes(), after_load)
     return {
         "after_load_bytes": max(after_load - before, 0),
         "peak_bytes": max(peak - before, 0),
@@ -116,21 +105,28 @@ def prepare_torch(
     return load, list(checkpoint.files)
 
 
-def main(text: str) -> None:
-    """Carry out an order and write its result file."""
+def main(text: str, inputs: bytes, answer: TextIO) -> None:
+    """Carry out an order.
+
+    Args:
+        text: The order, JSON.
+        inputs: Of one call by name, safetensors.
+        answer: Where the result goes: JSON, all of `BenchMemory` but the target.
+    """
     order = parse_json(text, "the order", error=RunnerError, remedy="Run bench again.")
     what = order["what"]
     if "onnx" in what:
-        load, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["options"])
+        prepared, files = prepare_onnx(Path(what["onnx"]), order["threads"], what["options"])
     else:
         section = ModelSection.model_validate(what["torch"])
-        load, files = prepare_torch(section, order["threads"])
-    arrays = load_safetensors(Path(order["inputs"]), error=RunnerError, remedy="Run bench again.")
-    inputs = {name: arrays[name] for name in order["input_names"]}
-    result = measure(load, inputs, order["num_runs"])
+        prepared, files = prepare_torch(section, order["threads"])
+    arrays = load(inputs)
+    ordered = {name: arrays[name] for name in order["input_names"]}
+    result = measure(prepared, ordered, order["num_runs"])
     result["file_bytes"] = sum(file.stat().st_size for file in files)
-    Path(order["result"]).write_text(json.dumps(result))
+    json.dump(result, answer)
+    answer.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.stdin.buffer.read(), take_stdout())

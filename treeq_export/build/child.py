@@ -6,15 +6,13 @@ measured and given back. ORDER is JSON (see `engine.BuildOrder`). Lines of JSON 
 and build.json in the order's folder.
 """
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from treeq_export.build.engine import (
     BUILD_FILE,
@@ -25,39 +23,23 @@ from treeq_export.build.engine import (
 )
 from treeq_export.build.layer_list import HEADER
 from treeq_export.build.progress import Phases
+from treeq_export.children import take_stdout
+from treeq_export.environment import read_peak_bytes
 from treeq_export.errors import RunnerError, TreeqError
 from treeq_export.reading import parse_record
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.runners.tensorrt_plugin import register_plugins
 from treeq_export.runners.tensorrt_quick_plugin import register_quick_plugins
 
-_PR_SET_PDEATHSIG = 1
-_STATUS = Path("/proc/self/status")
 _REPORT_EVERY_S = 0.2
 _ERRORS_SHOWN = 2
-
-
-def end_with_parent() -> None:
-    """Let the system end this process when its parent is killed (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def read_peak_bytes(status: Path = _STATUS) -> int:
-    """Return the largest resident size of this process; 0 where the system does not say."""
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 class Channel:
     """Lines of JSON to the parent; what libraries print goes to stderr."""
 
     def __init__(self) -> None:
-        self._file: TextIO = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        self._file = take_stdout()
         self._last = 0.0
 
     def send(self, **message: Any) -> None:
@@ -181,7 +163,6 @@ def _inspect(trt: Any, logger: Any, engine: Any) -> str:
 
 def main(text: str) -> int:
     """Carry out an order; return the exit status."""
-    end_with_parent()
     channel = Channel()
     try:
         order = parse_record(

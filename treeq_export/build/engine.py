@@ -4,15 +4,13 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from treeq_export.build.progress import estimate
+from treeq_export.children import python_child
 from treeq_export.errors import RunnerError
 from treeq_export.reading import parse_record, read_record
 from treeq_export.records import Record
@@ -88,7 +86,16 @@ def build_engine(
     Raises:
         RunnerError: The builder refuses the graph, or its process ends without an engine.
     """
-    with tempfile.TemporaryFile("w+") as stderr, _child(order, stderr) as child:
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        python_child(
+            _CHILD,
+            order.model_dump_json(),
+            cwd=order.folder,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        ) as child,
+    ):
         error = _watch(child, expected_s, on_step)
         status = child.wait()
         result = Path(order.folder) / BUILD_FILE
@@ -98,27 +105,6 @@ def build_engine(
         built = read_record(result, BuildResult, error=RunnerError, remedy="Build again.")
     on_step(1.0)
     return built
-
-
-@contextmanager
-def _child(order: BuildOrder, stderr: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the child; whatever happens, it has ended when the block is left."""
-    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", _CHILD, order.model_dump_json()],
-        cwd=order.folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-        assert child.stdout is not None
-        child.stdout.close()
 
 
 def _watch(

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from treeq_export import __version__
 from treeq_export.errors import PlanError, TreeqError
+from treeq_export.memory import is_out_of_memory, out_of_memory
 from treeq_export.reading import read_text
 
 stderr = Console(stderr=True)
@@ -51,10 +52,12 @@ class Commands(click.Group):
             raise  # the reader of stdout has enough: click ends quietly
         except OSError as error:
             _fail(f"{error}. Repair that, then run the same command again.", 1)
-        except MemoryError:
-            _fail("out of memory. Lower the recipe's batch_size, or use a larger machine.", 1)
         except ModuleNotFoundError as error:
             _fail(f"{error}. `treeq-export doctor` says how to install it.", 1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _fail(str(out_of_memory(ctx.invoked_subcommand or "treeq-export", ())), 1)
 
 
 def _fail(message: str, status: int) -> None:

@@ -21,7 +21,7 @@ from treeq_export.client.load_statistics import (
     subtract_counters,
     sum_counters,
 )
-from treeq_export.environment import count_cores, describe_machine, version_of
+from treeq_export.environment import available_cpus, describe_machine, version_of
 from treeq_export.errors import PlanError, ServeError
 from treeq_export.reading import read_record
 from treeq_export.records.base import load_record, save_record
@@ -140,7 +140,7 @@ def _open_record(path: Path, setup: LoadSetup, *, fresh: bool) -> LoadTestRecord
     environment = {
         **describe_machine(),
         "tritonclient": version_of("tritonclient"),
-        BUSY_CORES: round(psutil.cpu_percent(_IDLE_LOOK_S) / 100 * count_cores(), 2),
+        BUSY_CORES: round(psutil.cpu_percent(_IDLE_LOOK_S) / 100 * available_cpus(), 2),
     }
     new = LoadTestRecord(setup=setup, environment=environment, levels=[])
     if fresh or not path.is_file():
