@@ -111,6 +111,30 @@ class TestUsage:
             assert process.stderr.read() == b""
         assert process.returncode == 1
 
+    @pytest.mark.parametrize("words", ["--version", "--help", "inspect --schema"])
+    def test_full_stdout_is_one_line(self, words: str) -> None:
+        command = [sys.executable, "-m", "treeq_export.cli", *words.split()]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"treeq-export: [Errno 28] No space left on device.")
+        assert done.stderr.count(b"\n") == 1
+
+    @pytest.mark.parametrize(
+        ("closed", "words", "status"),
+        [
+            (">&-", "inspect --schema", 0),
+            ("<&- >&- 2>&-", "inspect --schema", 0),
+            ("2>&-", "inspect --run absent", 1),
+            ("2>/dev/full", "inspect --run absent", 1),
+        ],
+    )
+    def test_closed_streams(self, closed: str, words: str, status: int) -> None:
+        command = f"exec {sys.executable} -m treeq_export.cli {words} {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+        assert done.returncode == status
+        assert b"Traceback" not in done.stderr
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -121,7 +145,7 @@ class TestErrors:
             (GateError("unmet"), 3, "unmet"),
             (
                 KeyboardInterrupt(),
-                1,
+                130,
                 "interrupted. Run the same command again to go on from the last stage.",
             ),
             (

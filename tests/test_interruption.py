@@ -172,7 +172,7 @@ class TestEveryStage:
         assert f"{history.stage:<10} ..." in history.full_disk.outcome.stderr
 
     def test_ctrl_c_is_one_line(self, history: History) -> None:
-        assert history.interrupted.outcome.status == 1
+        assert history.interrupted.outcome.status == 130
         assert history.interrupted.outcome.error == (
             "treeq-export: interrupted. Run the same command again to go on from the last stage."
         )

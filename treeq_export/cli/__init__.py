@@ -1,6 +1,7 @@
 """The command line. Results go to stdout, progress and logs to stderr.
 
-Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not met.
+Exit status: 0 done, 1 the user can repair it, 2 wrong usage, 3 a gate is not met, 130 interrupted
+(143 by SIGTERM).
 """
 
 from treeq_export.cli import (

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -22,6 +23,8 @@ from rich.progress import (
 )
 
 from treeq_export import __version__
+from treeq_export.cli.process import Interrupted, open_standard_streams, orderly_end
+from treeq_export.environment import settle_threads
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.memory import is_out_of_memory, out_of_memory
 from treeq_export.reading import read_text
@@ -40,29 +43,52 @@ def make_stdout() -> Console:
 class Commands(click.Group):
     """Turns every error a user can meet into one line on stderr and an exit status."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Prepare the process, then read the arguments and run the command."""
+        open_standard_streams()
+        settle_threads()
+        with orderly_end(), _explained():
+            return super().main(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        try:
+        with _explained(ctx):
             return super().invoke(ctx)
-        except TreeqError as error:
-            _fail(str(error), error.exit_status)
-        except KeyboardInterrupt:
-            _fail("interrupted. Run the same command again to go on from the last stage.", 1)
-        except BrokenPipeError:
-            raise  # the reader of stdout has enough: click ends quietly
-        except OSError as error:
-            _fail(f"{error}. Repair that, then run the same command again.", 1)
-        except ModuleNotFoundError as error:
-            _fail(f"{error}. `treeq-export doctor` says how to install it.", 1)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            _fail(str(out_of_memory(ctx.invoked_subcommand or "treeq-export", ())), 1)
 
 
-def _fail(message: str, status: int) -> None:
+@contextmanager
+def _explained(ctx: click.Context | None = None) -> Generator[None]:
+    """End the process with one line where an error is a user's to repair."""
+    try:
+        yield
+    except TreeqError as error:
+        _fail(str(error), error.exit_status)
+    except KeyboardInterrupt as error:
+        status = error.exit_status if isinstance(error, Interrupted) else 128 + signal.SIGINT
+        _fail("interrupted. Run the same command again to go on from the last stage.", status)
+    except BrokenPipeError:
+        raise  # the reader of stdout has enough: click ends quietly
+    except OSError as error:
+        if is_out_of_memory(error):
+            _fail(_describe_shortage(ctx), 1)
+        _fail(f"{error}. Repair that, then run the same command again.", 1)
+    except ModuleNotFoundError as error:
+        _fail(f"{error}. `treeq-export doctor` says how to install it.", 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(_describe_shortage(ctx), 1)
+
+
+def _describe_shortage(ctx: click.Context | None) -> str:
+    command = None if ctx is None else ctx.invoked_subcommand
+    return str(out_of_memory(command or "treeq-export", ()))
+
+
+def _fail(message: str, status: int) -> NoReturn:
     line = " ".join(message.split())
-    click.echo(f"treeq-export: {line}", err=True)
+    with suppress(OSError):  # stderr may be full or closed: the status says it as well
+        click.echo(f"treeq-export: {line}", err=True)
     sys.exit(status)
 
 
