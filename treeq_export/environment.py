@@ -33,7 +33,6 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
-
 _log = logging.getLogger(__name__)
 
 
@@ -77,8 +76,7 @@ def available_cpus(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> in
     Returns:
         At least 1; part of a processor counts as one.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    count = len(_affinity())
     for folder in _control_groups("cpu", cgroup, membership):
         quota, period = _read_quota(folder)
         if quota > 0 and period > 0:
@@ -126,18 +124,31 @@ def _control_groups(controller: str, cgroup: Path, membership: Path) -> Iterator
             yield from (cgroup / mount / part for part in (group, *group.parents))
 
 
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def settle_threads(environment: MutableMapping[str, str] = os.environ) -> None:
     """Choose how OpenMP works in this process and its children, where the user has not.
 
     A library reads these variables once, when it is loaded: call this before PyTorch is imported.
-    A thread that waits for others shall sleep, not spin: where other programs want the cores, a
-    spinning thread takes the time that those it waits for need.
+    GNU's OpenMP lets a thread that waits for others spin for milliseconds. Where others want the
+    core, it so takes the time that those it waits for need. Sleeping at once is as bad where nobody
+    does. Training the digits model on two cores of an AMD EPYC (20 steps, two runs each) took
+
+        spin count            alone          beside two busy processes
+        300000 (default)    5.8,  5.7 s      36.3, 37.7 s
+        3000                8.2,  6.8 s      13.5, 17.6 s
+        0                  15.7, 13.1 s      18.3,  9.3 s
 
     Args:
         environment: Is changed.
     """
     environment.setdefault("OMP_NUM_THREADS", str(available_cpus()))
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def default_threads(environment: Mapping[str, str] = os.environ) -> int:
@@ -191,6 +202,8 @@ def describe_environment(threads: int) -> dict[str, Any]:
     return {
         **describe_machine(),
         "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "torch": version_of("torch"),
         "onnxruntime": runtime_version(),
     }

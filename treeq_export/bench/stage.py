@@ -176,7 +176,7 @@ def _open(
     from treeq_export.runners.ort_runner import OrtRunner
 
     path = paths[target]
-    return OrtRunner(path, threads=threads, **runner_options(path, target))
+    return OrtRunner(path, threads=threads, spin=True, **runner_options(path, target))
 
 
 def _time_batch(

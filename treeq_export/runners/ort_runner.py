@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export import __version__
+from treeq_export.environment import default_threads
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.ort_session import open_session
@@ -48,12 +49,15 @@ class OrtRunner:
 
     Args:
         model: Path of the model, or its serialized bytes.
-        threads: Threads inside an operator; None lets ONNX Runtime choose.
+        threads: Threads inside an operator; None is one per processor that this process may use,
+            or OMP_NUM_THREADS.
         use_kernels: Whether `treeq` ops run in our library where it is installed.
         fold_constants: Whether ONNX Runtime computes at load what does not depend on inputs. The
             function bodies of a large packed model are better unpacked at each call: DiT-XL/2 at
             3 bits then loads in 1.1 s and 0.1 GB, not in 15 s and 9.6 GB; it runs 4 times slower.
         keep_int8: Whether INT8 activations of Q/DQ stay INT8, see `open_session`.
+        spin: Whether threads that wait for work keep their cores (see `open_session`). What times a
+            model alone on a machine wants that.
     """
 
     def __init__(
@@ -64,9 +68,11 @@ class OrtRunner:
         use_kernels: bool = True,
         fold_constants: bool = True,
         keep_int8: bool = False,
+        spin: bool = False,
     ) -> None:
         self.model = model
-        self.threads = threads
+        self.threads = default_threads() if threads is None else threads
+        self.spin = spin
         self.use_kernels = use_kernels
         self.fold_constants = fold_constants
         self.keep_int8 = keep_int8
@@ -85,6 +91,7 @@ class OrtRunner:
                 threads=self.threads,
                 fold_constants=self.fold_constants,
                 keep_int8=self.keep_int8,
+                spin=self.spin,
             )
         except RunnerError:
             raise

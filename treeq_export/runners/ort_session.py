@@ -14,6 +14,7 @@ def open_session(
     threads: int | None = None,
     fold_constants: bool = True,
     keep_int8: bool = False,
+    spin: bool = True,
 ) -> Any:
     """Return a session on the CPU.
 
@@ -25,6 +26,8 @@ def open_session(
         keep_int8: Whether INT8 activations of Q/DQ stay INT8. By default ONNX Runtime turns them
             into UINT8 on x86, which is faster, and saturates there with 8-bit weights where the
             processor has no VNNI.
+        spin: Whether a thread that waits for work keeps its core for a while: a little faster where
+            nobody else wants the cores, much slower where somebody does.
     """
     import onnxruntime
 
@@ -34,6 +37,8 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if keep_int8:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+    for pool in () if spin else ("intra_op", "inter_op"):
+        options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if library is not None:
