@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from treeq_export.doctor import examine
+from treeq_export.environment import default_threads
 from treeq_export.errors import RunnerError
 from treeq_export.runners.compiled import open_target, runner_options, uses_kernels, ways_to_run
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY
@@ -130,7 +131,7 @@ def test_threads_reach_the_session(two_outputs: Path, monkeypatch: pytest.Monkey
     for threads in (None, 1, 2):
         with OrtRunner(two_outputs, threads=threads) as runner:
             np.testing.assert_array_equal(runner.run({"a": GOOD, "b": GOOD}), 2 * GOOD)
-    assert seen == [0, 1, 2]
+    assert seen == [default_threads(), 1, 2]
 
 
 def put_library(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +192,25 @@ def test_large_packed_models_are_not_folded_without_kernels(
     assert runner_options(path, "ort_body") == {"use_kernels": False, "fold_constants": False}
     assert runner_options(path, "ort") == {"use_kernels": True, "fold_constants": True}
     assert runner_options(path, "portable") == {"use_kernels": False, "fold_constants": True}
+
+
+@pytest.mark.parametrize("spin", [False, True])
+def test_threads_spin_where_that_is_asked_for(
+    two_outputs: Path, spin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[onnxruntime.SessionOptions] = []
+    create = onnxruntime.InferenceSession
+
+    def record(model: Any, options: onnxruntime.SessionOptions, **rest: Any) -> Any:
+        seen.append(options)
+        return create(model, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    with OrtRunner(two_outputs, spin=spin) as runner:
+        np.testing.assert_array_equal(runner.run({"a": GOOD, "b": GOOD}), 2 * GOOD)
+    for pool in ("intra_op", "inter_op"):
+        if spin:  # ONNX Runtime's default; an entry that was not set cannot be read
+            with pytest.raises(RuntimeError, match="does not have configuration"):
+                seen[0].get_session_config_entry(f"session.{pool}.allow_spinning")
+        else:
+            assert seen[0].get_session_config_entry(f"session.{pool}.allow_spinning") == "0"
