@@ -13,7 +13,6 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -122,6 +121,7 @@ class Connection(ABC):
     def __init__(self, address: ServerAddress, timeout_s: float) -> None:
         self.address = address
         self.timeout_s = timeout_s
+        self._explains = False
 
     @property
     def url(self) -> str:
@@ -294,10 +294,15 @@ class Connection(ABC):
             )
         if "decoupled transaction policy" in line:
             return ". It streams: use grpc:// and `stream`."
-        if "unknown model" in line:
-            with suppress(ServeError):
+        if "unknown model" in line and not self._explains:
+            self._explains = True  # a server may say the same when it is asked for its models
+            try:
                 ready = sorted({m["name"] for m in self.models() if m.get("state") == "READY"})
                 return f". The server has {clean(', '.join(ready)) or 'no model loaded'}."
+            except ServeError:
+                return "."
+            finally:
+                self._explains = False
         return "" if line.endswith("?") else "."
 
 

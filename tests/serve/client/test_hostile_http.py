@@ -196,6 +196,15 @@ def test_an_error_of_another_form(status: str, body: bytes, words: str):
         assert error.kind == ("refused" if status.startswith("4") else "failed")
 
 
+def test_a_server_that_knows_no_model_whatever_it_is_asked():
+    answer = http_answer({"error": "unknown model"}, "404 Not Found")
+    with http_server({"": answer}) as url, open_connection(url) as connection:
+        for _ in range(2):
+            error = error_of(lambda: connection.model_config("sampler"))
+            assert str(error) == f"{url}: unknown model."
+        assert check(connection).error == "unknown model."
+
+
 def changed(**change: Any) -> list[dict[str, Any]]:
     return outputs_of(["image", "step"], image=change)
 
