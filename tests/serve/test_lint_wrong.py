@@ -71,7 +71,7 @@ WRONG = [
     ),
     wrong(
         "manifest-is-readable",
-        "received what cannot be read (RecursionError",
+        "more than 64 levels deep",
         (MANIFEST, None, "[" * 100_000),
     ),
     *(
