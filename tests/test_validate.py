@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from treeq_export.compile.stage import compile_target
 from treeq_export.compile.targets import lower
-from treeq_export.errors import PlanError
+from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.plan import LayerPlan, TreePath
@@ -30,13 +31,16 @@ from treeq_export.records import (
     TargetParity,
     load_record,
 )
+from treeq_export.runners import graph_file
 from treeq_export.runners.compiled import (
     TENSORRT_NATIVE,
     TENSORRT_TARGETS,
+    load_compiled,
     model_path,
     read_layers,
 )
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.validate import (
     Trace,
     compare_layer,
@@ -220,6 +224,51 @@ def is_fused_away(name: str) -> bool:
 def is_conditioning(name: str) -> bool:
     """Whether a layer reads timestep and class alone."""
     return ".norm1.linear" in name
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_large_graphs_go_through_files_with_equal_results(
+    external: bool, compiled_dit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(compiled_dit.run, run)
+    small = validate(compiled_dit, run, TARGETS)
+    if external:
+        for target in TARGETS:
+            path = model_path(run, target)
+            model = ir.load(path)
+            ir.external_data.load_to_model(model)
+            ir.save(model, path, external_data="model.onnx.data")
+    before = sorted(path.name for path in run.rglob("*"))
+    monkeypatch.setattr(graph_file, "IN_MEMORY_BYTES", 0)
+    opened: list[Any] = []
+    entered = OrtRunner.__enter__
+
+    def enter(runner: OrtRunner) -> OrtRunner:
+        opened.append(runner.model)
+        return entered(runner)
+
+    monkeypatch.setattr(OrtRunner, "__enter__", enter)
+    large = validate(compiled_dit, run, TARGETS)
+    assert large == small
+    written = [path for path in opened if isinstance(path, Path) and ".partial" in str(path)]
+    assert len(written) == len(WAYS)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line(
+    compiled_dit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = load_compiled(compiled_dit.run, "portable")
+    monkeypatch.setattr(graph_file, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(ir, "save", refuse)
+    stack = ExitStack()
+    with pytest.raises(OutputError, match=r"GB of weights can be written \(No space left"), stack:
+        stack.enter_context(graph_file.runnable(model, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("way", ["ort", "ort_body"])

@@ -55,6 +55,7 @@ from treeq_export.runners.compiled import (
     uses_kernels,
     ways_to_run,
 )
+from treeq_export.runners.graph_file import runnable
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner
@@ -147,10 +148,8 @@ def run_with_layers(
     for site in sites:
         if site.output and site.output not in present:
             model.graph.outputs.append(values[site.output])
-    ir.external_data.load_to_model(model)
-    serialized = ir.to_proto(model).SerializeToString()
     options = runner_options(model_path(run, target), target)
-    with OrtRunner(serialized, **options) as runner:
+    with runnable(model, run) as source, OrtRunner(source, **options) as runner:
         return runner.run_all(trace.inputs)
 
 

@@ -13,7 +13,6 @@ from treeq_export.artefacts import sha256_of_file
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.stage import (
     compile_target,
-    initializer_bytes,
     run_compile,
     save_model,
 )
@@ -23,6 +22,7 @@ from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import CompileSection
 from treeq_export.records import CompileRecord, load_record
 from treeq_export.runners.compiled import PLAN_KEY, model_path
+from treeq_export.runners.graph_file import initializer_bytes
 from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]

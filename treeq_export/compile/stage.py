@@ -29,17 +29,12 @@ from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
     model_path,
 )
+from treeq_export.runners.graph_file import initializer_bytes
 
 RECORD_FILE = "compile.json"
 DATA_FILE = "model.onnx.data"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 _PROTOBUF_LIMIT_BYTES = 2_000_000_000
-
-
-def initializer_bytes(model: ir.Model) -> int:
-    """Return the bytes of all initializers."""
-    values = model.graph.initializers.values()
-    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
 def save_model(model: ir.Model, path: Path, external_data: str) -> None:

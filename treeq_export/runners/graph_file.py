@@ -13,9 +13,12 @@ of the graph or in the folder that the graph is itself a link to, as download ca
 Another symbolic link is refused, as ONNX Runtime does.
 """
 
+import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,11 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from treeq_export.errors import TreeqError
+from treeq_export.errors import OutputError, TreeqError
 from treeq_export.reading import read_bytes
 
 MAX_GRAPH_BYTES = 1 << 31  # of protobuf
+IN_MEMORY_BYTES = 1_000_000_000
 _PATH = "treeq.path"
 _DATA_FIELDS = (
     "float_data",
@@ -90,6 +94,44 @@ def read_proto(path: Path, *, error: type[TreeqError], remedy: str) -> onnx.Mode
     except DecodeError as fault:
         raise error(f"{path}: not an ONNX graph ({fault}). {remedy}") from fault
     return proto
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Return the bytes of all initializers."""
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+@contextmanager
+def runnable(model: ir.Model, folder: Path) -> Iterator[Path | bytes]:
+    """Yield a changed graph as ONNX Runtime takes it.
+
+    A small one stays in memory. Of a large one, which protobuf could not hold, graph and weights
+    are written to a folder that is removed afterwards.
+
+    Args:
+        model: The graph; small external weights are loaded into it.
+        folder: Where a large one is written; it needs as much space as the weights take.
+
+    Raises:
+        OutputError: There is no space for it, or the folder cannot be written to.
+    """
+    if initializer_bytes(model) <= IN_MEMORY_BYTES:
+        ir.external_data.load_to_model(model)
+        yield ir.to_proto(model).SerializeToString()
+        return
+    with TemporaryDirectory(
+        prefix=f".treeq-{os.getpid()}-", suffix=".partial", dir=folder, ignore_cleanup_errors=True
+    ) as written:
+        path = Path(written) / "model.onnx"
+        try:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        except OSError as fault:
+            raise OutputError(
+                f"{folder}: no copy of {initializer_bytes(model) / 1e9:.1f} GB of weights can be "
+                f"written ({fault.strerror or fault}). Free as much space, and run it again."
+            ) from fault
+        yield path
 
 
 def path_of(model: ir.Model) -> str:
