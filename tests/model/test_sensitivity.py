@@ -1,6 +1,7 @@
 """Probe gradients against differences of the real network."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from treeq_export.model.layers import discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
 from treeq_export.model.sensitivity import prediction_error, probe_gradients
 from treeq_export.model.zoo import Denoiser
-from treeq_export.search.prepare import slice_output
+from treeq_export.search.prepare import record_outputs, slice_output
 
 FAMILIES = ("dit", "pixart", "sd3", "flux")
 ROWS, PROBES = 3, 5
@@ -140,3 +141,30 @@ def test_what_the_prediction_does_not_depend_on_has_no_gradient(
             if g is not None and x is not None:
                 assert g.shape == (ROWS, 2, *x.shape[1:])
                 assert float(g.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_hold_the_same_bits_as_memory(
+    family: str, make_tiny_denoiser: Callable[..., Denoiser], tmp_path: Path
+):
+    denoiser = make_tiny_denoiser(family)
+    names = block_names(discover_linears(denoiser))
+    rows = make_rows(denoiser)
+    made: list[list[Output]] = []
+    for folder in (None, tmp_path):
+        with BlockReplay(denoiser, names) as replay:
+            outputs, _ = record_outputs(replay, rows, 2, folder)
+        probes = probe_gradients(
+            denoiser, names, rows, num_probes=2, batch_rows=2, seed=4, folder=folder
+        )
+        made.append([*outputs, *probes])
+    clean, _ = record(denoiser, names)
+    assert len(made[0]) == len(made[1]) == 2 * len(names)
+    for output, other in zip(*made, strict=True):
+        for x, y in zip(output, other, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or y is None or torch.equal(x, y)
+    for output, other in zip(made[1][: len(names)], clean, strict=True):
+        for x, y in zip(output, other, strict=True):
+            assert x is None or y is None or torch.allclose(x, y, atol=1e-5)
+    assert not list(tmp_path.iterdir())

@@ -117,15 +117,6 @@ class BlockReplay:
         return (self.denoiser.prediction(raw),)
 
 
-def concatenate_outputs(parts: Sequence[Output]) -> Output:
-    """Return the outputs of a block over several batches as one; elements are joined by rows."""
-    joined: list[Tensor | None] = []
-    for elements in zip(*parts, strict=True):
-        present = [x for x in elements if x is not None]
-        joined.append(torch.cat(present) if present else None)
-    return tuple(joined)
-
-
 def _as_returned(output: Output) -> Any:
     return output[0] if len(output) == 1 else output
 

@@ -13,11 +13,13 @@ in the unit of the prediction's mean squared error, and without running what lie
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from treeq_export.model.replay import Output, concatenate_outputs
+from treeq_export.model.mapped import make_tensor
+from treeq_export.model.replay import Output
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 
@@ -30,6 +32,7 @@ def probe_gradients(
     num_probes: int,
     batch_rows: int,
     seed: int,
+    folder: Path | None = None,
 ) -> list[Output]:
     """Return gradients of random directions of the prediction by the outputs of blocks.
 
@@ -40,6 +43,7 @@ def probe_gradients(
         num_probes: Directions K of every row.
         batch_rows: Rows of one forward and K backward passes.
         seed: Of the directions.
+        folder: Where files lie that hold the gradients; None holds them in memory.
 
     Returns:
         By block, then by element of its output: (rows, K, ...) float32, zero where the prediction
@@ -47,31 +51,45 @@ def probe_gradients(
     """
     generator = torch.Generator().manual_seed(seed)
     total = len(next(iter(rows.values())))
-    parts: list[list[Output]] = []
+    found: list[Output] = []
     with _frozen(denoiser.model), torch.enable_grad():
         for start in range(0, total, batch_rows):
             batch = [rows[name][start : start + batch_rows] for name in denoiser.input_names]
             with _tracked(denoiser, blocks) as outputs:
                 prediction = denoiser.prediction(denoiser(*batch))
-            parts.append(_gradients(prediction, outputs, num_probes, generator))
+            found = found or [
+                tuple(
+                    None
+                    if x is None
+                    else make_tensor((total, num_probes, *x.shape[1:]), x.dtype, folder)
+                    for x in output
+                )
+                for output in outputs
+            ]
+            _fill_gradients(found, start, prediction, outputs, num_probes, generator)
             del outputs, prediction
-    return [concatenate_outputs(block) for block in zip(*parts, strict=True)]
+    return found
 
 
-def _gradients(
-    prediction: Tensor, outputs: Sequence[Output], num_probes: int, generator: torch.Generator
-) -> list[Output]:
+def _fill_gradients(
+    found: Sequence[Output],
+    start: int,
+    prediction: Tensor,
+    outputs: Sequence[Output],
+    num_probes: int,
+    generator: torch.Generator,
+) -> None:
+    """Write the gradients of one batch, whose first row is `start`, direction by direction."""
     tensors = [x for output in outputs for x in output if x is not None]
-    found: list[list[Tensor]] = [[] for _ in tensors]
-    for _ in range(num_probes):
+    wholes = [whole for output in found for whole in output if whole is not None]
+    for probe in range(num_probes):
         signs = torch.randint(0, 2, prediction.shape, generator=generator) * 2 - 1
         gradients = torch.autograd.grad(
             prediction, tensors, signs.to(prediction.dtype), retain_graph=True, allow_unused=True
         )
-        for column, tensor, gradient in zip(found, tensors, gradients, strict=True):
-            column.append(torch.zeros_like(tensor) if gradient is None else gradient.detach())
-    stacked = iter([torch.stack(column, dim=1) for column in found])
-    return [tuple(None if x is None else next(stacked) for x in output) for output in outputs]
+        for whole, tensor, gradient in zip(wholes, tensors, gradients, strict=True):
+            part = whole[start : start + len(tensor), probe]
+            part.copy_(torch.zeros_like(tensor) if gradient is None else gradient.detach())
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def find_weights(folder: Path, variant: str | None) -> tuple[tuple[Path, ...], s
         if len(variants) > 1:
             raise CheckpointError(
                 f"{folder}: weights in the variants {', '.join(variants)}. "
-                "Choose one with model.variant."
+                "Choose one with model.variant, or leave one there."
             )
         chosen = variants[0] if variants else None
     fitting = [file for file in found if file.variant == chosen]

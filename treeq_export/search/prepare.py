@@ -1,7 +1,8 @@
 """What every measurement of a search reads: inputs, clean and noisy outputs, quantized weights.
 
 Written once into `search/` of the run folder and read from there, block by block and through the
-page cache, so that memory does not grow with the network:
+page cache, so that memory does not grow with the network. Until it is written it lies in mapped
+files, so that outputs and gradients of all blocks take twice as much disk:
 
     rows.safetensors             the network's inputs, and `prediction`, its clean answer
     final.safetensors            other ones, that finalists are compared on
@@ -26,8 +27,9 @@ from torch import Tensor
 from treeq_export.artefacts import atomic_path
 from treeq_export.errors import PlanError
 from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
+from treeq_export.model.mapped import make_tensor
 from treeq_export.model.quantized import linear_of
-from treeq_export.model.replay import BlockReplay, Output, concatenate_outputs
+from treeq_export.model.replay import BlockReplay, Output
 from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.trajectories import Rows
@@ -134,19 +136,40 @@ def slice_output(output: Output, start: int, size: int) -> Output:
     return tuple(None if x is None else x[start : start + size] for x in output)
 
 
-def record_outputs(replay: BlockReplay, rows: Rows, batch_rows: int) -> tuple[list[Output], Tensor]:
-    """Run the whole network and return every block's output and the prediction, over all rows."""
-    blocks: list[list[Output]] = [[] for _ in replay.blocks]
+def record_outputs(
+    replay: BlockReplay, rows: Rows, batch_rows: int, folder: Path | None = None
+) -> tuple[list[Output], Tensor]:
+    """Run the whole network and return every block's output and the prediction, over all rows.
+
+    Args:
+        replay: The network.
+        rows: Its inputs.
+        batch_rows: Rows of one forward pass.
+        folder: Where files lie that hold the outputs; None holds them in memory.
+    """
+    blocks: list[Output] = [()] * len(replay.blocks)
     predictions: list[Tensor] = []
     total = len(next(iter(rows.values())))
     for start in range(0, total, batch_rows):
-        (prediction,) = replay.run(
-            slice_rows(rows, start, batch_rows),
-            on_output=lambda block, output: blocks[block].append(output),
-        )
+
+        def keep(block: int, output: Output, start: int = start) -> None:
+            if start == 0:
+                blocks[block] = make_outputs(output, total, folder)
+            for whole, x in zip(blocks[block], output, strict=True):
+                if whole is not None and x is not None:
+                    whole[start : start + len(x)] = x
+
+        (prediction,) = replay.run(slice_rows(rows, start, batch_rows), on_output=keep)
         assert prediction is not None
         predictions.append(prediction)
-    return [concatenate_outputs(parts) for parts in blocks], torch.cat(predictions)
+    return blocks, torch.cat(predictions)
+
+
+def make_outputs(output: Output, total: int, folder: Path | None) -> Output:
+    """Return tensors for all rows of an output whose first rows are given."""
+    return tuple(
+        None if x is None else make_tensor((total, *x.shape[1:]), x.dtype, folder) for x in output
+    )
 
 
 def save_rows(store: Store, name: str, rows: Rows, prediction: Tensor) -> None:

@@ -195,11 +195,11 @@ def prepare(
     )
     bank = make_bank(store, denoiser, linears, recipe, session.branches)
     with BlockReplay(denoiser, block_names(found)) as replay:
-        clean, prediction = record_outputs(replay, rows, session.batch_rows)
+        clean, prediction = record_outputs(replay, rows, session.batch_rows, session.folder)
         with LinearSwitch(denoiser, [linear.name for linear in linears]) as switch:
             environment = decode(session.environment)
             switch.handlers = quantized_handlers(bank, leaves, environment)
-            dirty, _ = record_outputs(replay, rows, session.batch_rows)
+            dirty, _ = record_outputs(replay, rows, session.batch_rows, session.folder)
     if recipe.search.num_final_rows:
         others = collect_rows(
             denoiser,
@@ -219,6 +219,7 @@ def prepare(
             num_probes=recipe.search.num_probes,
             batch_rows=session.batch_rows,
             seed=recipe.seed,
+            folder=session.folder,
         )
         save_probes(store, dict(zip(searched, gradients, strict=True)))
     save_blocks(noisy, clean, dirty)

@@ -164,8 +164,8 @@ def _write_version(folder: Path, model: str, served: Served, version: int) -> No
         (folder / SETTINGS_FILE).write_text(to_json(replace(served.settings, network=network)))
     if model == VAE_DECODER and served.vae is not None:
         (folder / "vae").mkdir()
-        for file in served.vae.files:
-            shutil.copyfile(file, folder / "vae" / file.name)
+        for name, file in served.vae.files.items():
+            shutil.copyfile(file, folder / "vae" / name)
     for name, source in _CODE[model].items():
         shutil.copyfile(source, folder / name)
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from treeq_export.errors import ServeError
+from treeq_export.errors import CheckpointError, ServeError
+from treeq_export.model.weight_files import find_weights
 from treeq_export.reading import read_object
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _CLASS = "AutoencoderKL"
 _MAX_BLOCKS = 16
 
@@ -18,18 +18,15 @@ class Vae:
 
     Attributes:
         folder: With config.json and the weights.
+        files: What has to be copied, by the name that diffusers loads it under.
         factor: Pixels per latent, along each side.
         channels: Channels of the image.
     """
 
     folder: Path
+    files: dict[str, Path]
     factor: int
     channels: int
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What has to be copied."""
-        return self.folder / CONFIG_FILE, self.folder / WEIGHTS_FILE
 
 
 def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
@@ -52,8 +49,7 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
     name = config.get("_class_name")
     if name != _CLASS:
         raise ServeError(f"{folder}: received {name}, expected {_CLASS}.")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ServeError(f"{folder / WEIGHTS_FILE}: missing. Save the autoencoder as safetensors.")
+    files = {CONFIG_FILE: folder / CONFIG_FILE, **_find_weights(folder)}
     packed = len(sample_shape) == 2
     wanted = sample_shape[1] // 4 if packed else sample_shape[0]
     received = config.get("latent_channels", 4)
@@ -67,4 +63,22 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
         raise ServeError(f"{folder}: block_out_channels {blocks!r:.60}, expected a short list.")
     if not isinstance(channels, int) or channels < 1:
         raise ServeError(f"{folder}: out_channels {channels!r:.60}, expected a positive number.")
-    return Vae(folder, 2 ** (len(blocks) - 1), channels)
+    return Vae(folder, files, 2 ** (len(blocks) - 1), channels)
+
+
+def _find_weights(folder: Path) -> dict[str, Path]:
+    """Return the weights of any variant by the name without it.
+
+    Raises:
+        ServeError: There are none, or several files.
+    """
+    try:
+        files, _ = find_weights(folder, None)
+    except CheckpointError as error:
+        raise ServeError(str(error)) from error
+    if len(files) > 1:
+        raise ServeError(
+            f"{folder}: {len(files)} shards of weights, expected one file. Save the autoencoder "
+            "again with a max_shard_size above its size."
+        )
+    return {f"diffusion_pytorch_model{files[0].suffix}": files[0]}
