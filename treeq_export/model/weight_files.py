@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export.errors import CheckpointError
-from treeq_export.reading import TensorFile, open_safetensors, read_object
+from treeq_export.reading import TensorFile, open_safetensors, read_object, read_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -65,7 +65,8 @@ def _snapshot(path: Path) -> Path:
         return path
     main = path / "refs" / "main"
     if main.is_file():
-        return path / "snapshots" / main.read_text(errors="replace").strip()
+        name = read_text(main, error=CheckpointError, remedy="Give one folder of snapshots/.")
+        return path / "snapshots" / name.strip()
     snapshots = sorted((path / "snapshots").iterdir())
     return snapshots[0] if len(snapshots) == 1 else path
 
