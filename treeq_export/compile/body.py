@@ -9,8 +9,10 @@ Runtime fuses to integer arithmetic (`MatMulIntegerToFloat`):
 With several weight scales per channel the sums are kept apart, as MatMulInteger over groups.
 
 x86 processors without VNNI add pairs of products of UINT8 activations and INT8 weights in 16 bits,
-with saturation, and runtimes there turn INT8 activations of Q/DQ into UINT8 by adding 128. Codes
-and weights are therefore stored with zero points that keep each pair within 16 bits, see
+with saturation, and runtimes there turn INT8 activations of Q/DQ into UINT8 by adding 128. Arm
+processors without dot products add pairs of INT8 times INT8 in 16 bits, where only two times
+-128 * -128 overflows, and ONNX Runtime there turns UINT8 activations into INT8 by subtracting 128.
+Codes and weights are therefore stored with zero points that keep each pair within 16 bits, see
 `zero_points`; UINT8 times UINT8 is never added in 16 bits.
 """
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from treeq_export.compile.signature import QLinearSignature
 from treeq_export.quant.numerics import SCALE_FLOOR, code_range
 from treeq_export.quant.rotation import hadamard
-from treeq_export.quant.spec import PACK_WORD
+from treeq_export.quant.spec import MAX_BITS, PACK_WORD
 
 
 class BodyWriter:
@@ -143,26 +145,27 @@ class ZeroPoints(NamedTuple):
 # Both operands INT8: the only form that TensorRT takes. It saturates with 8-bit weights on x86
 # without VNNI, unless a runtime multiplies INT8 by INT8.
 SIGNED = ZeroPoints(np.int8(0), np.int8(0))
-_LARGEST_PAIR = 32767
+_LEAST_PAIR = 32768  # its absolute value; the largest, 32767, belongs to the weight -least - 1
 
 
 def zero_points(signature: QLinearSignature) -> ZeroPoints:
     """Return the fastest storage of a layer's codes that no runtime multiplies with saturation.
 
     INT8 with scales per channel and weights of at most 7 bits: 2 * 255 * 64 fits in 16 bits. Else
-    the activation codes are UINT8 from 0 upwards, and so are the weights where a pair of products
-    does not fit, which is W8A8 only. MatMulInteger of INT8 and INT8 would be exact as well, and 3
-    to 10 times slower in ONNX Runtime.
+    the activation codes are UINT8 from 1 upwards (from 0 at 8 bits: 0 becomes -128 in INT8), and so
+    are the weights where a pair of products does not fit, which is W8A8 only. MatMulInteger of INT8
+    and INT8 would be exact on x86 as well, and 3 to 10 times slower in ONNX Runtime.
 
     Args:
         signature: The layer's; SIGNED for weight-only ones.
     """
     (least, _), is_float = code_range(signature.weight_bits), not signature.act_bits
-    if is_float or (signature.num_groups == 1 and 2 * 255 * -least <= _LARGEST_PAIR):
+    if is_float or (signature.num_groups == 1 and 2 * 255 * -least <= _LEAST_PAIR):
         return SIGNED
     qmin, qmax = code_range(signature.act_bits)
-    fits = 2 * (qmax - qmin) * -least <= _LARGEST_PAIR
-    return ZeroPoints(np.uint8(-qmin), np.int8(0) if fits else np.uint8(-least))
+    codes = np.uint8(-qmin + (signature.act_bits < MAX_BITS))
+    fits = 2 * (qmax + int(codes)) * -least <= _LEAST_PAIR
+    return ZeroPoints(codes, np.int8(0) if fits else np.uint8(-least))
 
 
 def write_codes(
