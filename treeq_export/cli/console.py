@@ -24,20 +24,21 @@ from rich.progress import (
 
 from treeq_export import __version__
 from treeq_export.cli.process import Interrupted, open_standard_streams, orderly_end
+from treeq_export.cli.screen import SafeConsole, printable
 from treeq_export.environment import settle_threads
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.memory import is_out_of_memory, out_of_memory
 from treeq_export.reading import read_text
 
-stderr = Console(stderr=True)
+stderr = SafeConsole(stderr=True)
 _PIPE_WIDTH = 140  # columns of a table where stdout is no terminal
 
 
 def make_stdout() -> Console:
     """Return a console for results, made late because stdout may have been redirected."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console()
-    return Console(width=_PIPE_WIDTH)
+        return SafeConsole()
+    return SafeConsole(width=_PIPE_WIDTH)
 
 
 class Commands(click.Group):
@@ -86,7 +87,7 @@ def _describe_shortage(ctx: click.Context | None) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     with suppress(OSError):  # stderr may be full or closed: the status says it as well
         click.echo(f"treeq-export: {line}", err=True)
     sys.exit(status)

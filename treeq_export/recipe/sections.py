@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from treeq_export.errors import RecipeError
 from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
@@ -20,6 +20,12 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0, le=1e6, strict=False)]
 Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
+
+
+def _check_name(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("Write it without control characters and line ends")
+    return name
 
 
 def _check_square(size: Any) -> Any:
@@ -390,7 +396,7 @@ class EvaluateSection(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check_name)]
     seed: Seed = 0
     model: ModelSection
     sampler: SamplerSection = SamplerSection()

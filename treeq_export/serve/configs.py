@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.text_encoding import CEscape
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from treeq_export import __version__
 from treeq_export.serve.served import DENOISER, SAMPLER, VAE_DECODER, Served
 
 _CPU, _GPU = "KIND_CPU", "KIND_GPU"
+
+
+def _quote(text: object) -> str:
+    """Return a text as protobuf's text format writes it, quotes included."""
+    return f'"{CEscape(str(text).encode(), as_utf8=True)}"'
 
 
 def _render(template: str, served: Served, **values: Any) -> str:
@@ -20,6 +26,7 @@ def _render(template: str, served: Served, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["quoted"] = _quote
     common = {
         "served": served,
         "options": served.options,
