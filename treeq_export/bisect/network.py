@@ -8,7 +8,6 @@ asked; their faults are found at the next layer that can.
 Untested on a GPU. The search itself is tested with ONNX Runtime in the engine's place.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from treeq_export.records import save_record
 from treeq_export.runners.compiled import LayerSite, load_layers
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.tensorrt_runner import TensorrtRunner
+from treeq_export.scratch import scratch_folder
 from treeq_export.validate import Trace
 
 ENGINES = "engines/"
@@ -132,8 +132,7 @@ def run_as_engine(model: ir.Model, inputs: Mapping[str, Any], like: Path) -> NDA
     """
     manifest = read_manifest(like)
     runtime: Any = manifest.runtime
-    with tempfile.TemporaryDirectory(prefix="treeq-bisect-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         graph = folder / "model.onnx"
         ir.save(model, graph)
         order = BuildOrder(

@@ -16,7 +16,6 @@ The targets of TensorRT are audited without a runtime, see compile/audit_tensorr
 """
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from treeq_export.runners.compiled import (
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.plain_layer import cut_packed
+from treeq_export.scratch import scratch_folder
 
 # Integer matrix products of ONNX Runtime's CPU provider.
 INTEGER_OPS = frozenset(
@@ -120,8 +120,8 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     Raises:
         CompileError: ONNX Runtime refuses the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        graph = optimized_graph(path, Path(folder)).graph
+    with scratch_folder() as folder:
+        graph = optimized_graph(path, folder).graph
         consumers = _consumers_by_digest(graph)
     return [
         _audit_layer(layer, _weight_of([layer.name], tensors), consumers) for layer in plan.layers
@@ -159,8 +159,8 @@ def audit_packed(
         entries.append(bodies[key].model_copy(update={"name": site.name}))
     if not uses_kernels(PACKED):
         return entries
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = optimized_graph(path, Path(folder), use_kernels=True)
+    with scratch_folder() as folder:
+        optimized = optimized_graph(path, folder, use_kernels=True)
         left = {node.name: f"{node.domain}::{node.op_type}" for node in packed_nodes(optimized)}
     return [
         entry.model_copy(
@@ -176,10 +176,10 @@ def audit_packed(
 
 def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight) -> AuditLayer:
     cut = cut_packed(model, node, as_functions=True)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
+    with scratch_folder() as folder:
+        path = folder / "layer.onnx"
         ir.save(cut, path)
-        consumers = _consumers_by_digest(optimized_graph(path, Path(folder)).graph)
+        consumers = _consumers_by_digest(optimized_graph(path, folder).graph)
     return _audit_layer(layer, weight, consumers)
 
 

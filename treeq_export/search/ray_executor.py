@@ -12,12 +12,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, Self
 
 from treeq_export.errors import RunnerError, TreeqError
+from treeq_export.scratch import scratch_folder
 from treeq_export.search.executor import Task, Worker
 
 ATTEMPTS_PER_TASK = 4
@@ -170,15 +170,13 @@ def _ray_session(ray: Any, num_cpus: int) -> Iterator[None]:
         if address:
             _connect_once(address)
         else:
-            folder = undo.enter_context(
-                tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            )
+            folder = undo.enter_context(scratch_folder())
             options |= {
                 "address": "local",
                 "num_cpus": num_cpus,
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": folder,
+                "_temp_dir": str(folder),
             }
         os.environ |= RAY_ENVIRONMENT
         logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init sets it too late for itself
