@@ -215,6 +215,30 @@ def put_program(folder: Path, name: str, script: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
+class TestFloors:
+    @pytest.mark.parametrize(
+        ("found", "floor", "problem"),
+        [
+            ("1.20.1", "1.21", "version 1.20.1, expected at least 1.21"),
+            ("1.9.0", "1.21", "version 1.9.0, expected at least 1.21"),
+            ("1.21.0", "1.21", ""),
+            ("1.21", "1.21", ""),
+            ("2.13.0+cpu", "2.11", ""),
+            ("unknown version", "2.11", ""),
+        ],
+    )
+    def test_a_version_below_the_floor(
+        self, monkeypatch: pytest.MonkeyPatch, found: str, floor: str, problem: str
+    ) -> None:
+        wanted = ["onnxscript>=9", "onnx-ir>=9", f"onnx>={floor}", "ray>=9; extra == 'ray'"]
+        monkeypatch.setattr(doctor, "requires", lambda _: wanted)
+        assert doctor._find_age("onnx", found) == problem
+        monkeypatch.setattr(doctor, "version_of", lambda _: found)
+        finding = next(f for f in doctor._examine_packages() if f.name == "onnx")
+        assert (finding.found, finding.problem) == (None if problem else found, problem)
+        assert is_healthy([finding]) == (not problem)
+
+
 class TestRegistration:
     def test_plugins_register_in_every_installed_runtime(self) -> None:
         findings = [f for f in examine() if f.name.startswith("plugins in ")]

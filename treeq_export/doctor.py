@@ -10,9 +10,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +95,38 @@ def _examine_packages() -> list[Finding]:
         Finding("cpu", f"{model}, {cores} cores: {' '.join(sets)}", "", "", required=True),
     ]
     for module, package, purpose, remedy in PACKAGES:
-        found = None
+        found, problem = None, ""
         if _is_installed(module):
             found = version_of(package) or version_of(f"{package}-gpu") or "unknown version"
-        findings.append(Finding(package, found, purpose, remedy, required=module in REQUIRED))
+            problem = _find_age(package, found)
+        findings.append(
+            Finding(
+                package,
+                None if problem else found,
+                purpose,
+                remedy,
+                required=module in REQUIRED,
+                problem=problem,
+            )
+        )
     return findings
+
+
+def _find_age(package: str, found: str) -> str:
+    """Say that a version is lower than this package's metadata allows; "" if it is not."""
+    try:
+        wanted = requires("treeq-export") or []
+    except PackageNotFoundError:  # run from a checkout
+        return ""
+    floors = [re.match(rf"{package}>=([\d.]+)", requirement) for requirement in wanted]
+    floor = next((match[1] for match in floors if match), "0")
+    return f"version {found}, expected at least {floor}" if _parts(found) < _parts(floor) else ""
+
+
+def _parts(version: str) -> list[int]:
+    """Return the numbers that a version begins with; those of an unknown one are above all."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return [int(part) for part in numbers[0].split(".")] if numbers else [sys.maxsize]
 
 
 def _is_installed(module: str) -> bool:
