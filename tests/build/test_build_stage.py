@@ -142,6 +142,7 @@ def test_a_change_means_a_build(built: Path, monkeypatch: pytest.MonkeyPatch, ch
     assert not list(built.rglob("*.partial*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["parent", "child"])
 def test_a_killed_build_leaves_nothing_and_goes_on(copied_run: Path, killed: str):
     words = f"build --run {copied_run} --runtime tensorrt-rtx --gpu sm_89 --target tensorrt"
