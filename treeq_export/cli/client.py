@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from treeq_export.cli.console import json_option, main, say, stderr
+from treeq_export.cli.console import json_option, main, printable, say, stderr
 from treeq_export.errors import ServeError
 
 if TYPE_CHECKING:
@@ -30,7 +30,11 @@ url_option = click.option(
     help="http://host:port or grpc://host:port of the server.",
 )
 model_option = click.option(
-    "--model", default="sampler", show_default=True, help="The sampler's name on the server."
+    "--model",
+    default="sampler",
+    show_default=True,
+    callback=printable,
+    help="The sampler's name on the server.",
 )
 timeout_option = click.option(
     "--timeout",

@@ -7,7 +7,14 @@ import click
 from rich import box
 from rich.table import Table
 
-from treeq_export.cli.console import json_option, main, make_stdout, say, stage_progress
+from treeq_export.cli.console import (
+    json_option,
+    main,
+    make_stdout,
+    printable,
+    say,
+    stage_progress,
+)
 from treeq_export.errors import ServeError
 
 if TYPE_CHECKING:
@@ -27,7 +34,13 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 
 @main.command()
 @click.option("--url", help="http://host:port or grpc://host:port of the server.")
-@click.option("--model", default="sampler", show_default=True, help="The sampler on the server.")
+@click.option(
+    "--model",
+    default="sampler",
+    show_default=True,
+    callback=printable,
+    help="The sampler on the server.",
+)
 @click.option(
     "--concurrency",
     default="1,2,4,8",
@@ -55,7 +68,9 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     show_default=True,
     help="Folder of loadtest.json and loadtest.png.",
 )
-@click.option("--note", default="", help="For the record, such as what is emulated.")
+@click.option(
+    "--note", default="", callback=printable, help="For the record, such as what is emulated."
+)
 @click.option("--server-pid", type=int, help="Sample the memory of this process and its children.")
 @click.option("--fresh", is_flag=True, help="Replace a record that is there.")
 @click.option(

@@ -29,6 +29,8 @@ DEFAULT_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 600.0  # an engine of many GB takes minutes to load
 MAX_TIMEOUT_S = 86400.0
 _MAX_MESSAGE = 4000  # characters of a server's message that are looked at
+_HOST = re.compile(r"[\w.:%-]+")
+_PATH = re.compile(r"[!-~]*")  # what a request line may hold
 _PORTS = {"http": 8000, "grpc": 8001}
 # What Triton adds to a message: the request's name, and the Python stack of a model's exception.
 _NOISE = re.compile(r"^\[request id: [^]]*\] |\s+At:\s.*", re.DOTALL)
@@ -85,10 +87,12 @@ def parse_url(url: str) -> ServerAddress:
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError:  # of a port that is no number, or brackets that do not close
         raise _wrong_url(url) from None
-    if parts.scheme not in _PORTS or not host:
+    if parts.scheme not in _PORTS or not _HOST.fullmatch(host):
+        raise _wrong_url(url)
+    if not _PATH.fullmatch(parts.path):
         raise _wrong_url(url)
     return ServerAddress(
         scheme=parts.scheme,

@@ -81,6 +81,8 @@ class BoundedHttp(HTTPConnection):
                 found.append(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
             except OSError as error:
                 found.append(error)
+            except UnicodeError:
+                found.append(OSError("no name of a host"))
 
         thread = threading.Thread(target=ask, name="resolve", daemon=True)
         thread.start()

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from treeq_export.client.answers import clean
 from treeq_export.client.side_car import ImageRequest, SideCar
 from treeq_export.client.web_limits import (
     MAX_REQUEST_BYTES,
@@ -208,9 +209,10 @@ async def serve_web(
             listener = await asyncio.get_running_loop().create_server(
                 limits.guard(runner), address, port
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ServeError(
-                f"{address}:{port}: cannot listen there ({error.strerror or error}). "
+                f"{clean(address, 100)}:{port}: cannot listen there ({reason}). "
                 "Choose another --port or --address."
             ) from error
         shown = f"[{address}]" if ":" in address else address

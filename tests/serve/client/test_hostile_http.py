@@ -440,6 +440,47 @@ def test_a_name_that_is_not_known():
         assert error_of(connection.is_server_live).kind == "unreachable"
 
 
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize("host", ["x" * 70, "a..b", ".", "[::1%lo]", "[fe80::1%nope]", "1.2.3.4.5"])
+def test_a_host_that_is_none(scheme: str, host: str):
+    done = command("health", "--url", f"{scheme}://{host}:1", "--timeout", "2")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "not reached" in done.stderr or "no answer within" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a b", "http://h/ä", "http://h/a b", "http://\udcff", "http://h/\x7f", ""]
+)
+def test_a_url_that_cannot_be_asked(url: str):
+    done = command("client", "--url", url, "--label", "1")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("treeq-export: url: received ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("client", "--model", "\udcff", "--label", "1"),
+        ("health", "--model", "a\nb"),
+        ("loadtest", "--url", "x", "--model", "\udcff"),
+        ("loadtest", "--url", "x", "--note", "\udcff"),
+    ],
+)
+def test_text_that_cannot_be_sent(arguments: tuple[str, ...]):
+    done = command(*arguments)
+    assert done.exit_code == 2
+    assert "expected printable characters." in done.stderr
+
+
+@pytest.mark.parametrize("address", ["x" * 70, "no-such-host.invalid", "256.1.1.1"])
+def test_an_address_that_cannot_be_listened_on(address: str):
+    done = command("web", "--port", "0", "--address", address)
+    assert done.exit_code == 1
+    assert "cannot listen there" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_mutated_answers_are_lines():
     chance = random.Random(0)
     body = infer_answer(outputs_of(["image", "step"]), TENSORS)
