@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from treeq_export.cli.console import json_option, main, printable, say, stderr
+from treeq_export.cli.console import json_option, main, say, sendable, stderr
 from treeq_export.errors import ServeError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ model_option = click.option(
     "--model",
     default="sampler",
     show_default=True,
-    callback=printable,
+    callback=sendable,
     help="The sampler's name on the server.",
 )
 timeout_option = click.option(

@@ -161,7 +161,7 @@ def read_output(path: Path) -> str:
     return read_text(path, error=PlanError, remedy="Run the same command again.")
 
 
-def printable(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+def sendable(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
     """Check that an option's text can be sent, written and shown; a callback of click."""
     if text is not None and not text.isprintable():
         raise click.BadParameter(f"{text!r}: expected printable characters.")

@@ -11,8 +11,8 @@ from treeq_export.cli.console import (
     json_option,
     main,
     make_stdout,
-    printable,
     say,
+    sendable,
     stage_progress,
 )
 from treeq_export.errors import ServeError
@@ -38,7 +38,7 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     "--model",
     default="sampler",
     show_default=True,
-    callback=printable,
+    callback=sendable,
     help="The sampler on the server.",
 )
 @click.option(
@@ -69,7 +69,7 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     help="Folder of loadtest.json and loadtest.png.",
 )
 @click.option(
-    "--note", default="", callback=printable, help="For the record, such as what is emulated."
+    "--note", default="", callback=sendable, help="For the record, such as what is emulated."
 )
 @click.option("--server-pid", type=int, help="Sample the memory of this process and its children.")
 @click.option("--fresh", is_flag=True, help="Replace a record that is there.")
