@@ -101,7 +101,9 @@ def validate(tiny: Any, run: Path, targets: list[str], **section: Any) -> Parity
     )
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(
+    "bits", [4, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_parity_holds_for_every_layer(bits: int, validated: Make):
     tiny, record = validated(bits)
     assert [entry.target for entry in record.targets] == WAYS
@@ -125,6 +127,7 @@ def test_parity_holds_for_every_layer(bits: int, validated: Make):
     assert load_record(tiny.run / "parity.json", ParityRecord, "validate") == record
 
 
+@pytest.mark.slow
 def test_more_bits_quantize_better(validated: Make):
     least = []
     for bits in (3, 4, 8):
