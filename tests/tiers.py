@@ -22,6 +22,7 @@ _fixture_s: dict[tuple[str, str], float] = {}  # by name and place, without thos
 _nested_s = [0.0]  # of shared fixtures: a stack, one entry for each that is being set up
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of cores that this process may use."""
     return available_cpus()
