@@ -44,6 +44,7 @@ from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.validate import (
     Trace,
     compare_layer,
+    find_half_overflow,
     make_gates,
     measure_half_rounding,
     reference_codes,
@@ -569,3 +570,25 @@ def test_half_bodies_are_held_to_the_rounded_reference(compiled_dit: Any):
     assert gate(None) == 40.0
     assert gate(30.5) == 24.5
     assert gate(60.0) == gate(math.inf) == gate(math.nan) == 40.0
+
+
+def test_an_overflow_of_float16_is_named_with_what_helps(compiled_dit: Any):
+    quantized = quantize_model(compiled_dit.denoiser, compiled_dit.plan, compiled_dit.tensors)
+    inputs = compiled_dit.denoiser.make_example_inputs(1, seed=0)
+    trace = trace_reference(quantized, inputs)
+    assert find_half_overflow(quantized, trace) is None
+    block = quantized.model.get_submodule("transformer_blocks.1.ff.net.2")
+    handle = block.register_forward_hook(lambda _module, _inputs, output: 1e6 * output)
+    large = trace_reference(quantized, inputs)
+    assert np.isfinite(large.output).all()
+    assert not math.isfinite(measure_half_rounding(quantized, large))
+    found = find_half_overflow(quantized, large)
+    handle.remove()
+    assert found == "transformer_blocks.1.ff.net.2"
+    layers = [make_parity("a")]
+    gate = make_gates("t", math.nan, layers, ParityGates(), math.nan, found)[0]
+    assert not gate.passed
+    assert gate.name == (
+        "t (emulated): end-to-end sqnr_db (float16 overflows from transformer_blocks.1.ff.net.2 "
+        "on; use target ort or portable)"
+    )

@@ -59,7 +59,12 @@ from treeq_export.runners.graph_file import runnable
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner
-from treeq_export.runners.reference_trace import Trace, measure_half_rounding, trace_reference
+from treeq_export.runners.reference_trace import (
+    Trace,
+    find_half_overflow,
+    measure_half_rounding,
+    trace_reference,
+)
 
 RECORD_FILE = "parity.json"
 
@@ -159,6 +164,7 @@ def make_gates(
     layers: list[LayerParity],
     limits: ParityGates,
     half_rounding_db: float | None = None,
+    overflow: str | None = None,
 ) -> list[GateResult]:
     """Return the parity gates of one target; layer gates name the worst layer.
 
@@ -168,12 +174,16 @@ def make_gates(
         layers: Its layers.
         limits: The recipe's.
         half_rounding_db: What `measure_half_rounding` gave, for a target with a float16 body.
+        overflow: The module from which on float16 cannot hold the values; None where it can.
     """
     least = limits.min_end_to_end_sqnr_db
     if half_rounding_db is not None:
         target = f"{target} (emulated)"
         least = min(least, half_rounding_db - limits.half_margin_db)
-    gates = [GateResult.of(f"{target}: end-to-end sqnr_db", sqnr, least, at_least=True)]
+    name = f"{target}: end-to-end sqnr_db"
+    if overflow is not None:
+        name += f" (float16 overflows from {overflow} on; use target ort or portable)"
+    gates = [GateResult.of(name, sqnr, least, at_least=True)]
     worst = min(layers, key=lambda layer: _nan_is_least(layer.sqnr_db))
     gates.append(
         GateResult.of(
@@ -222,6 +232,7 @@ def compare_target(
     limits: ParityGates,
     on_layer: Callable[[], None],
     half_rounding_db: float | None,
+    overflow: str | None = None,
 ) -> TargetParity:
     """Compare one compiled target with the reference.
 
@@ -235,6 +246,7 @@ def compare_target(
         limits: The recipe's gates.
         on_layer: Called after every layer.
         half_rounding_db: See `make_gates`; None for a float32 body.
+        overflow: See `make_gates`.
 
     Returns:
         What was measured.
@@ -265,7 +277,7 @@ def compare_target(
         )
         on_layer()
     sqnr = sqnr_db(trace.output, output)
-    gates = make_gates(target, sqnr, layers, limits, half_rounding_db)
+    gates = make_gates(target, sqnr, layers, limits, half_rounding_db, overflow)
     return TargetParity(
         target=target,
         runtime=ORT_CPU if half_rounding_db is None else EMULATED,
@@ -318,6 +330,9 @@ def run_validate(
 
     halves = set(TENSORRT_TARGETS) & set(ways)
     rounding = measure_half_rounding(quantized, trace) if halves else None
+    overflow = None
+    if rounding is not None and not math.isfinite(rounding):
+        overflow = find_half_overflow(quantized, trace)
     record = ParityRecord(
         batch_size=section.batch_size,
         seed=seed,
@@ -332,6 +347,7 @@ def run_validate(
                 section.gates,
                 count,
                 rounding if target in halves else None,
+                overflow if target in halves else None,
             )
             for target in ways
         ],

@@ -2,12 +2,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from torch import Tensor, nn
 
 from treeq_export.compile.export import OPSET, OUTPUT, export_graph
-from treeq_export.errors import CompileError
+from treeq_export.errors import CompileError, RunnerError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db
@@ -35,6 +37,58 @@ class Unexportable(Small):
     def forward(self, *inputs: Tensor) -> Tensor:
         sample = inputs[0]
         return sample if sample.sum() > 0 else -sample
+
+
+class FrozenBatch(Small):
+    """Makes a constant of its batch size."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(*inputs) + torch.tensor([0.5] * len(inputs[0]))[:, None]
+
+
+class NoTimestep(Small):
+    """Looks at the timestep while it is exported only."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        sample, _, text = inputs
+        return super().forward(sample, torch.full_like(sample[:, 0], 10.0), text)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "words"),
+    [
+        (FrozenBatch, ["FrozenBatch", "froze the batch of input sample at 2"]),
+        (NoTimestep, ["NoTimestep", "does not depend on its input timestep"]),
+    ],
+)
+def test_what_the_exporter_made_constant_is_found(denoiser: type[Small], words: list[str]):
+    made = denoiser()
+    made.class_name = denoiser.__name__
+    with pytest.raises(CompileError) as caught:
+        export_graph(made.requires_grad_(False), 8)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_another_latent_size_is_one_line(compiled_dit: Any):
+    inputs = compiled_dit.denoiser.make_example_inputs(1, seed=0)
+    inputs["sample"] = torch.zeros(1, 4, 12, 12)
+    path = model_path(compiled_dit.run, "portable")
+    with OrtRunner(path, threads=1) as runner, pytest.raises(RunnerError) as caught:
+        runner.run(inputs)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in ["sample", "12", "Expected: 8"])
+
+
+@pytest.mark.parametrize("timestep", [0.0, 1.0, 999.0, 1000.0])
+def test_the_output_depends_on_the_timestep(timestep: float, compiled_dit: Any):
+    inputs = compiled_dit.denoiser.make_example_inputs(1, seed=0)
+    path = model_path(compiled_dit.run, "portable")
+    with OrtRunner(path, threads=1) as runner:
+        middle = runner.run(inputs | {"timestep": torch.tensor([500.0])})
+        end = runner.run(inputs | {"timestep": torch.tensor([timestep])})
+    assert np.isfinite(end).all()
+    assert np.abs(end - middle).max() > 1e-2 * np.abs(middle).max()
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -288,6 +288,71 @@ def test_conditioning_file_that_is_missing(make_tiny_denoiser: MakeDenoiser, tmp
         make_tiny_denoiser("sd3", conditioning=str(tmp_path / "none.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("family", "section", "words"),
+    [
+        ("dit", {"conditioning": "prompts.safetensors"}, ["model.conditioning", "class labels"]),
+        ("dit", {"num_text_tokens": 9}, ["model.num_text_tokens: received 9", "class labels"]),
+        (
+            "sd3",
+            {"conditioning": "prompts.safetensors", "num_text_tokens": 9},
+            ["model.num_text_tokens: received 9", "have 7", "the file decides"],
+        ),
+    ],
+)
+def test_text_that_would_be_ignored_is_refused(
+    family: str,
+    section: dict[str, Any],
+    words: list[str],
+    make_tiny_denoiser: MakeDenoiser,
+    tmp_path: Path,
+):
+    path = tmp_path / "prompts.safetensors"
+    save_file(make_prompts(make_tiny_denoiser("sd3"), num=2, num_tokens=7), path)
+    if "conditioning" in section:
+        section = section | {"conditioning": str(path)}
+    with pytest.raises(RecipeError) as caught:
+        make_tiny_denoiser(family, **section)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_number_of_tokens_that_the_file_has_is_fine(
+    make_tiny_denoiser: MakeDenoiser, tmp_path: Path
+):
+    path = tmp_path / "prompts.safetensors"
+    save_file(make_prompts(make_tiny_denoiser("sd3"), num=2, num_tokens=7), path)
+    denoiser = make_tiny_denoiser("sd3", conditioning=str(path), num_text_tokens=7)
+    assert denoiser.row_shapes["encoder_hidden_states"][0] == 7
+
+
+@pytest.mark.parametrize("masked", [0, 5])
+def test_pixart_has_plain_attention_for_export_only(
+    masked: int, make_tiny_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
+):
+    denoiser = make_tiny_denoiser("pixart")
+    inputs = denoiser.make_example_inputs(2, seed=0)
+    inputs["encoder_attention_mask"][:, :masked] = 0
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    expected = denoiser(*inputs.values())
+    assert len(calls) == 4  # self and cross attention of two blocks
+    with denoiser.exportable():
+        plain = denoiser(*inputs.values())
+    assert len(calls) == 4
+    assert (plain - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(ZeroDivisionError), denoiser.exportable():
+        raise ZeroDivisionError
+    assert torch.equal(denoiser(*inputs.values()), expected)
+    assert len(calls) == 8
+
+
 def drop_illegal_squeezes(model: ir.Model) -> int:
     """Make Squeeze nodes on axes longer than 1 an Identity, which is what PyTorch means by them."""
     dropped = 0

@@ -102,3 +102,20 @@ def test_the_layer_that_does_not_fit_is_named():
     linears = [make_linear("blocks.0.a", 64), make_linear("blocks.0.b", 80)]
     with pytest.raises(FormatError, match=r"^blocks\.0\.b: rotation_group 32 .* 16\."):
         assign(linears, make_section())
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group"), [(64, 64), (96, 32), (1152, 128), (36, 4), (35, 1), (4096, 128)]
+)
+def test_auto_rotates_each_layer_by_the_largest_group_that_fits(in_features: int, group: int):
+    section = make_section(rotation_group="auto")
+    (layer,) = assign([make_linear("blocks.0.a", in_features)], section)
+    assert layer.rotation_group == group
+    layer.check_shapes()
+    assert SearchSection().rotation_group == "auto"
+
+
+def test_auto_gives_what_128_gave_where_that_fits():
+    linears = [make_linear("blocks.0.a", 128), make_linear("blocks.0.b", 384)]
+    auto, fixed = (assign(linears, make_section(rotation_group=g)) for g in ("auto", 128))
+    assert auto == fixed

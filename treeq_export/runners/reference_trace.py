@@ -18,6 +18,8 @@ from treeq_export.quant.metrics import sqnr_db
 
 Array = NDArray[Any]
 
+_HALF_MAX = 65504.0
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -79,3 +81,29 @@ def measure_half_rounding(quantized: Denoiser, trace: Trace) -> float:
         for handle in handles:
             handle.remove()
     return sqnr_db(trace.output, output)
+
+
+def find_half_overflow(quantized: Denoiser, trace: Trace) -> str | None:
+    """Return the first module of the reference that reads or writes what float16 cannot hold."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(_module: nn.Module, received: tuple[object, ...], output: object) -> None:
+            tensors = [x for x in (*received, output) if isinstance(x, Tensor)]
+            if any(bool((x.abs() > _HALF_MAX).any()) for x in tensors):
+                found.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name.removeprefix("model.")))
+        for name, module in quantized.named_modules()
+        if isinstance(module, QLinear) or not list(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            quantized(*trace.inputs.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
