@@ -76,7 +76,7 @@ def _find_weights(folder: Path) -> dict[str, Path]:
         files, _ = find_weights(folder, None)
     except CheckpointError as error:
         raise ServeError(str(error)) from error
-    if len(files) > 1:
+    if len(files) != 1:
         raise ServeError(
             f"{folder}: {len(files)} shards of weights, expected one file. Save the autoencoder "
             "again with a max_shard_size above its size."
