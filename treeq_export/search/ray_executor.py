@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, Self
 
+from treeq_export.children import end_with_parent
 from treeq_export.errors import RunnerError, TreeqError
 from treeq_export.scratch import scratch_folder
 from treeq_export.search.executor import Task, Worker
@@ -140,6 +141,7 @@ class _Measurer:
     """The actor: builds its worker at the first task, so that its errors come back like others."""
 
     def __init__(self, make_worker: Callable[[], Worker]) -> None:
+        end_with_parent(os.getppid())  # Ray's own look takes seconds
         self._make_worker = make_worker
         self._worker: Worker | None = None
 
