@@ -141,3 +141,21 @@ def test_the_command_line_settles_threads_before_pytorch_is_loaded() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=plain
     )
     assert done.stderr == f"False {available_cpus()}\n"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "given", "blas"),
+    [
+        (2, {}, "1"),
+        (16, {}, None),
+        (2, {"OMP_NUM_THREADS": "2"}, None),
+        (2, {"OPENBLAS_NUM_THREADS": "2"}, "2"),
+    ],
+)
+def test_openblas_has_one_thread_where_processors_are_few(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, given: dict[str, str], blas: str | None
+) -> None:
+    monkeypatch.setattr(environment, "available_cpus", lambda: cpus)
+    variables = dict(given)
+    settle_threads(variables)
+    assert variables.get("OPENBLAS_NUM_THREADS") == blas
