@@ -32,7 +32,8 @@ VNNI = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 _CPU_INFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")_FEW_CPUS = 4  # with more, the factorizations of large layers gain from threads
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_FEW_CPUS = 4  # with more, the factorizations of large layers gain from threads
 
 _log = logging.getLogger(__name__)
 
@@ -144,9 +145,9 @@ def settle_threads(environment: MutableMapping[str, str] = os.environ) -> None:
         3000                8.2,  6.8 s      13.5, 17.6 s
         0                  15.7, 13.1 s      18.3,  9.3 s
 
-    NumPy's OpenBLAS spins too, and has no such setting: with one thread calibration took 7.3 s alone
-    and 8.9 s beside two busy processes, with two 8.0 s and 66.6 s, with equal bytes. Where there are
-    few processors it gets one.
+    NumPy's OpenBLAS spins too, and has no such setting: with one thread calibration took 7.3 s
+    alone and 8.9 s beside two busy processes, with two threads 8.0 s and 66.6 s, with equal bytes.
+    Where there are few processors it gets one.
 
     Args:
         environment: Is changed.
