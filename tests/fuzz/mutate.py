@@ -96,7 +96,7 @@ def _json(data: bytes, rng: random.Random) -> bytes:
 def _change(root: Any, rng: random.Random) -> str:
     """Return the text of a JSON value with one of its parts replaced, removed or doubled."""
     places: list[tuple[Any, Any]] = []
-    stack = [root]
+    stack = [root] if isinstance(root, dict | list) else []
     while stack:
         node = stack.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node))

@@ -15,6 +15,7 @@ from pathlib import Path
 from treeq_export.errors import CheckpointError
 from treeq_export.reading import TensorFile, open_safetensors, read_object, read_text
 
+_MAX_FILE_NAME = 255  # bytes, of common file systems
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -152,6 +153,12 @@ def _read_index(index: Path) -> tuple[Path, ...]:
     shards = read_object(index, error=CheckpointError, remedy=AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index}: no weight_map. Download the file again.")
+    long = next((s for s in shards.values() if len(str(s).encode()) > _MAX_FILE_NAME), None)
+    if long is not None:
+        raise CheckpointError(
+            f"{index}: weight_map: received a name of {len(str(long))} characters, which no file "
+            "has. Download the file again."
+        )
     files = tuple(index.parent / name for name in sorted({str(s) for s in shards.values()}))
     for file in files:
         if not file.is_file() or file.parent != index.parent:

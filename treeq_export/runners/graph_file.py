@@ -75,7 +75,7 @@ def read_graph(path: Path, *, error: type[TreeqError], remedy: str) -> ir.Model:
         first = fault
         while first.__cause__ is not None:  # onnx_ir wraps one in another
             first = first.__cause__
-        reason = f"{type(first).__name__}: {first}"
+        reason = " ".join(f"{type(first).__name__}: {first}".split())
         raise error(f"{path}: not an ONNX graph ({reason:.200}). {remedy}") from fault
     model.meta[_PATH] = str(path)
     return model
@@ -93,7 +93,26 @@ def read_proto(path: Path, *, error: type[TreeqError], remedy: str) -> onnx.Mode
         proto.ParseFromString(data)
     except DecodeError as fault:
         raise error(f"{path}: not an ONNX graph ({fault}). {remedy}") from fault
+    if not all(isinstance(text, str) for text in _texts(proto)):  # bytes where they are not UTF-8
+        raise error(f"{path}: damaged: a name is not UTF-8. {remedy}")
     return proto
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """Yield the names of the graph and of its functions, and where external data lie."""
+    graph = proto.graph
+    for named in (*graph.input, *graph.output, *graph.node, *graph.initializer):
+        yield named.name
+    for node in (*graph.node, *(node for function in proto.functions for node in function.node)):
+        yield from (node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for function in proto.functions:
+        yield from (function.name, function.domain)
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for imported in proto.opset_import:
+        yield imported.domain
 
 
 def initializer_bytes(model: ir.Model) -> int:
