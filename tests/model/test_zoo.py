@@ -326,6 +326,16 @@ def test_a_number_of_tokens_that_the_file_has_is_fine(
     assert denoiser.row_shapes["encoder_hidden_states"][0] == 7
 
 
+def test_the_default_that_earlier_versions_wrote_is_no_setting(
+    make_tiny_denoiser: MakeDenoiser, tmp_path: Path
+):
+    path = tmp_path / "prompts.safetensors"
+    save_file(make_prompts(make_tiny_denoiser("sd3"), num=2, num_tokens=7), path)
+    denoiser = make_tiny_denoiser("sd3", conditioning=str(path), num_text_tokens=16)
+    assert denoiser.row_shapes["encoder_hidden_states"][0] == 7
+    assert make_tiny_denoiser("dit", num_text_tokens=16).input_names[-1] == "class_labels"
+
+
 @pytest.mark.parametrize("masked", [0, 5])
 def test_pixart_has_plain_attention_for_export_only(
     masked: int, make_tiny_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch

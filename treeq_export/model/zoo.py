@@ -28,6 +28,7 @@ from treeq_export.recipe import ModelSection
 
 _PIXELS_PER_LATENT = 8  # of the autoencoder that PixArt's resolution condition refers to
 _NUM_TEXT_TOKENS = 16  # of random text
+_UNSET_TEXT_TOKENS = (None, 16)  # run folders of earlier versions hold 16 where no key was set
 _GUIDANCE = 3.5  # what guidance-distilled Flux is published with
 
 
@@ -303,8 +304,8 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
     config = _config(model)
     _check_channels(checkpoint, config)
     if checkpoint.class_name == "DiTTransformer2DModel":
-        for key in ("conditioning", "num_text_tokens"):
-            if getattr(section, key) is not None:
+        for key, unset in (("conditioning", (None,)), ("num_text_tokens", _UNSET_TEXT_TOKENS)):
+            if getattr(section, key) not in unset:
                 raise RecipeError(
                     f"model.{key}: received {getattr(section, key)}, but DiTTransformer2DModel "
                     "takes class labels, no text. Remove the key."
@@ -317,7 +318,7 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
         prompts = load_prompts(Path(section.conditioning), row_shapes)
         row_shapes = {name: tuple(rows.shape[1:]) for name, rows in prompts.items()}
         found = row_shapes["encoder_hidden_states"][0]
-        if section.num_text_tokens not in (None, found):
+        if section.num_text_tokens not in (*_UNSET_TEXT_TOKENS, found):
             raise RecipeError(
                 f"model.num_text_tokens: received {section.num_text_tokens}, but the prompts of "
                 f"model.conditioning have {found}. Remove the key; the file decides."
