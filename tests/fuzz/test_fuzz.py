@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fuzz.inputs import INPUTS, Input
+from tests.fuzz.inputs import INPUTS, Input, read_whole_graph
 from tests.fuzz.mutate import mutate
+from tests.tiny_models import TinyRun
 from treeq_export.errors import TreeqError
+from treeq_export.runners.compiled import model_path
 
 SHORT = 12  # damaged files of each input in the quick tier
 LONGEST_S, MOST_BYTES = 30.0, 1 << 30
@@ -105,3 +107,15 @@ def test_damage_is_the_same_for_a_seed_and_differs_else() -> None:
     again = [mutate(data, rng) for rng in [random.Random(3)] for _ in range(50)]
     assert first == again
     assert len(set(first)) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "ort", "fp32"])
+def test_damaged_compiled_graphs_are_one_line(
+    target: str, compiled_dit: TinyRun, tmp_path: Path
+) -> None:
+    def make(folder: Path) -> Path:
+        return Path(shutil.copy(model_path(compiled_dit.run, target), folder))
+
+    case = Input(f"compiled {target}", 150, make, read_whole_graph)
+    assert _fuzz(case, tmp_path, case.long, seed=2) == []
