@@ -170,7 +170,10 @@ class TestCheckpoint:
                 lambda path: edit_json(
                     path / "config.json", lambda config: config.update(_class_name="UNet2DModel")
                 ),
-                ["config.json: _class_name UNet2DModel: unknown.", "Known: DiTTransformer2DModel"],
+                [
+                    "config.json: _class_name UNet2DModel is not supported.",
+                    "Supported: DiTTransformer2DModel",
+                ],
             ),
             (
                 lambda path: edit_json(
