@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from treeq_export.calibrate import run_calibrate
-from treeq_export.compile.stage import run_compile
-from treeq_export.plan import load_tensors
+from treeq_export.pipeline import run_stage, stage_named
 from treeq_export.recipe import Recipe
-from treeq_export.search.stage import run_search
 from treeq_export.workspace import Workspace
 
 
@@ -44,12 +41,8 @@ def make_digits_run(
             }
         )
         with Workspace(run, recipe) as workspace:
-            workspace.save()
-            denoiser = workspace.denoiser
-            plan = run_search(run, denoiser, workspace.checkpoint, recipe, lambda _: None)
-            plan = run_calibrate(run, denoiser, plan, recipe, lambda _: None)
-            tensors = load_tensors(run, plan)
-            run_compile(run, denoiser, plan, tensors, recipe.compile, lambda _: None)
+            for name in ("search", "calibrate", "finetune", "compile"):
+                run_stage(workspace, stage_named(name), lambda _: None)
         return run
 
     return make

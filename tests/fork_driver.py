@@ -36,7 +36,7 @@ import treeq_export.bench.stage
 import treeq_export.compile.stage
 from tests.commands import measure_nothing
 from tests.export_cache import export_once
-from treeq_export import pipeline
+from treeq_export import artefacts, pipeline
 from treeq_export.cli import main
 from treeq_export.workspace import Workspace
 
@@ -59,23 +59,23 @@ class Trap:
             os.kill(os.getpid(), getattr(signal, self.action))
 
     def wrap(self, execute: Callable[..., object]) -> Callable[..., object]:
-        replace = Path.replace
+        put_in_place = artefacts.put_in_place
 
-        def replace_or_act(path: Path, target: Path) -> Path:
+        def replace_or_act(temporary: Path, path: Path) -> None:
             self.notice("replace")
-            return replace(path, target)
+            put_in_place(temporary, path)
 
         def work(workspace: Workspace, on_step: Callable[[float], None]) -> object:
             def step(fraction: float) -> None:
                 on_step(fraction)
                 self.notice("step")
 
-            Path.replace = replace_or_act
+            artefacts.put_in_place = replace_or_act
             self.notice("start")
             try:
                 return execute(workspace, step)
             finally:
-                Path.replace = replace
+                artefacts.put_in_place = put_in_place
                 unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
                 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 

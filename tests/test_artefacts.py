@@ -1,18 +1,21 @@
 """Files appear as a whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+from treeq_export import artefacts
 from treeq_export.artefacts import (
     atomic_folder,
     atomic_path,
@@ -49,8 +52,8 @@ def test_the_new_file_takes_the_place_of_the_old(tmp_path: Path):
     for text in ("first", "second"):
         with atomic_path(path) as temporary:
             assert not temporary.exists()
-            assert temporary.parent == path.parent
-            assert temporary.suffix == path.suffix
+            assert temporary.parent.parent == path.parent
+            assert temporary.name == path.name
             temporary.write_text(text)
             assert path.exists() == (text == "second")
         assert path.read_text() == text
@@ -214,8 +217,7 @@ def test_the_old_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytes
 
     def remove(folder: Path, **options: bool) -> None:
         assert folder != path
-        if folder.is_dir():
-            removed.append((names(folder), names(path)))
+        removed.append((names(folder / "ort"), names(path)))
         rmtree(folder, **options)
 
     monkeypatch.setattr(shutil, "rmtree", remove)
@@ -248,16 +250,103 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path):
     assert names(tmp_path) == ["ort"]
 
 
-def test_leftovers_of_a_killed_process_are_not_mixed_in(tmp_path: Path):
+def test_what_is_not_ours_is_kept(tmp_path: Path):
     path = tmp_path / "ort"
-    with atomic_folder(path) as temporary:
+    (path / "profiles" / "deep").mkdir(parents=True)
+    for name in ("model.onnx", "model.onnx.data", "notes.txt", "profiles/deep/a.json"):
+        (path / name).write_text(f"old {name}")
+    (path / "link").symlink_to("notes.txt")
+    with atomic_folder(path, ("model.onnx", "model.onnx.data")) as temporary:
+        (temporary / "model.onnx").write_text("new")
+    assert names(path) == ["link", "model.onnx", "notes.txt", "profiles"]
+    assert (path / "model.onnx").read_text() == "new"
+    assert (path / "notes.txt").read_text() == "old notes.txt"
+    assert (path / "link").readlink() == Path("notes.txt")
+    assert (path / "profiles" / "deep" / "a.json").read_text() == "old profiles/deep/a.json"
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path):
+    path = tmp_path / "ort"
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="ort: is a file, expected a folder"), atomic_folder(path):
         pass
-    make_folder(temporary)
-    (temporary / "old").touch()
-    with atomic_folder(path) as again:
-        assert again == temporary
-        (again / "new").touch()
-    assert names(path) == ["new"]
+    assert path.read_text() == "mine"
+    assert names(tmp_path) == ["ort"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_is_replaced_and_its_target_is_not_written(kind: str, tmp_path: Path):
+    target, path = tmp_path / "target", tmp_path / "out" / "ort"
+    path.parent.mkdir()
+    path.symlink_to(target)
+    if kind == "file":
+        target.write_text("mine")
+        write_bytes(path, b"new")
+        assert (target.read_text(), path.read_text()) == ("mine", "new")
+    else:
+        target.mkdir()
+        (target / "mine").touch()
+        with atomic_folder(path) as temporary:
+            (temporary / "new").touch()
+        assert (names(target), names(path)) == (["mine"], ["new"])
+    assert not path.is_symlink()
+    assert names(path.parent) == ["ort"]
+
+
+def kill_after(run: Path, renames: int, *, exchange: bool) -> int:
+    """Replace run/ort in a process that is killed after so many renamings; return its status."""
+    script = """
+        import os, sys
+        from pathlib import Path
+        from treeq_export import artefacts
+
+        run, left, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+        swap, replace = artefacts._exchange, Path.replace
+
+        def count(rename, *paths):
+            global left
+            if left == 0:
+                os._exit(9)
+            left -= 1
+            return rename(*paths)
+
+        artefacts._exchange = lambda *paths: exchange and count(swap, *paths)
+        Path.replace = lambda *paths: count(replace, *paths)
+        with artefacts.atomic_folder(run / "ort") as folder:
+            (folder / "new").touch()
+            (folder / "more").touch()
+        os._exit(0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), run, str(renames), str(exchange)]
+    return subprocess.run(command, check=False).returncode
+
+
+@pytest.mark.parametrize(
+    ("exchange", "renames", "between"),
+    [
+        (True, 0, ["old"]),
+        (True, 1, None),
+        (False, 0, ["old"]),
+        (False, 1, []),
+        (False, 2, None),
+    ],
+)
+def test_a_kill_between_two_renamings_loses_nothing(
+    exchange: bool, renames: int, between: list[str] | None, tmp_path: Path
+):
+    path = tmp_path / "ort"
+    path.mkdir()
+    (path / "old").touch()
+    status = kill_after(tmp_path, renames, exchange=exchange)
+    if between is None:  # that was the last renaming
+        assert status == 0
+        assert names(path) == ["more", "new"]
+        return
+    assert status == 9
+    assert (names(path) if path.exists() else []) == between
+    write_bytes(tmp_path / "other", b"x")  # any write of ours into the same folder
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["ort", "other"]
 
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path):
@@ -292,10 +381,10 @@ def test_make_folder_below_a_file(tmp_path: Path):
 def test_make_folder_notices_that_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(self: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def refuse(**_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)"):
         make_folder(tmp_path / "a")
 
@@ -321,36 +410,79 @@ def test_write_bytes(tmp_path: Path):
     assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
 
 
-def test_remove_stale_takes_what_killed_processes_left(tmp_path: Path):
-    """The names are taken from a process that was killed in the middle of both blocks."""
-    script = """
-        import os, sys
-        from pathlib import Path
-        from treeq_export.artefacts import atomic_folder, atomic_path
+KILLED = """
+    import os, sys, time
+    from pathlib import Path
+    from treeq_export.artefacts import atomic_folder, atomic_path
 
-        run = Path(sys.argv[1])
-        with atomic_path(run / "plan.json") as file, atomic_folder(run / "onnx" / "ort") as folder:
-            file.write_text("half")
-            (folder / "model.onnx").write_text("half")
-            os._exit(9)
-    """
+    run = Path(sys.argv[1])
+    with atomic_path(run / "plan.json") as file, atomic_folder(run / "onnx" / "ort") as folder:
+        file.write_text("half")
+        (folder / "model.onnx").write_text("half")
+        print(flush=True)
+        time.sleep(60)
+"""
+
+
+def start_writer(run: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(run)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"\n"
+    writer.stdout.close()
+    return writer
+
+
+def test_remove_stale_takes_what_killed_processes_left_and_nothing_else(tmp_path: Path):
+    """The names are taken from a process that is killed in the middle of both blocks."""
     write_bytes(tmp_path / "plan.json", b"old")
     write_bytes(tmp_path / "onnx" / "ort" / "model.onnx", b"old")
-    write_bytes(tmp_path / ".hidden", b"kept")
-    write_bytes(tmp_path / "part.partial", b"kept")
+    for name in (".hidden", "part.partial", ".movie.mkv.partial", ".treeq-1-abc.partial"):
+        write_bytes(tmp_path / name, b"kept")
+    for name in (".git.partial", ".treeq-x.partial"):
+        (tmp_path / name).mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".treeq-1-linked.partial").symlink_to(elsewhere)
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=False
-    )
-    assert done.returncode == 9
-    left = sorted(set(tmp_path.rglob("*")) - set(before))
-    assert len(left) == 3
-    removed = remove_stale(tmp_path)
-    assert set(removed) <= set(left)
-    assert len(removed) == 2
+    writer = start_writer(tmp_path)
+    left = [path for path in set(tmp_path.rglob("*")) - set(before) if path.is_dir()]
+    folders = sorted(path for path in left if path.name.startswith(f".treeq-{writer.pid}-"))
+    assert [path.parent for path in folders] == [tmp_path, tmp_path / "onnx"]
+    assert remove_stale(tmp_path) == []  # it is at work
+    assert all(path.is_dir() for path in folders)
+    writer.kill()
+    writer.wait()
+    assert remove_stale(tmp_path) == folders[:1]  # not in folders below
+    assert folders[1].is_dir()
+    write_bytes(tmp_path / "onnx" / "other", b"")
+    (tmp_path / "onnx" / "other").unlink()
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "plan.json").read_bytes() == b"old"
-    assert remove_stale(tmp_path) == []
+
+
+def test_temporaries_of_this_process_are_no_stale_ones(tmp_path: Path):
+    with atomic_path(tmp_path / "one") as one:
+        one.write_text("1")
+        write_bytes(tmp_path / "two", b"2")
+        assert remove_stale(tmp_path) == []
+    assert names(tmp_path) == ["one", "two"]
+
+
+def test_nothing_is_removed_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stale = tmp_path / ".treeq-1-abcdefgh.partial"
+    stale.mkdir()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        write_bytes(tmp_path / "a", b"x")
+        assert names(tmp_path) == [stale.name, "a"]
+    assert remove_stale(tmp_path) == [stale]
 
 
 def test_remove_stale_of_no_folder(tmp_path: Path):
@@ -378,10 +510,11 @@ def test_folder_is_put_back_when_the_new_one_cannot_take_its_place(
     replace = Path.replace
 
     def refuse(self: Path, target: Path) -> Path:
-        if target == final and "old" not in self.name:
+        if target == final and self.parent.name != ".replaced":
             raise OSError(errno.EACCES, "refused")
         return replace(self, target)
 
+    monkeypatch.setattr(artefacts, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OutputError, match="onnx"), atomic_folder(final) as folder:
         (folder / "model").write_text("new")

@@ -92,7 +92,7 @@ def test_is_made_again_when_something_changed(
     if change == "tensors":
         (folder / "plan.safetensors").write_bytes(b"half")
     elif change == "interrupted":
-        (folder / "depends.sha256").unlink()
+        (folder / "made_of.json").unlink()
     with open_baseline(workspace, lambda _: None) as made:
         assert (made.source == source) == (change != "recipe")
     assert len(calibrations) == 2

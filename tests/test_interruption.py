@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from treeq_export.stages import STAGE_NAMES
 
 # The n-th renaming is missing: a file or folder is complete, but not in its place. Of calibrate,
-# finetune, compile, evaluate and report others already are; compile renames each old folder before.
+# finetune, compile, evaluate and report others already are.
 KILLED_BEFORE_FILE = {
     "search": 1,
     "calibrate": 3,
     "finetune": 3,
-    "compile": 4,
+    "compile": 2,
     "validate": 1,
     "bench": 1,
     "evaluate": 2,

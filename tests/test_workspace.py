@@ -1,10 +1,14 @@
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from treeq_export.artefacts import atomic_path
 from treeq_export.errors import CheckpointError, OutputError, PlanError
 from treeq_export.model.checkpoint import open_checkpoint
 from treeq_export.plan import ModelRecord, Plan, StrategyRecord, save_plan
@@ -117,30 +121,111 @@ class TestFolder:
         with Workspace(tmp_path, recipe) as workspace:
             assert workspace.run == tmp_path
 
-    def test_temporaries_of_killed_processes_are_removed(
+    def test_only_own_temporaries_are_removed_and_only_in_the_folder(
         self, recipe: Recipe, tmp_path: Path
     ) -> None:
-        (tmp_path / "onnx" / ".ort.123.partial").mkdir(parents=True)
-        (tmp_path / ".plan.123.partial.json").write_text("{")
-        (tmp_path / "plan.json").write_text("{}")
+        (tmp_path / ".treeq-1-abcdefgh.partial").mkdir()
+        kept = [".git.partial", "nested", "nested/.treeq-1-abcdefgh.partial"]
+        for name in kept:
+            (tmp_path / name).mkdir()
+        files = [".model.99.partial.onnx", "nested/.movie.mkv.partial"]
+        for name in files:
+            (tmp_path / name).write_text("x")
         with Workspace(tmp_path, recipe):
-            assert sorted(path.name for path in tmp_path.rglob("*")) == [
-                ".lock",
-                "onnx",
-                "plan.json",
-            ]
+            found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+            assert found == {".lock", *kept, *files}
 
-    def test_a_refused_process_removes_no_temporaries(self, recipe: Recipe, tmp_path: Path) -> None:
-        with Workspace(tmp_path, recipe):
-            (tmp_path / ".plan.123.partial.json").write_text("{")
+    def test_a_refused_process_removes_nothing(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe), atomic_path(tmp_path / "plan.json") as temporary:
+            temporary.write_text("{")
             with pytest.raises(OutputError):
                 Workspace(tmp_path, recipe)
-            assert (tmp_path / ".plan.123.partial.json").is_file()
+            assert temporary.is_file()
+
+    @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo"])
+    @pytest.mark.parametrize("read_only", [False, True])
+    def test_a_lock_is_a_regular_file(
+        self, recipe: Recipe, tmp_path: Path, kind: str, read_only: bool
+    ) -> None:
+        run, victim = tmp_path / "run", tmp_path / "victim.txt"
+        with Workspace(run, recipe) as workspace:
+            workspace.save()
+        (run / ".lock").unlink()
+        if kind == "folder":
+            (run / ".lock").mkdir()
+        elif kind == "fifo":
+            os.mkfifo(run / ".lock")
+        else:
+            (run / ".lock").symlink_to(victim)
+        if kind == "link":
+            victim.write_text("important")
+        with pytest.raises(OutputError, match=r"\.lock: received a link or a special file"):
+            Workspace.reopen(run, read_only=read_only)
+        assert victim.exists() == (kind == "link")
+        assert kind != "link" or victim.read_text() == "important"
+
+    def test_a_lock_is_not_emptied(self, recipe: Recipe, tmp_path: Path) -> None:
+        (tmp_path / "text").write_text("important")
+        (tmp_path / ".lock").hardlink_to(tmp_path / "text")
+        with Workspace(tmp_path, recipe):
+            assert (tmp_path / "text").read_text() == "important"
+
+    def test_linked_run_record_is_replaced(self, recipe: Recipe, tmp_path: Path) -> None:
+        run, other = tmp_path / "run", tmp_path / "other.json"
+        with Workspace(run, recipe) as workspace:
+            workspace.save()
+        other.write_bytes(before := (run / "run.json").read_bytes())
+        (run / "run.json").unlink()
+        (run / "run.json").symlink_to(other)
+        with Workspace.reopen(run) as workspace:
+            workspace.stages["search"] = STAGE
+            workspace.save()
+        assert other.read_bytes() == before
+        assert not (run / "run.json").is_symlink()
 
     def test_a_file_in_its_place(self, recipe: Recipe, tmp_path: Path) -> None:
         (tmp_path / "run").write_text("")
         with pytest.raises(OutputError, match=r"run: cannot be written \(File exists\)"):
             Workspace(tmp_path / "run", recipe)
+
+
+class TestReadOnly:
+    def test_nothing_is_written(self, recipe: Recipe, tmp_path: Path) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.save()
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".treeq-1-abcdefgh.partial").mkdir()
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+        with Workspace.reopen(tmp_path, read_only=True) as workspace:
+            assert workspace.recipe == recipe
+        assert {p: p.stat().st_mtime_ns for p in (tmp_path, *tmp_path.iterdir())} == before
+
+    def test_readers_may_be_several_but_not_beside_a_writer(
+        self, recipe: Recipe, tmp_path: Path
+    ) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.save()
+            with pytest.raises(OutputError, match="another treeq-export is at work"):
+                Workspace.reopen(tmp_path, read_only=True)
+        with (
+            Workspace.reopen(tmp_path, read_only=True),
+            Workspace.reopen(tmp_path, read_only=True),
+            pytest.raises(OutputError, match="another treeq-export is at work"),
+        ):
+            Workspace.reopen(tmp_path)
+
+    def test_a_writer_says_what_helps(
+        self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Workspace(tmp_path, recipe) as workspace:
+            workspace.save()
+
+        def refuse(**_: object) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        with pytest.raises(OutputError, match="Make it writable, or copy the folder"):
+            Workspace.reopen(tmp_path)
 
 
 class TestWhatIsLoaded:

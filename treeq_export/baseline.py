@@ -7,25 +7,24 @@ It is made when evaluate asks for it, and made again when something that it depe
 import hashlib
 import json
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from treeq_export import __version__
-from treeq_export.artefacts import write_bytes
+from treeq_export.artefacts import sha256_of_file
 from treeq_export.calibrate import run_calibrate
-from treeq_export.errors import PlanError
 from treeq_export.evaluate.samples import digest_quantized
 from treeq_export.evaluate.stage import Baseline
 from treeq_export.model.quantized import quantize_model
-from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
-from treeq_export.reading import read_text
+from treeq_export.plan import PLAN_FILE, TENSORS_FILE, Plan, Tensors, load_plan, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.runners.torch_runner import TorchRunner
+from treeq_export.sealed import read_sealed_json, write_sealed_json
 from treeq_export.search.stage import run_search
 from treeq_export.workspace import Workspace
 
 BASELINE_FOLDER = "baseline"
-_KEY_FILE = "depends.sha256"
+_KEY_FILE = "made_of.json"
 
 
 def uniform_recipe(recipe: Recipe) -> Recipe:
@@ -63,18 +62,28 @@ def _make(
     plan = run_search(folder, workspace.denoiser, workspace.checkpoint, recipe, lambda _: None)
     plan = run_calibrate(folder, workspace.denoiser, plan, recipe, on_step)
     tensors = load_tensors(folder, plan)
-    write_bytes(folder / _KEY_FILE, _digest(workspace).encode())
+    write_sealed_json(
+        folder / _KEY_FILE, {"depends": _digest(workspace), "files": _digests(folder)}
+    )
     return plan, tensors
 
 
 def _load(workspace: Workspace, folder: Path) -> tuple[Plan, Tensors] | None:
     """Return what an earlier call has made for the same recipe and checkpoint."""
-    with suppress(PlanError):
-        key = read_text(folder / _KEY_FILE, error=PlanError, remedy="")
-        if key == _digest(workspace):
-            plan = load_plan(folder, workspace.checkpoint.sha256)
-            return plan, load_tensors(folder, plan)
-    return None
+    made = read_sealed_json(folder / _KEY_FILE, workspace.say) or {}
+    if made.get("depends") != _digest(workspace):
+        return None
+    if made["files"] != _digests(folder):
+        workspace.say(f"{folder}: damaged; it is made again.")
+        return None
+    plan = load_plan(folder, workspace.checkpoint.sha256)
+    return plan, load_tensors(folder, plan)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the plan and its tensors by name, as far as they are there."""
+    files = [folder / PLAN_FILE, folder / TENSORS_FILE]
+    return {file.name: sha256_of_file(file) for file in files if file.is_file()}
 
 
 def _digest(workspace: Workspace) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def recipe_with_digests(workspace: Workspace) -> dict[str, Any]:
     recipe["model"]["checkpoint"] = workspace.checkpoint.sha256
     for key, file in _recipe_files(workspace.recipe).items():
         section, _, field = key.partition(".")
-        recipe[section][field] = sha256_of_file(file) if file.is_file() else None
+        recipe[section][field] = workspace.sha256(file) if file.is_file() else None
     return recipe
 
 
@@ -95,16 +96,27 @@ def _recipe_files(recipe: Recipe) -> dict[str, Path]:
 
 def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
     """Whether a stage's result is there and nothing that it depends on has changed."""
-    record = workspace.stages.get(stage.name)
-    if record is None or record.fingerprint != fingerprint(workspace, stage):
-        return False
-    if stage.name == "search" and not _is_plan_of(workspace):
-        return False
-    return all(
-        (workspace.run / name).is_file() and sha256_of_file(workspace.run / name) == digest
-        for name, digest in record.outputs.items()
-        if (stage.name, name) != ("search", PLAN_FILE)
-    )
+    return stage.name in workspace.stages and _find_change(workspace, stage) is None
+
+
+def _find_change(workspace: Workspace, stage: Stage, *, files: bool = True) -> str | None:
+    """Return what has changed since a stage ran, beginning with the file; None if nothing has.
+
+    Without `files` only what the stage depends on is looked at.
+    """
+    record, run = workspace.stages[stage.name], workspace.run
+    if record.fingerprint != fingerprint(workspace, stage):
+        return f"{run}: made with another recipe, checkpoint or version of treeq-export"
+    if files and stage.name == "search" and not _is_plan_of(workspace):
+        return f"{run / PLAN_FILE}: not the plan of this recipe"
+    for name, digest in record.outputs.items() if files else ():
+        if (stage.name, name) == ("search", PLAN_FILE):
+            continue
+        if not (run / name).is_file():
+            return f"{run / name}: missing"
+        if workspace.sha256(run / name) != digest:
+            return f"{run / name}: not the file that {stage.name} wrote"
+    return None
 
 
 def _is_plan_of(workspace: Workspace) -> bool:
@@ -258,30 +270,61 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _is_of_this_recipe(workspace: Workspace, stage: Stage) -> bool:
-    """Whether a stage has not run yet, or ran with this recipe."""
-    record = workspace.stages.get(stage.name)
-    return record is None or record.fingerprint == fingerprint(workspace, stage)
-
-
 def require_stages(workspace: Workspace, stage: Stage) -> None:
     """Check that all stages that one reads, directly or not, are up to date.
 
     The report is made of whatever has been measured, but not of results of another recipe.
 
     Raises:
-        PlanError: Names the first stage to run.
+        PlanError: Names the first file that has changed, and the first stage to run.
     """
     for earlier in STAGES[: STAGES.index(stage)]:
-        if stage.name not in _dependents(workspace.recipe, earlier):
-            continue
-        if stage.name == "report":
-            current = _is_of_this_recipe(workspace, earlier)
-        else:
-            current = is_up_to_date(workspace, earlier)
-        if not current:
-            why = "is out of date" if earlier.name in workspace.stages else "is not there yet"
-            raise PlanError(
-                f"{workspace.run}: {stage.name} needs the result of {earlier.name}, which "
-                f"{why}. Run `treeq-export {earlier.name} --run {workspace.run}` first."
-            )
+        if stage.name in _dependents(workspace.recipe, earlier):
+            _require(workspace, stage.name, earlier)
+
+
+def require_result(workspace: Workspace, reader: str, name: str) -> Mapping[str, str]:
+    """Check that a stage and all that it reads are up to date.
+
+    Args:
+        workspace: The run.
+        reader: Who reads the result, for the message.
+        name: The stage.
+
+    Returns:
+        SHA-256 of the stage's files, relative to the run folder.
+
+    Raises:
+        PlanError: Names the first file that has changed, and the first stage to run.
+    """
+    stage = stage_named(name)
+    for earlier in STAGES[: STAGES.index(stage) + 1]:
+        if stage.name in _dependents(workspace.recipe, earlier):
+            _require(workspace, reader, earlier)
+    return workspace.stages[name].outputs if name in workspace.stages else {}
+
+
+def _require(workspace: Workspace, reader: str, stage: Stage) -> None:
+    """Check that one stage is up to date; the report only wants results of its recipe.
+
+    Raises:
+        PlanError: It is not.
+    """
+    if stage.name in workspace.stages:
+        why, change = "is out of date", _find_change(workspace, stage, files=reader != "report")
+        if change is None:
+            return
+    else:
+        if reader == "report" or _has_nothing_to_do(workspace, stage):
+            return
+        why, change = "is not there yet", str(workspace.run)
+    raise PlanError(
+        f"{change}: {reader} needs the result of {stage.name}, which {why}. "
+        f"Run `treeq-export {stage.name} --run {workspace.run}` first."
+    )
+
+
+def _has_nothing_to_do(workspace: Workspace, stage: Stage) -> bool:
+    """Whether a stage that has not run would write nothing and has nothing to remove."""
+    nothing = workspace.recipe.finetune.mode == "none" and not stage.outputs(workspace)
+    return stage.name == "finetune" and nothing

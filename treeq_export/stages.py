@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from treeq_export import __version__
 from treeq_export.baseline import open_baseline
@@ -15,13 +16,14 @@ from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.recipe import Recipe
-from treeq_export.report import Report, write_report
+from treeq_export.report import Report, make_report, write_report
 from treeq_export.runners.compiled import (
     TENSORRT_TARGETS,
     model_path,
     open_target,
     ways_to_run,
 )
+from treeq_export.runners.model_files import model_files
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
@@ -78,7 +80,13 @@ def _finetune(workspace: Workspace, on_step: OnStep) -> object:
     plan = workspace.plan
     calibrated = load_tensors(workspace.run, plan, finetuned=False)
     record = run_finetune(
-        workspace.run, workspace.denoiser, plan, calibrated, workspace.recipe, on_step
+        workspace.run,
+        workspace.denoiser,
+        plan,
+        calibrated,
+        workspace.recipe,
+        on_step,
+        workspace.say,
     )
     workspace.forget_plan()
     return record
@@ -124,6 +132,7 @@ def _bench(workspace: Workspace, on_step: OnStep) -> None:
         seed=recipe.seed,
         on_step=on_step,
         model=recipe.model,
+        say=workspace.say,
     )
 
 
@@ -149,27 +158,38 @@ def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
             on_step=lambda done: on_step(before + (1 - before) * done),
             baseline=baseline,
             fp_samples=workspace.fp_samples,
+            say=workspace.say,
         )
 
 
 def _report(workspace: Workspace, on_step: OnStep) -> Report:
-    seconds = {name: record.seconds for name, record in workspace.stages.items()}
-    report = write_report(
-        workspace.run,
-        stages={stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
-        recipe=workspace.recipe,
-        commands=reproduce_commands(workspace),
-    )
+    report = write_report(workspace.run, **_report_parts(workspace))
     on_step(1.0)
     return report
+
+
+def read_report(workspace: Workspace) -> Report:
+    """Return the report of a run without writing it.
+
+    Raises:
+        PlanError: The plan or compile.json is missing, or a record is malformed.
+    """
+    return make_report(workspace.run, **_report_parts(workspace))
+
+
+def _report_parts(workspace: Workspace) -> dict[str, Any]:
+    seconds = {name: record.seconds for name, record in workspace.stages.items()}
+    return {
+        "stages": {stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
+        "recipe": workspace.recipe,
+        "commands": reproduce_commands(workspace),
+    }
 
 
 def _compiled_files(workspace: Workspace) -> list[str]:
     run = workspace.run
     targets = ("fp32", *workspace.recipe.compile.targets)
-    files = [
-        file for target in targets for file in sorted(model_path(run, target).parent.glob("*"))
-    ]
+    files = [file for target in targets for file in model_files(model_path(run, target))]
     return ["compile.json", *(str(file.relative_to(run)) for file in files)]
 
 

@@ -1,6 +1,9 @@
 """A run folder and what is loaded for it: at most once, and only when a stage needs it."""
 
+import errno
 import fcntl
+import os
+import stat
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treeq_export.artefacts import make_folder, remove_stale, write_json
+from treeq_export.artefacts import OTHER_OUT, make_folder, sha256_of_file, write_json
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from treeq_export.model.pipeline_scheduler import (
@@ -24,6 +27,7 @@ from treeq_export.recipe import Recipe
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SAMPLES_FOLDER = "samples"
+_WRITABLE = "Make it writable, or copy the folder and use the copy."
 
 
 class StageRecord(BaseModel):
@@ -63,6 +67,7 @@ class Workspace:
         recipe: The recipe.
         recipe_path: Where it came from, for the commands in the report.
         overrides: The `--set` assignments, likewise.
+        read_only: Whether nothing is written into the folder. Others may then read it too.
 
     Attributes:
         fp_samples: Folder of the cached full-precision samples; runs that are compared share one.
@@ -75,18 +80,26 @@ class Workspace:
     """
 
     def __init__(
-        self, run: Path, recipe: Recipe, recipe_path: str = "", overrides: tuple[str, ...] = ()
+        self,
+        run: Path,
+        recipe: Recipe,
+        recipe_path: str = "",
+        overrides: tuple[str, ...] = (),
+        *,
+        read_only: bool = False,
     ) -> None:
         self.recipe = resolve_scheduler(recipe)
-        self.run = make_folder(run)
+        self.run = run
+        if not read_only:
+            make_folder(run, _WRITABLE if (run / RUN_FILE).is_file() else OTHER_OUT)
         self.recipe_path = recipe_path
         self.overrides = overrides
         self.say: Callable[[str], None] = lambda _: None
         self.fp_samples = run / SAMPLES_FOLDER
         self.stages: dict[str, StageRecord] = {}
-        self._lock = _lock_folder(run)
+        self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self._lock = _lock_folder(run, shared=read_only)
         try:
-            remove_stale(run)
             if (run / RUN_FILE).is_file():
                 self.stages = read_run(run).stages
         except BaseException:
@@ -94,8 +107,12 @@ class Workspace:
             raise
 
     @classmethod
-    def reopen(cls, run: Path) -> "Workspace":
+    def reopen(cls, run: Path, *, read_only: bool = False) -> "Workspace":
         """Return the workspace of an existing run folder.
+
+        Args:
+            run: The run folder.
+            read_only: Whether nothing is written into it.
 
         Raises:
             PlanError: The folder holds no run, or its `run.json` is malformed.
@@ -105,7 +122,8 @@ class Workspace:
             recipe = Recipe.model_validate(record.recipe)
         except ValidationError as error:
             raise PlanError(f"{run / RUN_FILE}: {first_problem(error)} {_again(run)}") from error
-        return cls(run, recipe, record.recipe_path, tuple(record.overrides))
+        overrides = tuple(record.overrides)
+        return cls(run, recipe, record.recipe_path, overrides, read_only=read_only)
 
     def sibling(self, run: Path, recipe: Recipe) -> "Workspace":
         """Return the workspace of another folder that shares the checkpoint and the loaded model.
@@ -125,13 +143,23 @@ class Workspace:
 
     def close(self) -> None:
         """Give the folder free for another process."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def sha256(self, path: Path) -> str:
+        """Return the digest of a file's bytes, computed once while the file stays as it is."""
+        now = path.stat()
+        key = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        known = self._digests.get(path)
+        if known is None or known[0] != key:
+            known = self._digests[path] = (key, sha256_of_file(path))
+        return known[1]
 
     def save(self) -> None:
         """Write `run.json`."""
@@ -175,17 +203,43 @@ class Workspace:
             self.__dict__.pop(name, None)
 
 
-def _lock_folder(run: Path) -> IO[str]:
-    """Hold the folder's lock until the returned file is closed; the kernel frees it on a kill."""
-    file = (run / LOCK_FILE).open("w")
+def _lock_folder(run: Path, *, shared: bool) -> IO[bytes] | None:
+    """Hold the folder's lock until the returned file is closed; the kernel frees it on a kill.
+
+    A shared lock writes nothing; it is None where there is no file to lock.
+
+    Raises:
+        OutputError: Another process works in the folder, or the lock is no regular file.
+    """
+    path = run / LOCK_FILE
+    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if shared and error.errno in (errno.ENOENT, errno.EACCES):
+            return None
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_lock(path)
+    file = os.fdopen(descriptor, "rb")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise OutputError(
             f"{run}: another treeq-export is at work in it. Wait for it, or choose another folder."
         ) from error
     return file
+
+
+def _no_lock(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: received a link or a special file, expected a regular file. "
+        "Remove it, then run the same command again."
+    )
 
 
 def read_run(run: Path) -> RunRecord:

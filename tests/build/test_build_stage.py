@@ -15,6 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.run_records import record_again
 from treeq_export.build import BuildOptions, run_build
 from treeq_export.cli import main
 from treeq_export.errors import PlanError, RecipeError, RunnerError
@@ -207,6 +208,8 @@ def test_an_engine_that_disobeys_the_plan_is_not_kept(built: Path):
         if entry.key == "treeq.plan_sha256":
             entry.value = digest
     onnx.save(model, path)
+    record_again(built)
+    record_again(built, "calibrate")
     shutil.rmtree(built / "engines")
     result = invoke(built, "--gpu", "sm_89", "--target", "tensorrt")
     assert result.exit_code == 1
@@ -227,6 +230,7 @@ def test_a_graph_that_is_not_parsed_is_one_line(copied_run: Path):
     model = onnx.load(path)
     model.graph.node[0].op_type = "BitShift"
     onnx.save(model, path)
+    record_again(copied_run)
     result = invoke(copied_run, "--gpu", "sm_89", "--target", "tensorrt")
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]

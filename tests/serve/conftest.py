@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tests.required import skip_or_fail
 from treeq_export import __version__
+from treeq_export.artefacts import sha256_of_file
 from treeq_export.model.sampler import sample
 from treeq_export.records.build import (
     EngineManifest,
@@ -85,7 +86,7 @@ def engine_run(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             key="0" * 64,
             engine_sha256=hashlib.sha256(engine).hexdigest(),
             engine_bytes=len(engine),
-            graph_sha256="0" * 64,
+            graph_sha256=sha256_of_file(run / "onnx" / "tensorrt" / "model.onnx"),
             data_sha256=None,
             plan_sha256="0" * 64,
             profile={

@@ -352,19 +352,22 @@ class TestVersions:
     def test_a_killed_addition_leaves_no_version_that_loads(
         self, repository: Path, served_run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest = (repository / "manifest.json").read_bytes()
+        manifest = json.loads((repository / "manifest.json").read_text())
 
         def die(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(serve_stage, "save_record", die)
+        monkeypatch.setattr(serve_stage, "check_repository", die)
         result = invoke("--run", served_run, "--out", repository, "--add-version")
         assert result.exit_code == 1
-        assert (repository / "manifest.json").read_bytes() == manifest
+        now = json.loads((repository / "manifest.json").read_text())
+        assert now.pop("pending") == 2
+        assert now | {"pending": None} == manifest
         monkeypatch.undo()
         again = invoke("--run", served_run, "--out", repository, "--add-version")
         assert again.exit_code == 0, again.output
-        assert json.loads((repository / "manifest.json").read_text())["models"]["sampler"] == [1, 2]
+        now = json.loads((repository / "manifest.json").read_text())
+        assert (now["models"]["sampler"], now["pending"]) == ([1, 2], None)
 
     def test_without_a_repository(self, served_run: Path, tmp_path: Path) -> None:
         result = invoke("--run", served_run, "--out", tmp_path / "none", "--add-version")

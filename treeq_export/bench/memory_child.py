@@ -17,12 +17,12 @@ import psutil
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
-from treeq_export.bench.peer import model_files
 from treeq_export.children import take_stdout
 from treeq_export.environment import read_peak_bytes
 from treeq_export.errors import RunnerError
 from treeq_export.reading import parse_json
 from treeq_export.recipe import ModelSection
+from treeq_export.runners.model_files import model_files
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)

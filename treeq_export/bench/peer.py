@@ -24,10 +24,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from treeq_export.artefacts import atomic_folder, sha256_of_file, write_json
+from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.environment import VNNI, read_cpu, runtime_version
 from treeq_export.errors import OutputError, RunnerError
-from treeq_export.reading import read_json
+from treeq_export.runners.model_files import OUR_FILES, model_files
+from treeq_export.sealed import Say, read_sealed_json, say_nothing, write_sealed_json
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -37,19 +38,17 @@ _OP_TYPES = ["MatMul", "Gemm"]
 _log = logging.getLogger(__name__)
 
 
-def model_files(path: Path) -> list[Path]:
-    """Return a model file and its external data, in name order."""
-    return sorted(file for file in path.parent.glob(f"{path.name}*") if file.is_file())
-
-
-def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> Path:
+def make_int8_peer(
+    fp32: Path, folder: Path, calibration: Sequence[Inputs], say: Say = say_nothing
+) -> Path:
     """Quantize a graph by onnxruntime.quantization, or return the cached result.
 
     Args:
         fp32: The full-precision graph.
         folder: Where the result goes, with `source.json` beside it that says what it was made of;
-            it is made again when the graph, the tool or its settings changed.
+            it is made again when the graph, the tool or its settings changed, or it is damaged.
         calibration: Inputs of the graph by name; their ranges become the activation ranges.
+        say: Told in one line that it is damaged.
 
     Returns:
         The quantized graph, `folder`/model.onnx.
@@ -65,9 +64,12 @@ def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> P
         "onnxruntime": runtime_version(),
         "reduce_range": reduce_range,
     }
-    if path.is_file() and _read_source(folder / SOURCE_FILE) == source:
-        return path
-    with atomic_folder(folder) as temporary:
+    made = read_sealed_json(folder / SOURCE_FILE, say) or {}
+    if made.get("source") == source:
+        if made["files"] == _digests(path):
+            return path
+        say(f"{path}: damaged; it is made again.")
+    with atomic_folder(folder, (*OUR_FILES, SOURCE_FILE)) as temporary:
         try:
             _quantize(fp32, temporary / path.name, calibration, reduce_range)
         except (OSError, OutputError):
@@ -79,8 +81,14 @@ def make_int8_peer(fp32: Path, folder: Path, calibration: Sequence[Inputs]) -> P
                 f"{fp32}: onnxruntime.quantization cannot quantize it ({reason:.200}). "
                 "Compile again, or leave the ort_int8 target out."
             ) from error
-        write_json(temporary / SOURCE_FILE, source)
+        made = {"source": source, "files": _digests(temporary / path.name)}
+        write_sealed_json(temporary / SOURCE_FILE, made)
     return path
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of a model's files by name."""
+    return {file.name: sha256_of_file(file) for file in model_files(path)}
 
 
 def _check_room(folder: Path, fp32: Path) -> None:
@@ -92,13 +100,6 @@ def _check_room(folder: Path, fp32: Path) -> None:
     room = folder / "room"
     room.write_bytes(bytes(fp32.stat().st_size))
     room.unlink()
-
-
-def _read_source(path: Path) -> Any:
-    try:
-        return read_json(path, error=RunnerError, remedy="")
-    except RunnerError:
-        return None
 
 
 def _quantize(fp32: Path, path: Path, calibration: Sequence[Inputs], reduce_range: bool) -> None:

@@ -15,6 +15,7 @@ from treeq_export.environment import describe_environment, warn_if_busy
 from treeq_export.errors import PlanError, RunnerError
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
+from treeq_export.sealed import Say, say_nothing
 
 # The processes of bench.memory import this package too, and one runtime only: what needs PyTorch,
 # ONNX or ONNX Runtime is imported where it is used.
@@ -39,6 +40,7 @@ def run_bench(
     seed: int,
     on_step: Callable[[float], None],
     model: ModelSection | None = None,
+    say: Say = say_nothing,
 ) -> BenchRecord:
     """Time every target, measure its memory, and write `bench.json`.
 
@@ -51,6 +53,7 @@ def run_bench(
         on_step: Called with the fraction done, 0..1.
         model: The recipe's model section; torch_fp32's memory is measured only where it is given,
             because its process loads the checkpoint anew.
+        say: Told in one line that a cached graph is damaged.
 
     Returns:
         The record: all raw times, memory, ratios with intervals, the environment.
@@ -64,7 +67,7 @@ def run_bench(
     warn_if_busy(environment)
     environment |= {"rounds": section.rounds, "warmup": section.warmup, "seed": seed}
     example = _example_inputs(denoiser, section.batch_sizes[0], seed)
-    paths = _find_models(run, denoiser, targets, seed)
+    paths = _find_models(run, denoiser, targets, seed, say)
     advance = _make_progress(
         len(targets) * (len(section.batch_sizes) * (section.warmup + section.rounds) + 1), on_step
     )
@@ -120,7 +123,7 @@ def compare_rows(rows: Sequence[BenchRow], seed: int) -> list[Speedup]:
 
 
 def _find_models(
-    run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int
+    run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int, say: Say
 ) -> dict[str, Path]:
     """Return the model file of every target but torch_fp32; the peer is made where needed."""
     from treeq_export.runners.compiled import model_path
@@ -143,7 +146,7 @@ def _find_models(
             _example_inputs(denoiser, 2, seed + batch) for batch in range(NUM_CALIBRATION_BATCHES)
         ]
         paths[PEER] = make_int8_peer(
-            paths[FP32], model_path(run.absolute(), PEER).parent, calibration
+            paths[FP32], model_path(run.absolute(), PEER).parent, calibration, say
         )
     return paths
 

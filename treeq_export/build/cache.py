@@ -8,8 +8,6 @@ run are links to these files where the file system has links, so that they take 
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +21,9 @@ from treeq_export.build.engine import (
 )
 from treeq_export.errors import RunnerError
 from treeq_export.reading import read_record
-from treeq_export.records import Record, save_record
-from treeq_export.records.build import PluginKind, PluginReference, ShapeRange
+from treeq_export.records import Record, SealedRecord, save_record
+from treeq_export.records.build import PluginKind, PluginReference, RuntimeName, ShapeRange
+from treeq_export.sealed import Say, say_nothing
 
 ENTRY_FILE = "entry.json"
 BUILDER_VERSION = 1  # raise it when the builder's options change
@@ -48,7 +47,7 @@ class EngineInputs(Record):
 
     graph_sha256: str
     data_sha256: str | None
-    runtime: str
+    runtime: RuntimeName
     runtime_version: str
     gpu: str
     profile: dict[str, ShapeRange]
@@ -66,13 +65,14 @@ class EngineInputs(Record):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class CacheEntry(Record):
+class CacheEntry(SealedRecord):
     """A finished build.
 
     Attributes:
         inputs: What it depends on.
         engine_sha256: Of the engine file.
         engine_bytes: Its size.
+        layers_sha256: Of the layer list.
         build_s: Seconds of parsing and building.
         peak_bytes: Largest resident size of the building process.
         num_layers: Layers of the parsed network.
@@ -81,28 +81,36 @@ class CacheEntry(Record):
     inputs: EngineInputs
     engine_sha256: str
     engine_bytes: int
+    layers_sha256: str
     build_s: float
     peak_bytes: int
     num_layers: int
 
 
 def read_entry(folder: Path) -> CacheEntry | None:
-    """Return a cache folder's entry, None where there is none or it is malformed."""
+    """Return a cache folder's entry, None where there is none or it is damaged."""
     try:
-        return read_record(folder / ENTRY_FILE, CacheEntry, error=RunnerError, remedy="")
+        entry = read_record(folder / ENTRY_FILE, CacheEntry, error=RunnerError, remedy="")
     except RunnerError:
         return None
+    return entry if entry.is_sealed() else None
 
 
-def find(cache: Path, inputs: EngineInputs) -> CacheEntry | None:
-    """Return the finished build of these inputs; one whose engine has changed is none."""
+def find(cache: Path, inputs: EngineInputs, say: Say = say_nothing) -> CacheEntry | None:
+    """Return the finished build of these inputs; a damaged one is none, and `say` is told so."""
     folder = cache / inputs.key
-    entry, engine = read_entry(folder), folder / ENGINE_FILE
-    if entry is None or entry.inputs != inputs or not (folder / LAYERS_FILE).is_file():
+    if not folder.is_dir():
         return None
-    if not engine.is_file() or sha256_of_file(engine) != entry.engine_sha256:
-        return None
-    return entry
+    entry = read_entry(folder)
+    if entry is not None and entry.inputs == inputs:
+        digests = {ENGINE_FILE: entry.engine_sha256, LAYERS_FILE: entry.layers_sha256}
+        if all(
+            (folder / name).is_file() and sha256_of_file(folder / name) == digest
+            for name, digest in digests.items()
+        ):
+            return entry
+    say(f"{folder}: damaged, or of an older treeq-export; it is built again.")
+    return None
 
 
 def expected_seconds(cache: Path, inputs: EngineInputs) -> float | None:
@@ -127,7 +135,7 @@ def build_into(
         RunnerError: The builder refuses the graph.
         OutputError: The cache cannot be written to.
     """
-    with atomic_folder(cache / inputs.key) as folder:
+    with atomic_folder(cache / inputs.key, (ENGINE_FILE, LAYERS_FILE, ENTRY_FILE)) as folder:
         here = order.model_copy(update={"folder": str(folder.absolute())})
         result = build_engine(here, expected_seconds(cache, inputs), on_step)
         (folder / BUILD_FILE).unlink()
@@ -136,15 +144,8 @@ def build_into(
             inputs=inputs,
             engine_sha256=sha256_of_file(engine),
             engine_bytes=engine.stat().st_size,
+            layers_sha256=sha256_of_file(folder / LAYERS_FILE),
             **result.model_dump(),
         )
         save_record(folder / ENTRY_FILE, entry)
     return entry
-
-
-def link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where that cannot be."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

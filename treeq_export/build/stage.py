@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_folder, sha256_of_file
-from treeq_export.build.cache import CacheEntry, EngineInputs, build_into, find, link
+from treeq_export.artefacts import atomic_folder, link_or_copy, sha256_of_file
+from treeq_export.build.cache import CacheEntry, EngineInputs, build_into, find
 from treeq_export.build.engine import ENGINE_FILE, LAYERS_FILE, BuildOrder
 from treeq_export.build.graph_facts import GraphFacts, read_facts
 from treeq_export.build.layer_list import parse_layers
@@ -37,6 +37,7 @@ from treeq_export.runners.tensorrt_quick_plugin import (
     hash_quick_kernels,
     require_quick_plugins,
 )
+from treeq_export.sealed import Say, say_nothing
 
 RECORD_FILE = "build.json"
 ENGINES_FOLDER = "engines"
@@ -77,7 +78,11 @@ def engine_folder(run: Path, runtime: str, target: str, gpu: str) -> Path:
 
 
 def run_build(
-    run: Path, options: BuildOptions, section: CompileSection, on_engine: OnEngine
+    run: Path,
+    options: BuildOptions,
+    section: CompileSection,
+    on_engine: OnEngine,
+    say: Say = say_nothing,
 ) -> BuildRecord:
     """Build every engine that is not up to date, and write `build.json`.
 
@@ -86,6 +91,7 @@ def run_build(
         options: What to build.
         section: The recipe's compile section, for graphs without a profile.
         on_engine: Called at the start of every engine.
+        say: Told in one line that a finished build is damaged.
 
     Returns:
         All engines of the run whose manifest is there, those of this call first.
@@ -109,7 +115,7 @@ def run_build(
         if options.split is not None:
             source = _split_source(source, options.split, section)
         for gpu in options.gpus:
-            done.append(_build_one(run, source, runtime, gpu, cache, on_engine))
+            done.append(_build_one(run, source, runtime, gpu, cache, on_engine, say))
             save_record(run / RECORD_FILE, BuildRecord(engines=_with_earlier(run, done)))
     return BuildRecord(engines=_with_earlier(run, done))
 
@@ -166,7 +172,13 @@ def _split_source(
 
 
 def _build_one(
-    run: Path, source: _Source, runtime: Runtime, gpu: str, cache: Path, on_engine: OnEngine
+    run: Path,
+    source: _Source,
+    runtime: Runtime,
+    gpu: str,
+    cache: Path,
+    on_engine: OnEngine,
+    say: Say,
 ) -> BuiltEngine:
     """Build one engine, or take it from the run or the cache.
 
@@ -187,12 +199,12 @@ def _build_one(
     )
     folder = engine_folder(run, runtime.name, source.target, gpu)
     path, name = str(folder.relative_to(run)), f"{source.target} {gpu}"
-    current = _read_current(folder, inputs.key)
+    current = _read_current(folder, inputs.key, say)
     if current is not None:
         on_engine(name, True)
         return BuiltEngine(path=path, how="up to date", manifest=current)
     on_step = on_engine(name, False)
-    entry, how = find(cache, inputs), "from cache"
+    entry, how = find(cache, inputs, say), "from cache"
     if entry is None:
         order = BuildOrder(
             runtime=runtime.name,
@@ -244,24 +256,31 @@ def _place(folder: Path, cached: Path, entry: CacheEntry, source: _Source) -> En
         plugin_kind=inputs.plugin_kind,
         note=_QUICK_NOTE if inputs.plugin_kind == "quick" else None,
     )
-    with atomic_folder(folder) as temporary:
-        link(cached / ENGINE_FILE, temporary / ENGINE_FILE)
+    with atomic_folder(folder, (ENGINE_FILE, TABLE_FILE, MANIFEST_FILE)) as temporary:
+        link_or_copy(cached / ENGINE_FILE, temporary / ENGINE_FILE)
         save_record(temporary / TABLE_FILE, table)
         save_record(temporary / MANIFEST_FILE, manifest)
     return manifest
 
 
-def _read_current(folder: Path, key: str) -> EngineManifest | None:
+def _read_current(folder: Path, key: str, say: Say) -> EngineManifest | None:
     """Return the manifest of an engine that is up to date."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
+    manifest = None
     try:
         manifest = read_manifest(folder)
+        if manifest.key != key:
+            return None
+        table = read_record(folder / TABLE_FILE, VerifierTable, error=RunnerError, remedy="")
         digest = sha256_of_file(folder / ENGINE_FILE)
+        whole = manifest.engine_sha256 == digest and table.is_sealed()
     except (OSError, RunnerError):
-        return None
-    table = (folder / TABLE_FILE).is_file()
-    return manifest if table and (manifest.key, manifest.engine_sha256) == (key, digest) else None
+        whole = False
+    if whole:
+        return manifest
+    say(f"{folder}: damaged, or of an older treeq-export; it is made again.")
+    return None
 
 
 def _with_earlier(run: Path, done: list[BuiltEngine]) -> list[BuiltEngine]:

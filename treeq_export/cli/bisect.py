@@ -27,9 +27,12 @@ from treeq_export.errors import GateError
 def bisect(run: Path, target: str, threshold_db: float | None, as_json: bool) -> None:
     """Name the first layer of a target that is out of bounds; status 3 if there is one."""
     from treeq_export.bisect import run_bisect
+    from treeq_export.bisect.cuda import CUDA
+    from treeq_export.pipeline import require_result
     from treeq_export.workspace import Workspace
 
-    with Workspace.reopen(run) as workspace, stage_progress() as progress:
+    with Workspace.reopen(run, read_only=True) as workspace, stage_progress() as progress:
+        require_result(workspace, "bisect", "finetune" if target == CUDA else "compile")
         record = run_bisect(
             workspace.run,
             workspace.denoiser,

@@ -12,6 +12,7 @@ from treeq_export.cli.console import (
     main,
     make_stdout,
     run_option,
+    say,
     stage_progress,
 )
 
@@ -68,13 +69,15 @@ def build(
     """Build engines, and check that every planned layer became what the plan says."""
     from treeq_export.build import BuildOptions, run_build
     from treeq_export.compile.split_quick_plugins import split_file
+    from treeq_export.pipeline import require_result
     from treeq_export.workspace import Workspace
 
     split = split_file if plugins == "quick" else None
     options = BuildOptions(runtime=runtime, gpus=gpus, targets=targets, cache=cache, split=split)
     options.check()
     with Workspace.reopen(run) as workspace, stage_progress() as progress:
-        record = run_build(run, options, workspace.recipe.compile, progress.start)
+        require_result(workspace, "build", "compile")
+        record = run_build(run, options, workspace.recipe.compile, progress.start, say)
     if as_json:
         click.echo(record.model_dump_json(indent=2))
         return

@@ -69,17 +69,25 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write a Triton model repository with its launch script, and lint it."""
     from treeq_export.model.checkpoint import build_model
     from treeq_export.model.zoo import make_denoiser
+    from treeq_export.pipeline import require_result
     from treeq_export.serve.options import ServeOptions
     from treeq_export.serve.stage import run_serve
     from treeq_export.workspace import Workspace
 
     chosen = ServeOptions(**options)
     chosen.check()
-    with Workspace.reopen(run) as workspace, stage_progress() as progress:
+    elsewhere = out is not None and not out.resolve().is_relative_to(run.resolve())
+    with (
+        Workspace.reopen(run, read_only=elsewhere) as workspace,
+        stage_progress() as progress,
+    ):
         on_step = progress.start("serve", False)
+        compiled = require_result(workspace, "serve", "compile")
         checkpoint, recipe = workspace.checkpoint, workspace.recipe
         denoiser = make_denoiser(build_model(checkpoint), checkpoint, recipe.model)
-        written = run_serve(run, denoiser, recipe, chosen, out=out, on_step=on_step)
+        written = run_serve(
+            run, denoiser, recipe, chosen, out=out, compiled=compiled, on_step=on_step
+        )
     if as_json:
         click.echo(written.manifest.model_dump_json(indent=2))
         return

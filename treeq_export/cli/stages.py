@@ -1,5 +1,6 @@
 """The whole run, and one command per stage."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,31 @@ def evaluate(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def report(run: Path, as_json: bool) -> None:
-    """Write report.json and report.html from what has been measured so far."""
-    show_report(run_one(run, "report"), run, as_json=as_json)
+    """Write report.json and report.html from what has been measured so far.
+
+    Of a run folder that cannot be written to the report is printed only.
+    """
+    if os.access(run, os.W_OK):
+        show_report(run_one(run, "report"), run, as_json=as_json)
+    else:
+        _show_unwritten(run, as_json=as_json)
+
+
+def _show_unwritten(run: Path, *, as_json: bool) -> None:
+    from treeq_export.artefacts import json_text
+    from treeq_export.pipeline import require_stages, stage_named
+    from treeq_export.report import print_report, report_to_json
+    from treeq_export.stages import read_report
+    from treeq_export.workspace import Workspace
+
+    with Workspace.reopen(run, read_only=True) as workspace:
+        require_stages(workspace, stage_named("report"))
+        made = read_report(workspace)
+    say(f"{run}: read only, report.json and report.html are as they were.")
+    if as_json:
+        click.echo(json_text(report_to_json(made)), nl=False)
+    else:
+        print_report(made, make_stdout())
 
 
 def _check_gates_of(run: Path, file: str) -> None:

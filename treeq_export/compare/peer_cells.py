@@ -78,6 +78,7 @@ def run_peer(run: Workspace, name: str, on_stage: OnStage) -> bool:
             on_step=on_stage(EVALUATE),
             fp_samples=run.fp_samples,
             source=key,
+            say=run.say,
         )
     done = time.monotonic()
     outputs = {QUALITY_FILE: sha256_of_file(run.run / QUALITY_FILE)}

@@ -34,6 +34,7 @@ from treeq_export.pipeline import (
 )
 from treeq_export.recipe import Recipe
 from treeq_export.records import CompareRecord, CompareRow, QualityRecord, load_record, save_record
+from treeq_export.sealed import Say, say_nothing
 from treeq_export.workspace import RUN_FILE, Workspace, read_run
 
 COMPARE_FILE = "compare.json"
@@ -167,7 +168,7 @@ class _Table:
             pending=names,
             environment=describe_environment(torch.get_num_threads()),
         )
-        old = read_comparison(workspace.run)
+        old = read_comparison(workspace.run, workspace.say)
         if old is not None:
             _check_same(workspace.run, old, self.record)
             rows = old.rows if old.version == __version__ else []
@@ -198,8 +199,8 @@ class _Table:
         self.record = self.record.model_copy(update=changes)
 
 
-def read_comparison(out: Path) -> CompareRecord | None:
-    """Return the table of a folder; None where there is none yet.
+def read_comparison(out: Path, say: Say = say_nothing) -> CompareRecord | None:
+    """Return the table of a folder; None where there is none yet, or it is damaged.
 
     Raises:
         OutputError: compare.json is malformed.
@@ -208,11 +209,15 @@ def read_comparison(out: Path) -> CompareRecord | None:
     if not path.is_file():
         return None
     try:
-        return load_record(path, CompareRecord, "compare")
+        record = load_record(path, CompareRecord, "compare")
     except PlanError as error:
         raise OutputError(
             f"{path}: not what this treeq-export writes. Remove it and run the same command again."
         ) from error
+    if record.is_sealed():
+        return record
+    say(f"{path}: damaged, or of an older treeq-export; its rows are made again.")
+    return None
 
 
 def _check_same(out: Path, old: CompareRecord, new: CompareRecord) -> None:

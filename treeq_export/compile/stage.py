@@ -23,16 +23,15 @@ from treeq_export.plan import Plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
 from treeq_export.runners.compiled import (
-    MODEL_FILE,
     PACKED,
     PLAN_KEY,
     TENSORRT_TARGETS,
     model_path,
 )
 from treeq_export.runners.graph_file import initializer_bytes
+from treeq_export.runners.model_files import DATA_FILE, MODEL_FILE, OUR_FILES, model_files
 
 RECORD_FILE = "compile.json"
-DATA_FILE = "model.onnx.data"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 _PROTOBUF_LIMIT_BYTES = 2_000_000_000
 
@@ -92,7 +91,7 @@ def compile_target(
     check_metadata(model)
     final = model_path(run, target)
     audit: list[AuditLayer] = []
-    with atomic_folder(final.parent) as folder:
+    with atomic_folder(final.parent, OUR_FILES) as folder:
         save_model(model, folder / MODEL_FILE, section.external_data)
         if target == PACKED:
             audit = audit_packed(folder / MODEL_FILE, model, tensors, plan)
@@ -111,7 +110,7 @@ def compile_target(
     return CompiledTarget(
         target=target,
         path=str(final.relative_to(run)),
-        size_bytes=sum(file.stat().st_size for file in final.parent.iterdir()),
+        size_bytes=sum(file.stat().st_size for file in model_files(final)),
         sha256=sha256_of_file(final),
         data_sha256=sha256_of_file(data) if data.is_file() else None,
         audit=audit,

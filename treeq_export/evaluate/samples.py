@@ -7,7 +7,6 @@ number, seed, conditioning. It is written as a whole or not at all.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +17,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_path, sha256_of_file
+from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, TENSORS_FILE
-from treeq_export.reading import open_safetensors
+from treeq_export.reading import load_safetensors
 from treeq_export.runners.compiled import model_path
+from treeq_export.runners.model_files import model_files
+from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
 
 _TENSOR = "samples"
 _KEY = "fingerprint"
@@ -64,7 +65,7 @@ def digest_quantized(run: Path, runner: str) -> str:
             stage, files = "finetune", [*files, run / FINETUNED_FILE]
     else:
         path = model_path(run, runner)
-        stage, files = "compile", [path, *sorted(path.parent.glob(f"{path.name}.*"))]
+        stage, files = "compile", model_files(path) or [path]
     for file in files:
         if not file.is_file():
             raise PlanError(f"{file}: missing. Run `treeq-export {stage} --run {run}` first.")
@@ -80,13 +81,16 @@ def _digest_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def sample_or_load(path: Path, fingerprint: str, make: Callable[[], Tensor]) -> NDArray[np.float32]:
+def sample_or_load(
+    path: Path, fingerprint: str, make: Callable[[], Tensor], say: Say = say_nothing
+) -> NDArray[np.float32]:
     """Return cached samples, or make and cache them.
 
     Args:
         path: The safetensors file.
         fingerprint: Of what is asked for.
         make: Samples, (n, *sample_shape) float32.
+        say: Told in one line that the file is damaged.
 
     Returns:
         The samples; they may hold NaN (`check_finite`).
@@ -94,15 +98,10 @@ def sample_or_load(path: Path, fingerprint: str, make: Callable[[], Tensor]) -> 
     Raises:
         OutputError: The file cannot be written.
     """
-    with (
-        suppress(TreeqError),  # none yet, or not a file of ours: sampled anew
-        open_safetensors(path, error=TreeqError, remedy="") as file,
-    ):
-        if file.metadata.get(_KEY) == fingerprint:
-            return file.get(_TENSOR)
+    if read_sealed_metadata(path, {_KEY: fingerprint}, say) is not None:
+        return load_safetensors(path, error=TreeqError, remedy="")[_TENSOR]
     samples = np.ascontiguousarray(make().numpy())
-    with atomic_path(path) as temporary:
-        save_file({_TENSOR: samples}, temporary, metadata={_KEY: fingerprint})
+    write_sealed_tensors(path, save_file, {_TENSOR: samples}, {_KEY: fingerprint})
     return samples
 
 

@@ -23,6 +23,7 @@ from treeq_export.evaluate.samples import (
 from treeq_export.model.sampler import Run, sample
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
+from treeq_export.sealed import Say, say_nothing
 
 FP = "fp"
 QUANTIZED = "quantized"
@@ -92,6 +93,7 @@ class Sampling:
         recipe: Its sampler and evaluate sections.
         sides: By name.
         on_step: Called with the fraction done, 0..1.
+        say: Told in one line that cached samples are damaged.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class Sampling:
         recipe: Recipe,
         sides: Mapping[str, Side],
         on_step: Callable[[float], None],
+        say: Say = say_nothing,
     ) -> None:
+        self.say = say
         self.denoiser = denoiser
         self.recipe = recipe
         self.sides = sides
@@ -149,7 +153,7 @@ class Sampling:
             )
 
         path = side.folder / f"{name}_seed{seed}.safetensors"
-        samples = sample_or_load(path, fingerprint, make)
+        samples = sample_or_load(path, fingerprint, make, self.say)
         self.num_done = before + share
         self.on_step(self.num_done / total)
         check_finite(samples, f"{side.runner}, seed {seed}", side.remedy)

@@ -32,6 +32,7 @@ from treeq_export.records import (
     SeedQuality,
     save_record,
 )
+from treeq_export.sealed import Say, say_nothing
 
 QUALITY_FILE = "quality.json"
 SAMPLES_FOLDER = "samples"
@@ -63,6 +64,7 @@ def run_evaluate(
     baseline: Baseline | None = None,
     fp_samples: Path | None = None,
     source: str | None = None,
+    say: Say = say_nothing,
 ) -> QualityRecord:
     """Sample with all models, score the images, and write `quality.json` and the grids.
 
@@ -75,6 +77,7 @@ def run_evaluate(
         baseline: A second quantized model to measure beside the first.
         fp_samples: Folder of the cached full-precision samples; None is that of the run.
         source: Digest of the quantized model; None takes that of the run folder's files.
+        say: Told in one line that cached samples are damaged.
 
     Returns:
         The record; its gates may be unmet, which the caller decides on.
@@ -96,7 +99,7 @@ def run_evaluate(
     }
     if baseline is not None:
         sides[BASELINE] = make_quantized(baseline.runner, baseline.source, "torch", folder)
-    sampling = Sampling(denoiser, recipe, sides, lambda done: on_step(_SAMPLING_SHARE * done))
+    sampling = Sampling(denoiser, recipe, sides, lambda done: on_step(_SAMPLING_SHARE * done), say)
     results, grids = _score_seeds(run, sampling, judge)
     held_out = collect_held_out(denoiser, recipe)
     fp = mean_scores([result.fp for result in results])

@@ -26,6 +26,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, Plan, Tensors
 from treeq_export.recipe import FinetuneSection, Recipe
 from treeq_export.records import FinetunePoint, FinetuneRecord, save_record
+from treeq_export.sealed import Say, say_nothing
 
 # Far from the seeds that calibrate and evaluate draw their noise with.
 _HELD_OUT_SEED = 1_000_003
@@ -39,6 +40,7 @@ def run_finetune(
     tensors: Tensors,
     recipe: Recipe,
     on_step: Callable[[float], None],
+    say: Say = say_nothing,
 ) -> FinetuneRecord | None:
     """Train what the recipe names and write `finetuned.safetensors` and `finetune.json`.
 
@@ -49,6 +51,7 @@ def run_finetune(
         tensors: Its calibrated tensors, without an earlier result of this stage.
         recipe: Its finetune and sampler sections and its seed.
         on_step: Called with the fraction done, 0..1.
+        say: Told in one line that the state of an interrupted training is damaged.
 
     Returns:
         The record; None with mode "none", which only removes an earlier result.
@@ -69,7 +72,7 @@ def run_finetune(
     training = _prepare(denoiser, plan, tensors, recipe)
     state = run / STATE_FILE
     fingerprint = _fingerprint(plan, recipe)
-    before = load_state(state, training, fingerprint)
+    before = load_state(state, training, fingerprint, say)
     if training.progress.step == 0:
         training.pool.spread(
             training.teacher, section.batch_size, lambda part: on_step(_PREPARATION * part)

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
-from treeq_export.artefacts import atomic_path
 from treeq_export.errors import PlanError
 from treeq_export.finetune.training import Progress, Training
-from treeq_export.reading import open_safetensors
+from treeq_export.reading import load_safetensors
+from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
 
 STATE_FILE = "finetune.state.safetensors"
 _FINGERPRINT, _PROGRESS, _SECONDS = "fingerprint", "progress", "seconds"
@@ -37,28 +36,24 @@ def save_state(path: Path, training: Training, fingerprint: str, seconds: float)
         _SECONDS: repr(seconds),
     }
     tensors = {name: tensor.contiguous() for name, tensor in training.state().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    write_sealed_tensors(path, save_file, tensors, header)
 
 
-def load_state(path: Path, training: Training, fingerprint: str) -> float:
+def load_state(path: Path, training: Training, fingerprint: str, say: Say = say_nothing) -> float:
     """Bring a training to the state that was saved, if it is of the same training.
 
     Args:
         path: The state file; it may be missing.
         training: The training, at its start.
         fingerprint: Digest of all that it depends on.
+        say: Told in one line that the file is damaged; training then starts anew.
 
     Returns:
         The seconds spent before; 0 where nothing was taken up.
     """
-    try:
-        with open_safetensors(path, error=PlanError, remedy="", framework="pt") as file:
-            header = file.metadata
-            if header.get(_FINGERPRINT) != fingerprint:
-                return 0.0
-            tensors: dict[str, Tensor] = {name: file.get(name) for name in file.header}
-    except PlanError:
-        return 0.0  # none, or not a file of ours: training starts anew
+    header = read_sealed_metadata(path, {_FINGERPRINT: fingerprint}, say)
+    if header is None:
+        return 0.0
+    tensors = load_safetensors(path, error=PlanError, remedy="", framework="pt")
     training.load_state(tensors, Progress(**json.loads(header[_PROGRESS])))
     return float(header[_SECONDS])

@@ -5,7 +5,7 @@ ParityRecord; bench.json: BenchRecord; quality.json: QualityRecord; compare.json
 build.json: BuildRecord.
 """
 
-from treeq_export.records.base import GateResult, Record, load_record, save_record
+from treeq_export.records.base import GateResult, Record, SealedRecord, load_record, save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierSummary
 from treeq_export.records.compare import CompareRecord, CompareRow, Spread
 from treeq_export.records.engines import (
@@ -57,6 +57,7 @@ __all__ = [
     "QualityRecord",
     "QualityScores",
     "Record",
+    "SealedRecord",
     "SearchCost",
     "SearchFinalist",
     "SearchNode",

@@ -1,13 +1,15 @@
 """What all records share: their form, gates, and how they are written and read."""
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from treeq_export.artefacts import write_bytes
 from treeq_export.errors import PlanError
 from treeq_export.reading import read_record
+from treeq_export.sealed import SEAL, is_sealed, seal
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -16,6 +18,35 @@ class Record(BaseModel):
     """Base of all records; non-finite numbers are written as JSON strings ("Infinity", "NaN")."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class SealedRecord(Record):
+    """A record that carries the digest of its content (sealed.py).
+
+    Attributes:
+        sha256: Of the other fields; empty in a record that was never written.
+    """
+
+    sha256: str = ""
+
+    def sealed(self) -> Self:
+        """Return the record with its digest."""
+        return self.model_copy(update={SEAL: seal(self._content())[SEAL]})
+
+    def is_sealed(self) -> bool:
+        """Whether the record is as it was written."""
+        return is_sealed(self._content())
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the content; one of the two may not have been written."""
+        if not isinstance(other, SealedRecord) or type(other) is not type(self):
+            return NotImplemented
+        return self.model_dump(exclude={SEAL}) == other.model_dump(exclude={SEAL})
+
+    __hash__ = Record.__hash__
+
+    def _content(self) -> dict[str, Any]:
+        return json.loads(self.model_dump_json())
 
 
 class GateResult(Record):
@@ -43,12 +74,13 @@ class GateResult(Record):
 
 
 def save_record(path: Path, record: Record) -> None:
-    """Write a record as JSON, atomically.
+    """Write a record as JSON, atomically; one that can be sealed is.
 
     Raises:
         OutputError: The folder cannot be written to.
     """
-    write_bytes(path, (record.model_dump_json(indent=2) + "\n").encode())
+    sealed = record.sealed() if isinstance(record, SealedRecord) else record
+    write_bytes(path, (sealed.model_dump_json(indent=2) + "\n").encode())
 
 
 def load_record(path: Path, kind: type[Model], stage: str) -> Model:

@@ -1,8 +1,10 @@
 """Records of built engines: manifest.json and layers.json beside each, build.json of a run."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from treeq_export.records.base import Record
+from pydantic import Field, StringConstraints, model_validator
+
+from treeq_export.records.base import Record, SealedRecord
 
 Planned = Literal["quantized", "weight-only", "floating-point"]
 
@@ -49,7 +51,7 @@ class VerifierSummary(Record):
         return done / self.num_quantized if self.num_quantized else 1.0
 
 
-class VerifierTable(Record):
+class VerifierTable(SealedRecord):
     """Content of layers.json: every planned layer and what became of it."""
 
     summary: VerifierSummary
@@ -67,15 +69,27 @@ class PluginReference(Record):
     namespace: str
 
 
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
+_Target = Annotated[str, StringConstraints(pattern=r"^tensorrt(-native)?$")]
+_Gpu = Annotated[str, StringConstraints(pattern=r"^sm_\d{2,3}[a-z]?$")]
+
+
 class ShapeRange(Record):
     """Smallest, tuned-for and largest shape of one input."""
 
-    min: list[int]
+    min: list[int] = Field(min_length=1)
     opt: list[int]
     max: list[int]
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        sizes = list(zip(self.min, self.opt, self.max, strict=True))
+        if not all(1 <= low <= usual <= high for low, usual, high in sizes):
+            raise ValueError("expected 1 <= min <= opt <= max")
+        return self
 
-class EngineManifest(Record):
+
+class EngineManifest(SealedRecord):
     """What an engine is, and where it may be loaded.
 
     Attributes:
@@ -101,17 +115,17 @@ class EngineManifest(Record):
     """
 
     treeq_version: str
-    runtime: str
+    runtime: RuntimeName
     runtime_version: str
-    gpu: str
-    target: str
+    gpu: _Gpu
+    target: _Target
     key: str
     engine_sha256: str
     engine_bytes: int
     graph_sha256: str
     data_sha256: str | None
     plan_sha256: str
-    profile: dict[str, ShapeRange]
+    profile: dict[str, ShapeRange] = Field(min_length=1)
     bits: dict[str, tuple[int, int]]
     plugins: list[PluginReference]
     build_s: float

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from treeq_export.records.base import Record
+from treeq_export.records.base import Record, SealedRecord
 from treeq_export.records.plans import SearchPoint
 
 
@@ -67,7 +67,7 @@ class CompareRow(Record):
         return (self.weight_bits + self.activation_bits) / 2
 
 
-class CompareRecord(Record):
+class CompareRecord(SealedRecord):
     """Result of compare (compare.json): one row per finished cell.
 
     Attributes:

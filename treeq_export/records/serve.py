@@ -30,6 +30,7 @@ class ServeManifest(Record):
         models: Versions by model.
         packages: Python packages by model; major and minor version have to be these.
         files: By name, relative to the repository.
+        pending: A version whose folders are being written; the server loads none of them.
     """
 
     class Denoiser(Record):
@@ -51,3 +52,4 @@ class ServeManifest(Record):
     models: dict[str, list[int]]
     packages: dict[str, dict[str, str]]
     files: dict[str, ServedFile]
+    pending: int | None = None

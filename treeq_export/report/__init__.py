@@ -9,7 +9,18 @@ from treeq_export.report.html import render_html
 from treeq_export.report.summary import HTML_FILE, REPORT_FILE, Report, report_to_json, summarize
 from treeq_export.report.terminal import print_report
 
-__all__ = ["Report", "print_report", "write_report"]
+__all__ = ["Report", "make_report", "print_report", "report_to_json", "write_report"]
+
+
+def make_report(
+    run: Path, *, stages: dict[str, float], recipe: Recipe, commands: list[str]
+) -> Report:
+    """Return the report of a run without writing it; see `write_report`.
+
+    Raises:
+        PlanError: The plan or compile.json is missing, or a record is malformed.
+    """
+    return summarize(read_evidence(run, recipe, commands), stages)
 
 
 def write_report(
@@ -31,7 +42,7 @@ def write_report(
         PlanError: The plan or compile.json is missing, or a record is malformed.
         OutputError: The folder cannot be written to.
     """
-    report = summarize(read_evidence(run, recipe, commands), stages)
+    report = make_report(run, stages=stages, recipe=recipe, commands=commands)
     write_bytes(run / HTML_FILE, render_html(report).encode())
     write_json(run / REPORT_FILE, report_to_json(report))
     return report

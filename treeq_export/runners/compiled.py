@@ -23,10 +23,11 @@ from treeq_export.reading import parse_record
 from treeq_export.records.build import ShapeRange
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.graph_file import path_of, read_graph
+from treeq_export.runners.model_files import MODEL_FILE as MODEL_FILE
+from treeq_export.runners.model_files import model_files
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.products import products_saturate
 
-MODEL_FILE = "model.onnx"
 PACKED = "ort"
 TENSORRT, TENSORRT_NATIVE = "tensorrt", "tensorrt-native"
 TENSORRT_TARGETS = (TENSORRT, TENSORRT_NATIVE)
@@ -95,7 +96,7 @@ def runner_options(path: Path, target: str) -> dict[str, bool]:
     """
     kernels = uses_kernels(target)
     packed = target.removesuffix(_BODY) in (PACKED, TENSORRT)
-    small = sum(file.stat().st_size for file in path.parent.glob("*")) < _FOLD_BELOW_BYTES
+    small = sum(file.stat().st_size for file in model_files(path)) < _FOLD_BELOW_BYTES
     return {
         "use_kernels": kernels,
         "fold_constants": kernels or not packed or small,

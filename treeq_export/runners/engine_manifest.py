@@ -42,12 +42,12 @@ def read_manifest(folder: Path) -> EngineManifest:
     Raises:
         RunnerError: Missing or malformed.
     """
-    return read_record(
-        folder / MANIFEST_FILE,
-        EngineManifest,
-        error=RunnerError,
-        remedy="Build the engine again with `treeq-export build`.",
-    )
+    remedy = "Build the engine again with `treeq-export build`."
+    path = folder / MANIFEST_FILE
+    manifest = read_record(path, EngineManifest, error=RunnerError, remedy=remedy)
+    if manifest.sha256 and not manifest.is_sealed():  # those of earlier versions have no digest
+        raise RunnerError(f"{path}: not what build wrote. {remedy}")
+    return manifest
 
 
 def check_manifest(folder: Path, runtime: Runtime, *, gpu: str | None = None) -> EngineManifest:

@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treeq_export.artefacts import atomic_path
 from treeq_export.errors import PlanError
 from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
 from treeq_export.model.mapped import make_tensor
@@ -36,8 +35,9 @@ from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import WeightFormat
-from treeq_export.reading import load_safetensors, open_safetensors
+from treeq_export.reading import load_safetensors
 from treeq_export.recipe import Recipe
+from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
 from treeq_export.search.formats import make_activation_format
 
 FOLDER = "search"
@@ -56,28 +56,22 @@ class Store:
     Attributes:
         folder: `search/` of the run folder.
         fingerprint: Of everything that the files depend on; others are made anew.
+        say: Told in one line that a file is damaged.
     """
 
     folder: Path
     fingerprint: str
+    say: Say = say_nothing
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one file, atomically."""
-        with atomic_path(self.folder / name) as temporary:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()},
-                temporary,
-                metadata={_KEY: self.fingerprint},
-            )
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        write_sealed_tensors(self.folder / name, save_file, contiguous, {_KEY: self.fingerprint})
 
     def has(self, name: str) -> bool:
-        """Whether a file of this search is there."""
-        path = self.folder / name
-        try:
-            with open_safetensors(path, error=PlanError, remedy=_REDO, framework="pt") as file:
-                return file.metadata.get(_KEY) == self.fingerprint
-        except PlanError:
-            return False
+        """Whether a file of this search is there and whole; reads all of it."""
+        expected = {_KEY: self.fingerprint}
+        return read_sealed_metadata(self.folder / name, expected, self.say) is not None
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one file; their bytes are read when they are used."""
@@ -97,22 +91,24 @@ class Store:
             block: Its number.
             kind: "clean" or "noisy".
         """
-        tensors = self.load(_block_file(block))
+        tensors = self.load(block_file(block))
         count = int(tensors["num_elements"])
         return tuple(tensors.get(f"{kind}.{element}") for element in range(count))
 
     def load_probes(self, block: int) -> Output:
         """Return the gradients of a searched block, elements (rows, K, ...)."""
-        tensors = self.load(_probe_file(block))
+        tensors = self.load(probe_file(block))
         count = int(tensors["num_elements"])
         return tuple(tensors.get(str(element)) for element in range(count))
 
 
-def _block_file(block: int) -> str:
+def block_file(block: int) -> str:
+    """Return the name of the file with a block's outputs."""
     return f"blocks/{block}.safetensors"
 
 
-def _probe_file(block: int) -> str:
+def probe_file(block: int) -> str:
+    """Return the name of the file with the gradients of a block."""
     return f"probes/{block}.safetensors"
 
 
@@ -183,14 +179,14 @@ def save_blocks(store: Store, clean: Sequence[Output], noisy: Sequence[Output]) 
         tensors = {"num_elements": torch.tensor(len(outputs[0]))}
         for kind, output in zip(("clean", "noisy"), outputs, strict=True):
             tensors |= {f"{kind}.{element}": x for element, x in enumerate(output) if x is not None}
-        store.save(_block_file(block), tensors)
+        store.save(block_file(block), tensors)
 
 
 def save_probes(store: Store, gradients: Mapping[int, Output]) -> None:
     """Write the gradients of blocks by number."""
     for block, output in gradients.items():
         tensors = {str(element): x for element, x in enumerate(output) if x is not None}
-        store.save(_probe_file(block), {"num_elements": torch.tensor(len(output)), **tensors})
+        store.save(probe_file(block), {"num_elements": torch.tensor(len(output)), **tensors})
 
 
 def fit_weights(
@@ -210,16 +206,15 @@ def fit_weights(
     Args:
         store: Where to.
         denoiser: The full-precision model.
-        templates: One entry per searched layer, with its branch and rotation.
+        templates: One entry per layer to fit, with its branch and rotation.
         statistics: Of every layer's rotated input.
         recipe: The candidates, and how scales and codes are found.
         on_step: Called with the fraction done, 0..1.
     """
     for done, layer in enumerate(templates, start=1):
-        if not store.has(weight_file(layer.name)):
-            linear = linear_of(denoiser, layer)
-            fitted = _fit_layer(layer, *arrays_of(linear), statistics[layer.name], recipe)
-            store.save(weight_file(layer.name), fitted)
+        linear = linear_of(denoiser, layer)
+        fitted = _fit_layer(layer, *arrays_of(linear), statistics[layer.name], recipe)
+        store.save(weight_file(layer.name), fitted)
         on_step(done / len(templates))
 
 

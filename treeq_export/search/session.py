@@ -25,13 +25,16 @@ from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import BranchFormat
 from treeq_export.reading import parse_record
 from treeq_export.recipe import Recipe
+from treeq_export.sealed import Say, say_nothing
 from treeq_export.search.bank import LayerBank
 from treeq_export.search.formats import make_layer_plan
 from treeq_export.search.prepare import (
     FINAL_FILE,
     ROWS_FILE,
     Store,
+    block_file,
     fit_weights,
+    probe_file,
     record_outputs,
     save_blocks,
     save_probes,
@@ -157,8 +160,9 @@ def prepare(
     fingerprint: str,
     statistics: Callable[[], Mapping[str, InputStatistics]],
     on_step: Callable[[float], None],
+    say: Say = say_nothing,
 ) -> None:
-    """Write what the workers read; files of the same fingerprint are kept.
+    """Write what the workers read; whole files of the same fingerprint are kept.
 
     Args:
         session: The search.
@@ -166,24 +170,33 @@ def prepare(
         fingerprint: Of `weights_fingerprint`.
         statistics: Returns every layer's rotated input; called only if weights are missing.
         on_step: Called with the fraction done, 0..1.
+        say: Told in one line that a file is damaged.
     """
     recipe = _read_recipe(session.recipe)
     found = discover_linears(denoiser)
     linears = [linear for linear in found if linear.name in session.names]
     leaves = make_leaves(linears)
-    store = Store(session.folder, fingerprint)
+    store = Store(session.folder, fingerprint, say)
     templates = make_templates(linears, recipe, session.branches)
-    if not all(store.has(weight_file(layer.name)) for layer in templates):
+    whole = {layer.name for layer in templates if store.has(weight_file(layer.name))}
+    if len(whole) < len(templates):
         fit_weights(
             store,
             denoiser,
-            templates,
+            [layer for layer in templates if layer.name not in whole],
             statistics(),
             recipe,
             lambda part: on_step(0.8 * part),
         )
-    noisy = Store(session.folder, journal_fingerprint(fingerprint, session.environment, 1.0))
-    if store.has(ROWS_FILE) and noisy.has("blocks/0.safetensors"):
+    noisy = Store(session.folder, journal_fingerprint(fingerprint, session.environment, 1.0), say)
+    names = block_names(found)
+    searched = sorted({leaf.block for leaf in leaves})
+    probed = searched if recipe.search.num_probes else []
+    wanted = [ROWS_FILE, *([FINAL_FILE] if recipe.search.num_final_rows else [])]
+    wanted += [probe_file(block) for block in probed]
+    if all(store.has(name) for name in wanted) and all(
+        noisy.has(block_file(block)) for block in range(len(names))
+    ):
         return
     rows = collect_rows(
         denoiser,
@@ -194,7 +207,7 @@ def prepare(
         on_step=lambda part: on_step(0.8 + 0.1 * part),
     )
     bank = make_bank(store, denoiser, linears, recipe, session.branches)
-    with BlockReplay(denoiser, block_names(found)) as replay:
+    with BlockReplay(denoiser, names) as replay:
         clean, prediction = record_outputs(replay, rows, session.batch_rows, session.folder)
         with LinearSwitch(denoiser, [linear.name for linear in linears]) as switch:
             environment = decode(session.environment)
@@ -210,8 +223,6 @@ def prepare(
         )
         save_rows(store, FINAL_FILE, others, predict(denoiser, others, session.batch_rows))
     if recipe.search.num_probes:
-        searched = sorted({leaf.block for leaf in leaves})
-        names = block_names(found)
         gradients = probe_gradients(
             denoiser,
             [names[block] for block in searched],

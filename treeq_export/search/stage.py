@@ -284,10 +284,11 @@ class _Search:
             fingerprint,
             lambda: self._statistics,
             lambda part: self._on_step(_BRANCHES + (_PREPARED - _BRANCHES) * part),
+            self._say,
         )
         known = journal_fingerprint(fingerprint, session.environment, section.noise)
         tally = Tally()
-        with Journal(self._folder / JOURNAL_FILE, known) as journal:
+        with Journal(self._folder / JOURNAL_FILE, known, say=self._say) as journal:
             expected = cost.num_block_runs if cost else self._count_alone()
             progress = SearchProgress(expected, tally, self._on_step, _PREPARED)
             with ExitStack() as stack:

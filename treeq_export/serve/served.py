@@ -1,18 +1,20 @@
 """What a repository says, gathered from the run: the graph or engine, the sampler's settings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export import __version__
 from treeq_export.environment import runtime_version, version_of
-from treeq_export.errors import RunnerError, ServeError
+from treeq_export.errors import PlanError, RunnerError, ServeError, TreeqError
 from treeq_export.model.denoise import is_pixels
 from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
 from treeq_export.runners.compiled import model_path, runner_options, uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
-from treeq_export.runners.engine_manifest import ENGINE_FILE, read_manifest
+from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, read_manifest
+from treeq_export.runners.model_files import DATA_FILE, model_files
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
 from treeq_export.serve.inside.settings import (
@@ -41,6 +43,8 @@ class Served:
         options: What was asked for.
         graph: Inputs and outputs.
         network_file: The graph or engine of the run.
+        network_files: The same with its external data, each with its SHA-256 as compile or build
+            wrote it down; None where nobody did.
         engine: Manifest of the engine; None where a graph is served.
         library: Library of custom ops or plugins; None where none is needed or none is there.
         profile: Batch sizes "min", "opt" and "max" that the denoiser takes.
@@ -52,6 +56,7 @@ class Served:
     options: ServeOptions
     graph: ServedGraph
     network_file: Path
+    network_files: Mapping[Path, str | None]
     engine: EngineManifest | None
     library: Path | None
     profile: dict[str, int]
@@ -109,7 +114,13 @@ class Served:
         return [model for model in self.models if model != DENOISER or self.options.mode == "bls"]
 
 
-def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions) -> Served:
+def gather(
+    run: Path,
+    denoiser: Denoiser,
+    recipe: Recipe,
+    options: ServeOptions,
+    compiled: Mapping[str, str] | None = None,
+) -> Served:
     """Read all that a repository needs.
 
     Args:
@@ -117,6 +128,7 @@ def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions)
         denoiser: Gives shapes and conventions; its weights are not used.
         recipe: Its name, sampler and compile sections.
         options: What is asked for.
+        compiled: SHA-256 of the files that compile wrote, relative to the run folder.
 
     Raises:
         ServeError: Something is missing or does not fit.
@@ -132,7 +144,11 @@ def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions)
             "and no setting of it prevents that. Choose --backend python, or --target ort."
         )
     engine_folder = _find_engine(run, options) if options.is_engine else None
-    engine = None if engine_folder is None else read_manifest(engine_folder)
+    engine, files = None, _graph_files(run, graph_file, compiled)
+    if engine_folder is not None:
+        engine = _read_engine(engine_folder, options)
+        _check_engine_source(engine_folder, engine, graph_file, files)
+        files = {engine_folder / ENGINE_FILE: engine.engine_sha256}
     profile = _read_profile(engine, recipe)
     max_batch = options.max_batch or min(USUAL_BATCH, profile["max"])
     if max_batch > profile["max"]:
@@ -147,6 +163,7 @@ def gather(run: Path, denoiser: Denoiser, recipe: Recipe, options: ServeOptions)
         options=options,
         graph=graph,
         network_file=graph_file if engine_folder is None else engine_folder / ENGINE_FILE,
+        network_files=files,
         engine=engine,
         library=library,
         profile=profile,
@@ -191,6 +208,77 @@ def _find_engine(run: Path, options: ServeOptions) -> Path:
     if options.gpu is None and len(gpus) > 1:
         raise ServeError(f"{folder}: engines for {', '.join(gpus)}. Choose one with --gpu.")
     return folder / (options.gpu or gpus[0])
+
+
+def _graph_files(
+    run: Path, graph_file: Path, compiled: Mapping[str, str] | None
+) -> dict[Path, str | None]:
+    """Return a graph and its external data with their digests."""
+    if compiled is None:
+        return dict.fromkeys(model_files(graph_file))
+    folder = graph_file.parent
+    return {
+        run / name: digest
+        for name, digest in compiled.items()
+        if run / name in (graph_file, folder / DATA_FILE)
+    }
+
+
+def _read_engine(folder: Path, options: ServeOptions) -> EngineManifest:
+    """Return an engine's manifest.
+
+    Raises:
+        ServeError: It says that it is another engine, or lacks what a server needs of it.
+        RunnerError: It is malformed.
+    """
+    manifest = read_manifest(folder)
+    for name, found, expected in (
+        ("runtime", manifest.runtime, options.runtime),
+        ("target", manifest.target, options.target),
+        ("gpu", manifest.gpu, folder.name),
+    ):
+        if found != expected:
+            raise ServeError(
+                f"{folder / MANIFEST_FILE}: {name}: received {found}, expected {expected}. "
+                "Build the engine again with `treeq-export build`."
+            )
+    if "sample" not in manifest.profile:
+        raise ServeError(
+            f"{folder / MANIFEST_FILE}: profile: received no input sample, expected its shapes. "
+            "Build the engine again with `treeq-export build`."
+        )
+    return manifest
+
+
+def _check_engine_source(
+    folder: Path, engine: EngineManifest, graph_file: Path, files: Mapping[Path, str | None]
+) -> None:
+    """Check that an engine was built of the graph as compile wrote it.
+
+    Raises:
+        ServeError: It was not.
+    """
+    data = graph_file.with_name(DATA_FILE)
+    built = {graph_file: engine.graph_sha256, data: engine.data_sha256}
+    if any(digest not in (None, built[file]) for file, digest in files.items()):
+        raise ServeError(
+            f"{folder}: built of another graph than {graph_file}. Run `treeq-export build` again."
+        )
+
+
+def not_as_recorded(file: Path, served: Served) -> TreeqError:
+    """Return the error for a graph or engine whose bytes are not those that were written down."""
+    if served.engine is None:
+        run = file.parents[2]
+        return PlanError(
+            f"{file}: not the file that compile wrote. "
+            f"Run `treeq-export compile --run {run}` first."
+        )
+    run, engine = file.parents[4], served.engine
+    return ServeError(
+        f"{file}: not the file that {MANIFEST_FILE} names. Run `treeq-export build --run {run} "
+        f"--runtime {engine.runtime} --gpu {engine.gpu} --target {engine.target}` again."
+    )
 
 
 def _read_profile(engine: EngineManifest | None, recipe: Recipe) -> dict[str, int]:

@@ -3,23 +3,28 @@
     DIR/triton/denoiser sampler vae_decoder/   config.pbtxt configs/cpu.pbtxt lib/ 1/ 2/ ...
     DIR/triton/launch.sh check_manifest.py manifest.json README.md
 
-A repository is written under a temporary name, linted, and renamed. A new version is written beside
-the old ones, each folder under a name that Triton does not look at, and renamed; manifest.json is
-last, so that a kill leaves version folders that no model will load.
+A repository is written under a temporary name, linted, and exchanged with the old one, of which all
+that serve did not write is kept (others.py). A new version is written beside the old ones, each
+folder under a name that Triton does not look at, and renamed. manifest.json says before that which
+version is being written and lists it at last, so that a kill leaves version folders that no model
+will load and the next addition replaces.
+
+What is copied from the run is compared, as it lies in the repository, with what compile or build
+wrote down of it.
 """
 
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
+from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
 from treeq_export.model import denoise
 from treeq_export.model.zoo import Denoiser
-from treeq_export.reading import read_record, read_text
+from treeq_export.reading import read_text
 from treeq_export.recipe import Recipe
 from treeq_export.records import save_record
 from treeq_export.records.serve import ServedFile, ServeManifest
@@ -29,6 +34,15 @@ from treeq_export.serve.configs import render_configs, render_launch, render_rea
 from treeq_export.serve.inside.settings import SETTINGS_FILE, to_json
 from treeq_export.serve.lint import check_repository
 from treeq_export.serve.options import ServeOptions, check_place
+from treeq_export.serve.others import (
+    CHECK_FILE,
+    LAUNCH_FILE,
+    MANIFEST_FILE,
+    README_FILE,
+    find_repository,
+    keep_others,
+    read_manifest,
+)
 from treeq_export.serve.served import (
     DENOISER,
     SAMPLER,
@@ -37,15 +51,14 @@ from treeq_export.serve.served import (
     backend_version,
     gather,
     network_path,
+    not_as_recorded,
     packages,
 )
 
 TRITON_FOLDER = "triton"
-MANIFEST_FILE = "manifest.json"
-_CHECK_FILE = "check_manifest.py"
 _INSIDE = Path(inside.__path__[0])
 # Names in a version's folder: what is copied there.
-_COMMON = {"treeq_manifest.py": _INSIDE / _CHECK_FILE}
+_COMMON = {"treeq_manifest.py": _INSIDE / CHECK_FILE}
 _LOOP = {"treeq_denoise.py": Path(denoise.__file__)}
 _NETWORK = {
     "treeq_network.py": _INSIDE / "network.py",
@@ -89,6 +102,7 @@ def run_serve(
     options: ServeOptions,
     *,
     out: Path | None = None,
+    compiled: Mapping[str, str] | None = None,
     on_step: Callable[[float], None] = lambda _: None,
 ) -> ServedRepository:
     """Write a repository for a run, or add a version.
@@ -99,32 +113,36 @@ def run_serve(
         recipe: The run's recipe.
         options: What to write.
         out: The repository; None is DIR/triton.
+        compiled: SHA-256 of the files that compile wrote, relative to the run folder; None takes
+            the files as they are.
         on_step: Called with the fraction done, 0..1.
 
     Raises:
         ServeError: Something is missing, does not fit, or is not right by the lint.
-        OutputError: The folder cannot be written to.
+        PlanError: A file is not the one that compile wrote.
+        OutputError: The folder cannot be written to, or holds what serve did not write.
     """
     root = (out or run / TRITON_FOLDER).absolute()
     check_place(options.root or root)
-    served = gather(run, denoiser, recipe, options)
+    old = None if options.add_version else find_repository(root)
+    served = gather(run, denoiser, recipe, options, compiled)
     on_step(0.1)
     if options.add_version:
         return _add_version(root, served, on_step)
-    if root.exists() and not (root / MANIFEST_FILE).is_file():
-        raise OutputError(f"{root}: is there and no repository of ours. Choose another --out.")
     final = options.root or root
-    with atomic_folder(root) as temporary:
+    with atomic_folder(root.resolve()) as temporary:
         _write_shared(temporary, final, served)
         for model in served.models:
             _write_version(temporary / model / "1", model, served, 1)
         on_step(0.5)
         manifest = _make_manifest(
-            temporary, final, served, {model: [1] for model in served.models}, {}
+            temporary, final, served, models={model: [1] for model in served.models}
         )
         save_record(temporary / MANIFEST_FILE, manifest)
         on_step(0.9)
         check_repository(temporary, final)
+        if old is not None:
+            keep_others(root, temporary, old, manifest)
     on_step(1.0)
     return ServedRepository(root, 1, manifest, served)
 
@@ -144,11 +162,11 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
         library = folder / DENOISER / "lib" / served.library.name
         library.parent.mkdir(parents=True)
         shutil.copyfile(served.library, library)
-    launch = folder / "launch.sh"
+    launch = folder / LAUNCH_FILE
     launch.write_text(render_launch(served))
     launch.chmod(0o755)
-    (folder / "README.md").write_text(render_readme(served, packages(served)))
-    shutil.copyfile(_INSIDE / _CHECK_FILE, folder / _CHECK_FILE)
+    (folder / README_FILE).write_text(render_readme(served, packages(served)))
+    shutil.copyfile(_INSIDE / CHECK_FILE, folder / CHECK_FILE)
 
 
 def _write_version(folder: Path, model: str, served: Served, version: int) -> None:
@@ -173,29 +191,40 @@ def _write_version(folder: Path, model: str, served: Served, version: int) -> No
 def _copy_network(folder: Path, served: Served) -> None:
     """Put the graph or the engine into the denoiser's version."""
     name = Path(network_path(served.options, 1)).name
-    shutil.copyfile(served.network_file, folder / name)
+    for source, digest in served.network_files.items():
+        copy = folder / (name if source == served.network_file else source.name)
+        shutil.copyfile(source, copy)
+        if digest is not None and sha256_of_file(copy) != digest:
+            raise not_as_recorded(source, served)
     if served.engine is not None:
-        shutil.copyfile(served.network_file.with_name("manifest.json"), folder / "engine.json")
-    elif served.graph.has_data:
-        data = f"{served.network_file.name}.data"
-        shutil.copyfile(served.network_file.with_name(data), folder / data)
+        save_record(folder / "engine.json", served.engine)
 
 
 def _make_manifest(
     folder: Path,
     final: Path,
     served: Served,
+    *,
     models: dict[str, list[int]],
-    plans: dict[str, str],
+    before: ServeManifest | None = None,
 ) -> ServeManifest:
-    """Return the manifest of a folder as it is now."""
+    """Return the manifest of a folder that holds what has just been written and nothing else.
+
+    Args:
+        folder: The repository; where there is one before, only the last version is looked at.
+        final: Where it will lie.
+        served: What was written.
+        models: Versions by model.
+        before: The manifest that a version is added to.
+    """
     options = served.options
     version = str(max(models[SAMPLER]))
+    new = models if before is None else [f"{model}/{version}" for model in models]
     engine = served.engine
     return ServeManifest(
         treeq_version=__version__,
         name=served.name,
-        plan_sha256=plans | {version: served.graph.plan_sha256},
+        plan_sha256=(before.plan_sha256 if before else {}) | {version: served.graph.plan_sha256},
         target=options.target,
         mode=options.mode,
         backend=options.chosen_backend,
@@ -205,23 +234,19 @@ def _make_manifest(
         denoiser=ServeManifest.Denoiser(profile=served.profile),
         models=models,
         packages=packages(served),
-        files={
+        files=(before.files if before else {})
+        | {
             str(path.relative_to(folder)): ServedFile(
                 bytes=path.stat().st_size, sha256=sha256_of_file(path)
             )
-            for path in _list_files(folder, models)
+            for path in _list_files(folder, new)
         },
     )
 
 
-def _list_files(folder: Path, models: Iterable[str]) -> list[Path]:
-    """Return the files of all models, without what Python leaves behind."""
-    return sorted(
-        path
-        for model in models
-        for path in (folder / model).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    )
+def _list_files(folder: Path, parts: Iterable[str]) -> list[Path]:
+    """Return all files below some folders of a repository."""
+    return sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
 
 
 def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -> ServedRepository:
@@ -229,28 +254,30 @@ def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -
 
     Raises:
         ServeError: There is no repository, or it differs in more than the weights.
+        OutputError: A folder of the new version is there and somebody else's.
     """
-    old = _read_manifest(root)
-    remove_stale(root)
+    old = read_manifest(root)
     final = served.options.root or root
     _check_same_configs(root, final, served)
-    version = 1 + max(number for numbers in old.models.values() for number in numbers)
-    for model in served.models:
-        with atomic_folder(root / model / str(version)) as temporary:
+    version = old.pending or 1 + max(n for numbers in old.models.values() for n in numbers)
+    folders = {model: root / model / str(version) for model in served.models}
+    for folder in folders.values():
+        if old.pending is None and folder.exists():
+            raise OutputError(
+                f"{folder}: is there and not in {MANIFEST_FILE}, expected a new version. "
+                "Move it elsewhere."
+            )
+    save_record(root / MANIFEST_FILE, old.model_copy(update={"pending": version}))
+    for model, folder in folders.items():
+        with atomic_folder(folder) as temporary:
             _write_version(temporary, model, served, version)
     on_step(0.5)
     models = {model: [*old.models[model], version] for model in served.models}
-    manifest = _make_manifest(root, final, served, models, old.plan_sha256)
+    manifest = _make_manifest(root, final, served, models=models, before=old)
     check_repository(root, final)
     save_record(root / MANIFEST_FILE, manifest)
     on_step(1.0)
     return ServedRepository(root, version, manifest, served)
-
-
-def _read_manifest(root: Path) -> ServeManifest:
-    path = root / MANIFEST_FILE
-    remedy = "Write the repository first, without --add-version."
-    return read_record(path, ServeManifest, error=ServeError, remedy=remedy)
 
 
 def _check_same_configs(root: Path, final: Path, served: Served) -> None:

@@ -1,0 +1,164 @@
+"""Files that carry the digest of their own content: what is damaged is noticed, and made again.
+
+A sealed safetensors file has "sha256" among its metadata: the SHA-256 of all its bytes with 64
+zeros in the digest's place. A sealed JSON object has the key "sha256": the SHA-256 of the canonical
+text of its other keys.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from treeq_export.artefacts import atomic_path, write_json
+from treeq_export.errors import OutputError, TreeqError
+from treeq_export.reading import parse_json, read_object
+
+Say = Callable[[str], None]
+
+SEAL = "sha256"
+_BLANK = b"0" * 64
+_SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_SIZE_FIELD = 8  # bytes before the header of a safetensors file
+_MAX_HEADER_BYTES = 100_000_000
+_BLOCK_BYTES = 1 << 20
+
+
+def say_nothing(_line: str) -> None:
+    """Drop a line for people."""
+
+
+def write_sealed_tensors(
+    path: Path,
+    save_file: Callable[..., Any],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a sealed safetensors file, atomically.
+
+    Args:
+        path: The file.
+        save_file: `save_file` of safetensors for the framework of the tensors.
+        tensors: By name, contiguous.
+        metadata: What the file is, for `read_sealed_metadata`.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written to.
+    """
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={**metadata, SEAL: _BLANK.decode()})
+        header = _read_header(temporary)
+        found = _SEAL_IN_HEADER.search(header)
+        assert found is not None
+        digest = _digest_file(temporary, header)
+        with temporary.open("rb+") as file:
+            file.seek(_SIZE_FIELD + found.start(1))
+            file.write(digest.encode())
+
+
+def read_sealed_metadata(
+    path: Path, expected: Mapping[str, str], say: Say = say_nothing
+) -> dict[str, str] | None:
+    """Return the metadata of a sealed safetensors file, if it can be used.
+
+    Args:
+        path: The file; it may be missing.
+        expected: Metadata that it must have.
+        say: Told in one line that the file is damaged.
+
+    Returns:
+        All its metadata; None where it is missing, damaged, or something else than expected.
+    """
+    if not os.path.lexists(path):
+        return None
+    metadata = _read_whole(path)
+    if metadata is None:
+        say(f"{path}: damaged, or of an older treeq-export; it is made again.")
+        return None
+    same = all(metadata.get(name) == value for name, value in expected.items())
+    return metadata if same else None
+
+
+def _read_whole(path: Path) -> dict[str, str] | None:
+    """Return a file's metadata; None where it cannot be read or is not what was written."""
+    try:
+        header = _read_header(path)
+        found = _SEAL_IN_HEADER.search(header)
+        if found is None or _digest_file(path, header) != found[1].decode():
+            return None
+        return parse_json(header, path, error=OutputError, remedy="")["__metadata__"]
+    except (OSError, ValueError, LookupError, TypeError, TreeqError):
+        return None
+
+
+def _read_header(path: Path) -> bytes:
+    """Return the header of a safetensors file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is too short.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(_SIZE_FIELD), "little")
+        header = file.read(size) if size <= _MAX_HEADER_BYTES else b""
+    if len(header) != size:
+        raise ValueError("cut short")
+    return header
+
+
+def _digest_file(path: Path, header: bytes) -> str:
+    """Return the digest of a safetensors file with zeros in the place of its seal."""
+    digest = hashlib.sha256(len(header).to_bytes(_SIZE_FIELD, "little"))
+    blank = rb'"sha256":"' + _BLANK + b'"'
+    digest.update(_SEAL_IN_HEADER.sub(lambda _: blank, header, count=1))
+    with path.open("rb") as file:
+        file.seek(_SIZE_FIELD + len(header))
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its seal in the place of an old one."""
+    content = {name: item for name, item in value.items() if name != SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is as it was sealed."""
+    return value.get(SEAL) == seal(value)[SEAL]
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a sealed JSON object, atomically.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written to.
+    """
+    write_json(path, seal(value))
+
+
+def read_sealed_json(path: Path, say: Say = say_nothing) -> dict[str, Any] | None:
+    """Return a sealed JSON object without its seal.
+
+    Args:
+        path: The file; it may be missing.
+        say: Told in one line that the file is damaged.
+
+    Returns:
+        The object; None where the file is missing or damaged.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        value = read_object(path, error=OutputError, remedy="")
+    except TreeqError:
+        value = {}
+    if not is_sealed(value):
+        say(f"{path}: damaged, or of an older treeq-export; it is made again.")
+        return None
+    return {name: item for name, item in value.items() if name != SEAL}
