@@ -20,6 +20,7 @@ from treeq_export.artefacts import remove_stale
 from treeq_export.cli import main
 from treeq_export.errors import ServeError, TreeqError
 from treeq_export.serve import stage as serve_stage
+from treeq_export.serve.lint import lint_repository
 from treeq_export.serve.options import ServeOptions
 from treeq_export.serve.stage import run_serve
 
@@ -466,3 +467,111 @@ def test_block_products_are_not_served_by_a_backend_that_quantizes_their_inputs(
     assert not (tmp_path / "triton").exists()
     for accepted in (ServeOptions(target="portable", backend="python"), ServeOptions(target="ort")):
         run_serve(tiny.run, tiny.denoiser, tiny.recipe, accepted, out=tmp_path / accepted.target)
+
+
+class TestOthers:
+    """What serve did not write is kept, or the command is refused; nothing is removed."""
+
+    @pytest.fixture
+    def repository(self, ort_repository: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(ort_repository, tmp_path / "triton"))
+
+    def test_what_the_operator_added_is_kept(self, repository: Path, served_run: Path) -> None:
+        (repository / "other" / "1").mkdir(parents=True)
+        (repository / "empty").mkdir()
+        (repository / "link").symlink_to("other")
+        mine = ("other/1/model.onnx", "notes.txt", "denoiser/labels.txt", "sampler/1/extra.bin")
+        for name in mine:
+            (repository / name).write_text(name)
+        assert invoke("--run", served_run, "--out", repository).exit_code == 0
+        assert all((repository / name).read_text() == name for name in mine)
+        assert (repository / "empty").is_dir()
+        assert (repository / "link").readlink() == Path("other")
+        manifest = json.loads((repository / "manifest.json").read_text())
+        assert not set(mine) & set(manifest["files"])
+
+    @pytest.mark.parametrize("name", ["denoiser/7/model.onnx", "vae_decoder/1/model.py"])
+    def test_what_would_be_in_the_way_of_a_server_is_kept_or_refused(
+        self, repository: Path, served_run: Path, name: str
+    ) -> None:
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text("mine")
+        result = invoke("--run", served_run, "--out", repository)
+        assert (repository / name).read_text() == "mine"
+        if name.startswith("denoiser"):
+            assert result.exit_code == 1
+            assert "denoiser/7: not written by serve, and in the way" in result.stderr
+
+    @pytest.mark.parametrize("content", ['{"name": "a web app"}', "[]", "no json", None])
+    def test_another_folder_is_refused_and_untouched(
+        self, served_run: Path, tmp_path: Path, content: str | None
+    ) -> None:
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "precious.txt").write_text("years of work")
+        if content is not None:
+            (site / "manifest.json").write_text(content)
+        before = files_of(site)
+        result = invoke("--run", served_run, "--out", site)
+        assert result.exit_code == 1
+        assert "is there and no repository of ours" in result.stderr
+        assert files_of(site) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+    def test_a_version_of_the_operator_is_not_replaced(
+        self, repository: Path, served_run: Path
+    ) -> None:
+        (repository / "denoiser" / "2").mkdir()
+        (repository / "denoiser" / "2" / "mine").touch()
+        before = files_of(repository)
+        result = invoke("--run", served_run, "--out", repository, "--add-version")
+        assert result.exit_code == 1
+        assert "denoiser/2: is there and not in manifest.json" in result.stderr
+        assert files_of(repository) == before
+
+    def test_an_empty_folder_will_do(self, served_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "triton").mkdir()
+        assert invoke("--run", served_run, "--out", tmp_path / "triton").exit_code == 0
+
+
+class TestProof:
+    """Only what compile wrote is served, bisected or built."""
+
+    @pytest.mark.parametrize("target", ["ort", "tensorrt", "fp32"])
+    def test_a_flipped_bit_is_refused(self, served_run: Path, tmp_path: Path, target: str) -> None:
+        run = Path(shutil.copytree(served_run, tmp_path / "run"))
+        graph = run / "onnx" / target / "model.onnx"
+        content = bytearray(graph.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        graph.write_bytes(content)
+        result = invoke("--run", run)
+        assert result.exit_code == 1
+        line = result.stderr.splitlines()[-1]
+        assert f"{graph}: not the file that compile wrote" in line
+        assert f"Run `treeq-export compile --run {run}` first." in line
+        assert not (run / "triton").exists()
+
+    def test_lint_finds_a_changed_and_a_missing_file(
+        self, ort_repository: Path, tmp_path: Path
+    ) -> None:
+        root = Path(shutil.copytree(ort_repository, tmp_path / "triton"))
+        settings = root / "sampler" / "1" / "settings.json"
+        settings.write_bytes(settings.read_bytes().replace(b'"steps": 2', b'"steps": 3'))
+        (root / "sampler" / "1" / "treeq_denoise.py").unlink()
+        found = {
+            (finding.path.as_posix(), finding.message.split(",")[0])
+            for finding in lint_repository(root, ort_repository)
+            if finding.rule == "file-is-as-written"
+        }
+        assert found == {
+            ("sampler/1/settings.json", "received other bytes"),
+            ("sampler/1/treeq_denoise.py", "received no such file"),
+        }
+
+    def test_a_read_only_run_is_served_elsewhere_and_not_touched(
+        self, served_run: Path, tmp_path: Path
+    ) -> None:
+        before = {path: path.stat().st_mtime_ns for path in (served_run, *served_run.rglob("*"))}
+        assert invoke("--run", served_run, "--out", tmp_path / "triton").exit_code == 0
+        after = {path: path.stat().st_mtime_ns for path in (served_run, *served_run.rglob("*"))}
+        assert after == before
