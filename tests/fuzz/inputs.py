@@ -21,6 +21,7 @@ from treeq_export.build.cache import read_entry
 from treeq_export.build.graph_facts import read_facts
 from treeq_export.build.layer_list import parse_layers
 from treeq_export.errors import PlanError
+from treeq_export.evaluate.samples import sample_or_load
 from treeq_export.evaluate.scores import _load_reference
 from treeq_export.model.checkpoint import open_checkpoint
 from treeq_export.model.conditioning import load_prompts
@@ -43,6 +44,7 @@ from treeq_export.runners.cubin_launcher import read_manifest as read_kernels
 from treeq_export.runners.engine_manifest import read_manifest
 from treeq_export.runners.graph_file import read_graph
 from treeq_export.search.journal import Journal
+from treeq_export.search.prepare import Store
 from treeq_export.serve.inside import check_manifest
 from treeq_export.serve.lint import lint_repository
 from treeq_export.serve.tensors import read_graph as read_served
@@ -278,6 +280,34 @@ def _read_journal(path: Path) -> object:
         return journal.lookup("node", "w4")
 
 
+SAMPLES = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+
+
+def _make_samples(folder: Path) -> Path:
+    path = folder / "fp_seed0.safetensors"
+    sample_or_load(path, "f", lambda: SAMPLES)
+    return path
+
+
+def _read_samples(path: Path) -> None:
+    """Samples are those that were made, or made again; never what damage left of them."""
+    assert np.array_equal(sample_or_load(path, "f", lambda: SAMPLES), SAMPLES.numpy())
+
+
+def _make_rows(folder: Path) -> Path:
+    Store(folder, "f").save("rows.safetensors", {"sample": SAMPLES, "prediction": -SAMPLES})
+    return folder / "rows.safetensors"
+
+
+def _read_rows(path: Path) -> None:
+    """Rows of a search are those that were saved, or there are none."""
+    store = Store(path.parent, "f")
+    if store.has(path.name):
+        rows, prediction = store.load_rows(path.name)
+        assert torch.equal(rows["sample"], SAMPLES)
+        assert torch.equal(prediction, -SAMPLES)
+
+
 def _make_engine(folder: Path) -> Path:
     built = json.loads((RESULTS / "tensorrt" / "digits_build.json").read_text())
     return _text("manifest.json", built["engines"][0]["manifest"])(folder)
@@ -388,5 +418,7 @@ INPUTS = (
         lambda path: _load_reference(path, 4),
     ),
     Input("vae", 300, _make_vae, lambda path: open_vae(path.parent, (4, 8, 8))),
+    Input("samples", 300, _make_samples, _read_samples),
+    Input("rows of a search", 300, _make_rows, _read_rows),
     Input("journal", 300, _make_journal, _read_journal),
 )
