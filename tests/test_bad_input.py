@@ -320,6 +320,7 @@ class TestPlan:
         check_refused(driver.run("run", recipe, "--out", finished), *fragments)
         check_refused(driver.run("calibrate", "--run", finished), *fragments)
 
+    @pytest.mark.slow
     def test_edited_by_hand(self, driver: Any, recipe: Path, finished: Path) -> None:
         def widen(plan: Any) -> None:
             plan["layers"][1]["weight"]["bits"] = 8
@@ -390,6 +391,7 @@ class TestOutputFolder:
 class TestResults:
     """Damaged results of finished stages are made again."""
 
+    @pytest.mark.slow
     def test_several_at_once(self, driver: Any, recipe: Path, finished: Path) -> None:
         whole = (finished / "onnx/ort/model.onnx").read_bytes()
         os.truncate(finished / "onnx/ort/model.onnx", 1000)

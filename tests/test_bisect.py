@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from treeq_export.artefacts import sha256_of_file
 from treeq_export.bisect import bisect_network, find_departure, layers_before, run_bisect
 from treeq_export.bisect.network import cut_prefix, run_as_engine
 from treeq_export.cli import main
@@ -165,8 +166,22 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "layers are within bounds" in result.stdout
 
-    def test_broken(self, run_folder: Path):
+    def break_layer(self, run: Path) -> None:
+        """Break a layer as a wrong pass would: compile has written the graph so."""
+        break_layer(run, "ort", SCALE["ort"], grow)
+        record = json.loads((run / "run.json").read_text())
+        outputs = record["stages"]["compile"]["outputs"]
+        outputs["onnx/ort/model.onnx"] = sha256_of_file(run / "onnx/ort/model.onnx")
+        (run / "run.json").write_text(json.dumps(record))
+
+    def test_broken_after_compile(self, run_folder: Path):
         break_layer(run_folder, "ort", SCALE["ort"], grow)
+        result = self.run("--run", str(run_folder), "--target", "ort")
+        assert result.exit_code == 1
+        assert "onnx/ort/model.onnx" in result.stderr
+
+    def test_broken(self, run_folder: Path):
+        self.break_layer(run_folder)
         result = self.run("--run", str(run_folder), "--target", "ort")
         assert result.exit_code == 3
         assert BROKEN in result.stdout
@@ -175,7 +190,7 @@ class TestCommand:
         assert f"ort: {BROKEN} is the first layer out of bounds" in line
 
     def test_json(self, run_folder: Path):
-        break_layer(run_folder, "ort", SCALE["ort"], grow)
+        self.break_layer(run_folder)
         result = self.run("--run", str(run_folder), "--target", "ort", "--json")
         assert result.exit_code == 3
         record = json.loads(result.stdout)

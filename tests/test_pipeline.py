@@ -12,7 +12,14 @@ import pytest
 
 from treeq_export import pipeline
 from treeq_export.errors import GateError, PlanError, RecipeError, TreeqError
-from treeq_export.pipeline import check_recipe, require_stages, run_all, run_stage, stage_named
+from treeq_export.pipeline import (
+    check_recipe,
+    recipe_with_digests,
+    require_stages,
+    run_all,
+    run_stage,
+    stage_named,
+)
 from treeq_export.plan import (
     LayerPlan,
     ModelRecord,
@@ -240,7 +247,6 @@ class TestWhatRunsAgain:
     @pytest.mark.parametrize(
         ("key", "expected"),
         [
-            ("model.conditioning", ALL),
             ("evaluate.classifier", {"evaluate", "report"}),
             ("evaluate.reference", {"evaluate", "report"}),
         ],
@@ -379,6 +385,17 @@ class TestRequireStages:
             require_stages(workspace, stage_named("bench"))
             require_stages(workspace, stage_named("report"))
             assert not (runs.run / "parity.json").exists()
+
+
+def test_a_conditioning_file_counts_by_its_content(run_recipe: Path, tmp_path: Path) -> None:
+    found = []
+    for name, content in (("a", "1"), ("a", "2"), ("b", "2")):
+        file = tmp_path / name
+        file.write_text(content)
+        recipe = load_recipe(run_recipe, [f"model.conditioning={file}"])
+        with Workspace(tmp_path / "run", recipe) as workspace:
+            found.append(recipe_with_digests(workspace)["model"]["conditioning"])
+    assert found[0] != found[1] == found[2]
 
 
 class TestCheckRecipe:

@@ -145,7 +145,7 @@ def test_bench_leaves_them_out_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
             "compile": {"targets": ["portable", *TENSORRT_TARGETS]},
         }
     )
-    workspace: Any = SimpleNamespace(run=Path("r"), denoiser=None, recipe=recipe)
+    workspace: Any = SimpleNamespace(run=Path("r"), denoiser=None, recipe=recipe, say=None)
     stages._bench(workspace, lambda _: None)
     assert "portable" in timed
     assert not set(timed) & set(TENSORRT_TARGETS)

@@ -41,6 +41,7 @@ from treeq_export.records import (
     VerifierSummary,
     save_record,
 )
+from treeq_export.records.build import ShapeRange
 from treeq_export.report import Report, figures, print_report, write_report
 from treeq_export.report.evidence import read_evidence
 from treeq_export.report.summary import summarize
@@ -322,7 +323,7 @@ def searched_run(
 
 @pytest.fixture
 def engines(compiled: CompileRecord) -> BuildRecord:
-    """An engine of the present graph "ort" with one layer not as planned, and a stale one."""
+    """An engine of a present graph with one layer not as planned, and a stale one."""
 
     def make(graph: str, num_plugins: int) -> BuiltEngine:
         manifest = EngineManifest(
@@ -330,14 +331,14 @@ def engines(compiled: CompileRecord) -> BuildRecord:
             runtime="tensorrt-rtx",
             runtime_version="1.7.1",
             gpu="sm_89",
-            target="ort",
+            target="tensorrt",
             key="k",
             engine_sha256="e5",
             engine_bytes=278_000_000,
             graph_sha256=graph,
             data_sha256=None,
             plan_sha256="p6",
-            profile={},
+            profile={"sample": ShapeRange(min=[1, 4], opt=[2, 4], max=[8, 4])},
             bits={},
             plugins=[],
             build_s=12.34,

@@ -18,7 +18,7 @@ def test_engines_of_the_present_graphs_are_summarized(
             "runtime": "tensorrt-rtx",
             "runtime_version": "1.7.1",
             "gpu": "sm_89",
-            "target": "ort",
+            "target": "tensorrt",
             "engine_bytes": 278_000_000,
             "build_s": 12.34,
             "num_quantized": 2,

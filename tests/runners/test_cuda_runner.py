@@ -52,6 +52,7 @@ def interpreted() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_layer_equals_the_reference(dtype: str, interpreted: dict[str, Any]):
     parity = interpreted[dtype]
@@ -67,6 +68,7 @@ def test_every_layer_equals_the_reference(dtype: str, interpreted: dict[str, Any
     assert all(float(layer["sqnr_db"]) > 120 for layer in parity["layers"])
 
 
+@pytest.mark.slow
 def test_the_whole_network_is_as_near_as_its_type_allows(interpreted: dict[str, Any]):
     assert interpreted["float32"]["sqnr_db"] > 120
     assert 45 < interpreted["float16"]["sqnr_db"] < 100
@@ -74,6 +76,7 @@ def test_the_whole_network_is_as_near_as_its_type_allows(interpreted: dict[str, 
         assert layer["propagated_sqnr_db"] > 40
 
 
+@pytest.mark.slow
 def test_only_the_body_is_cast(interpreted: dict[str, Any]):
     for dtype in ("float32", "float16"):
         assert interpreted[dtype]["body"] == f"torch.{dtype}"
@@ -83,17 +86,20 @@ def test_only_the_body_is_cast(interpreted: dict[str, Any]):
     assert interpreted["num_references"] == 7
 
 
+@pytest.mark.slow
 def test_siblings_share_their_codes(interpreted: dict[str, Any]):
     """q, k and v are quantized once: four times for six layers."""
     assert interpreted["float16"]["num_quantizations"] == 4
 
 
+@pytest.mark.slow
 def test_compiling_a_block_changes_nothing(interpreted: dict[str, Any]):
     """Our kernels are operators for torch.compile: no graph break, codes shared as before."""
     for dtype in ("float32", "float16"):
         assert interpreted[dtype]["compiled"] == {"difference": 0.0, "num_quantizations": 4}
 
 
+@pytest.mark.slow
 def test_one_capture_for_all_calls(interpreted: dict[str, Any]):
     assert interpreted["float16"]["num_captures"] == 1
     assert interpreted["float16"]["repeatable"]

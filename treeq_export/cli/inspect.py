@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from treeq_export.cli.console import json_option, main, make_stdout, say
 from treeq_export.errors import CheckpointError, TreeqError
@@ -100,11 +101,12 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps(findings_to_json(findings), indent=2))
     else:
         table = Table(title="treeq-export doctor")
-        for heading in ("what", "found", "for", "install with"):
+        for heading in ("what", "found", "for"):
             table.add_column(heading)
+        table.add_column("install with", min_width=44)  # a command of pip on one line, to copy
         for finding in findings:
-            missing = "[red]missing[/red]" if finding.required else "-"
-            remedy = "" if finding.found else finding.remedy.replace("[", r"\[")
+            missing = Text("missing", "red") if finding.required else "-"
+            remedy = "" if finding.found else finding.remedy
             found = finding.found or finding.problem or missing
             table.add_row(finding.name, found, finding.purpose, remedy)
         make_stdout().print(table)
