@@ -117,21 +117,24 @@ def test_runs_share_a_cache(built: Path, copied_run: Path, monkeypatch: pytest.M
     assert [engine.how for engine in record.engines] == ["from cache"]
 
 
-@pytest.mark.parametrize("change", ["engine", "cache", "other graph", "other gpu"])
+@pytest.mark.parametrize("change", ["engine", "cache", "entry", "other graph", "other gpu"])
 def test_a_change_means_a_build(built: Path, monkeypatch: pytest.MonkeyPatch, change: str):
     calls: list[str] = []
 
     def note(order: Any, expected_s: float | None, _on_step: object) -> None:
         calls.append(order.gpu)
-        assert (expected_s is None) == (change == "other graph")
+        assert (expected_s is None) == (change in ("other graph", "entry"))
         raise RunnerError("far enough")
 
     monkeypatch.setattr("treeq_export.build.cache.build_engine", note)
     for engine in built.rglob("model.engine"):
         if change == "engine" or (change == "cache" and "cache" in engine.parts):
             engine.write_bytes(engine.read_bytes()[:-1])
-    if change == "cache":
+    if change in ("cache", "entry"):
         shutil.rmtree(built / ENGINE)
+    if change == "entry":
+        [entry] = built.rglob("entry.json")
+        entry.write_text(entry.read_text().replace('"num_layers": ', '"num_layers": 1'))
     if change == "other graph":
         path = built / "onnx/tensorrt/model.onnx"
         model = onnx.load(path)
@@ -141,6 +144,17 @@ def test_a_change_means_a_build(built: Path, monkeypatch: pytest.MonkeyPatch, ch
         build_quick(built, gpu="sm_86" if change == "other gpu" else "sm_89")
     assert calls == ["sm_86" if change == "other gpu" else "sm_89"]
     assert not list(built.rglob("*.partial*"))
+
+
+def test_a_changed_table_is_made_again(built: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("treeq_export.build.cache.build_engine", must_not_build)
+    table = built / ENGINE / "layers.json"
+    before = table.read_text()
+    table.write_text(before.replace('"passed": true', '"passed": false', 1))
+    result = invoke(built, "--gpu", "sm_89", "--target", "tensorrt")
+    assert result.exit_code == 0, result.stderr
+    assert f"{table.parent}: damaged" in result.stderr
+    assert table.read_text() == before
 
 
 @pytest.mark.slow

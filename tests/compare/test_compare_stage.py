@@ -142,6 +142,16 @@ class TestRunning:
         assert {name for name, _ in runs} == {"uniform-4"}
         assert [row.name for row in table_of(tmp_path).rows] == ["uniform-4", "uniform-3"]
 
+    def test_a_changed_row_is_made_again(self, run_recipe: Path, tmp_path: Path) -> None:
+        args = ("--budgets", "3", "--strategies", "uniform")
+        compare(run_recipe, tmp_path, *args)
+        before = table_of(tmp_path)
+        path = tmp_path / "compare.json"
+        path.write_text(path.read_text().replace('"weight_bits": 3', '"weight_bits": 2'))
+        result = compare(run_recipe, tmp_path, *args)
+        assert f"{path}: damaged" in result.stderr
+        assert table_of(tmp_path) == before
+
     def test_goes_on_after_a_failure(
         self,
         run_recipe: Path,
