@@ -485,6 +485,21 @@ def test_nothing_is_removed_where_the_file_system_has_no_locks(
     assert remove_stale(tmp_path) == [stale]
 
 
+def test_what_cannot_go_back_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replaced = tmp_path / ".treeq-1-abcdefgh.partial" / ".replaced" / "old"
+    replaced.mkdir(parents=True)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        assert remove_stale(tmp_path) == []
+    assert replaced.is_dir()
+    assert remove_stale(tmp_path) == [replaced.parents[1]]
+    assert names(tmp_path) == ["old"]
+
+
 def test_remove_stale_of_no_folder(tmp_path: Path):
     assert remove_stale(tmp_path / "nothing") == []
 

@@ -131,6 +131,8 @@ def _lock(folder: Path) -> int | None:
 def remove_stale(folder: Path) -> list[Path]:
     """Remove the workplaces of killed processes in a folder, not below it.
 
+    What such a process had moved away for a new file or folder goes back to its place.
+
     Returns:
         The removed paths.
     """
@@ -142,12 +144,13 @@ def remove_stale(folder: Path) -> list[Path]:
     for path in (folder / name for name in sorted(names)):
         lock = None if path.is_symlink() else _lock_of_the_dead(path)
         if lock is not None:
-            for replaced in sorted((path / _REPLACED).glob("*")):
-                if not os.path.lexists(folder / replaced.name):
-                    replaced.replace(folder / replaced.name)
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # it stays where what was there cannot go back
+                for replaced in sorted((path / _REPLACED).glob("*")):
+                    if not os.path.lexists(folder / replaced.name):
+                        replaced.replace(folder / replaced.name)
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
             os.close(lock)
-            removed.append(path)
     return removed
 
 

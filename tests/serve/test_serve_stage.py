@@ -490,6 +490,17 @@ class TestOthers:
         manifest = json.loads((repository / "manifest.json").read_text())
         assert not set(mine) & set(manifest["files"])
 
+    def test_what_a_killed_process_had_moved_away_is_kept(
+        self, repository: Path, served_run: Path
+    ) -> None:
+        (repository / "notes.txt").write_text("mine")
+        replaced = repository.parent / ".treeq-1-killed.partial" / ".replaced"
+        replaced.mkdir(parents=True)
+        repository.rename(replaced / repository.name)
+        assert invoke("--run", served_run, "--out", repository).exit_code == 0
+        assert (repository / "notes.txt").read_text() == "mine"
+        assert list(repository.parent.iterdir()) == [repository]
+
     @pytest.mark.parametrize("name", ["denoiser/7/model.onnx", "vae_decoder/1/model.py"])
     def test_what_would_be_in_the_way_of_a_server_is_kept_or_refused(
         self, repository: Path, served_run: Path, name: str
@@ -551,6 +562,17 @@ class TestProof:
         line = result.stderr.splitlines()[-1]
         assert f"{graph}: not the file that compile wrote" in line
         assert f"Run `treeq-export compile --run {run}` first." in line
+        assert not (run / "triton").exists()
+
+    def test_an_engine_that_is_not_its_manifests_is_refused(
+        self, engine_run: Path, plugin_library: Path, tmp_path: Path
+    ) -> None:
+        run = Path(shutil.copytree(engine_run, tmp_path / "run"))
+        engine = run / "engines" / "tensorrt" / "tensorrt" / "sm_89" / "model.engine"
+        engine.write_bytes(engine.read_bytes().replace(b"stand-in", b"standing"))
+        result = invoke(*("--run", run, "--target", "tensorrt", "--plugin-library", plugin_library))
+        assert result.exit_code == 1
+        assert f"{engine}: not the file that" in result.stderr.splitlines()[-1]
         assert not (run / "triton").exists()
 
     def test_lint_finds_a_changed_and_a_missing_file(

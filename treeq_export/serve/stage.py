@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
 from treeq_export.model import denoise
 from treeq_export.model.zoo import Denoiser
@@ -124,6 +124,7 @@ def run_serve(
     """
     root = (out or run / TRITON_FOLDER).absolute()
     check_place(options.root or root)
+    remove_stale(root.resolve().parent)  # puts back a repository that a killed process moved away
     old = None if options.add_version else find_repository(root)
     served = gather(run, denoiser, recipe, options, compiled)
     on_step(0.1)
