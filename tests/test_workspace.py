@@ -135,6 +135,14 @@ class TestFolder:
             found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
             assert found == {".lock", *kept, *files}
 
+    def test_temporaries_beside_finished_samples_are_removed(
+        self, recipe: Recipe, tmp_path: Path
+    ) -> None:
+        left = tmp_path / "samples" / ".treeq-1-killed.partial"
+        left.mkdir(parents=True)
+        with Workspace(tmp_path, recipe):
+            assert list(left.parent.iterdir()) == []
+
     def test_a_refused_process_removes_nothing(self, recipe: Recipe, tmp_path: Path) -> None:
         with Workspace(tmp_path, recipe), atomic_path(tmp_path / "plan.json") as temporary:
             temporary.write_text("{")

@@ -11,7 +11,7 @@ from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treeq_export.artefacts import OTHER_OUT, make_folder, sha256_of_file, write_json
+from treeq_export.artefacts import OTHER_OUT, make_folder, remove_stale, sha256_of_file, write_json
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from treeq_export.model.pipeline_scheduler import (
@@ -99,6 +99,8 @@ class Workspace:
         self.stages: dict[str, StageRecord] = {}
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
         self._lock = _lock_folder(run, shared=read_only)
+        if not read_only:
+            remove_stale(self.fp_samples)  # nothing may be left to write there
         try:
             if (run / RUN_FILE).is_file():
                 self.stages = read_run(run).stages

@@ -99,6 +99,15 @@ def test_a_second_call_builds_nothing(built: Path, monkeypatch: pytest.MonkeyPat
     assert all(path.stat().st_mtime_ns == when for path, when in times.items())
 
 
+def test_what_a_killed_build_left_is_removed_where_nothing_is_written(built: Path):
+    parents = (built / "engines" / "cache", (built / ENGINE).parent)
+    left = [parent / ".treeq-1-killed.partial" for parent in parents]
+    for folder in left:
+        folder.mkdir()
+    assert [engine.how for engine in build_quick(built).engines] == ["up to date"]
+    assert not any(folder.exists() for folder in left)
+
+
 def must_not_build(*_: object) -> None:
     pytest.fail("an engine was built")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_folder, link_or_copy, sha256_of_file
+from treeq_export.artefacts import atomic_folder, link_or_copy, remove_stale, sha256_of_file
 from treeq_export.build.cache import CacheEntry, EngineInputs, build_into, find
 from treeq_export.build.engine import ENGINE_FILE, LAYERS_FILE, BuildOrder
 from treeq_export.build.graph_facts import GraphFacts, read_facts
@@ -198,6 +198,8 @@ def _build_one(
         kernels_sha256=source.kernels_sha256,
     )
     folder = engine_folder(run, runtime.name, source.target, gpu)
+    for parent in (cache, folder.parent):  # nothing may be left to write there
+        remove_stale(parent)
     path, name = str(folder.relative_to(run)), f"{source.target} {gpu}"
     current = _read_current(folder, inputs.key, say)
     if current is not None:
