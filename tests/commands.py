@@ -62,11 +62,16 @@ def finished_run(run_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended; a negative status is a signal."""
+    """How a command ended; a negative status is a signal.
+
+    Below the folder of a `Killer` it made so many changes, some of them with a gap.
+    """
 
     status: int
     stdout: str
     stderr: str
+    changes: int = 0
+    gaps: int = 0
 
     @property
     def error(self) -> str:

@@ -3,7 +3,7 @@
 One JSON order a line on stdin, one JSON answer a line on stdout. Every command runs in a child
 forked from this process, which has imported everything and never computes anything:
 
-    {"args": [...], "trap": {...}|null}  run a command -> {"status", "stdout", "stderr", "cpu_s"}
+    {"args": [...], "trap": {...}|null}  run a command -> {"status", "stdout", ...}
 
 A negative status is the signal that ended the child. A trap acts while a stage is at work:
 
@@ -11,7 +11,12 @@ A negative status is the signal that ended the child. A trap acts while a stage 
 
 on the n-th progress step, or before the n-th file or folder takes its final name. The action is
 the name of a signal that the child sends to itself, "ENOSPC" (a write that fails), or a number: no
-file may grow above so many bytes from then on until the stage ends.
+file may grow above so many bytes from then on until the stage ends. Another trap is a `Killer`, for
+a whole command of any kind:
+
+    {"below": folder, "on": "change" | "gap", "count": n, "exchange": bool}
+
+With it the answer has "changes" and "gaps": how many there were until the end.
 
 What takes long and has its own tests is replaced: exports come from the cache of the tests, and
 bench's processes that measure memory are not started.
@@ -20,6 +25,7 @@ bench's processes that measure memory are not started.
 import dataclasses
 import errno
 import json
+import mmap
 import os
 import resource
 import signal
@@ -36,6 +42,7 @@ import treeq_export.bench.stage
 import treeq_export.compile.stage
 from tests.commands import measure_nothing
 from tests.export_cache import export_once
+from tests.killer import Killer
 from treeq_export import artefacts, pipeline
 from treeq_export.cli import main
 from treeq_export.workspace import Workspace
@@ -90,11 +97,13 @@ def set_trap(stage: str, **trap: Any) -> None:
     )
 
 
-def call(args: list[str], trap: dict[str, Any] | None) -> int:
+def call(args: list[str], trap: dict[str, Any] | None, counts: "memoryview[int]") -> int:
     """Run a command as Python would run its script; return its exit status."""
     status = 1
     try:
-        if trap is not None:
+        if trap is not None and "below" in trap:
+            Killer(**trap, counts=counts)
+        elif trap is not None:
             set_trap(**trap)
         main(args, prog_name="treeq-export")
     except SystemExit as error:
@@ -107,6 +116,7 @@ def call(args: list[str], trap: dict[str, Any] | None) -> int:
 
 
 def run_child(args: list[str], trap: dict[str, Any] | None) -> dict[str, Any]:
+    counts = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # shared with the child
     # stderr is a pipe, since the trap's limit holds for every regular file.
     receive, send = os.pipe()
     with tempfile.TemporaryFile() as stdout, Path(os.devnull).open() as nothing:
@@ -117,7 +127,7 @@ def run_child(args: list[str], trap: dict[str, Any] | None) -> dict[str, Any]:
                 os.dup2(file, number)
             os.close(send)
             os.close(receive)
-            os._exit(call(args, trap))
+            os._exit(call(args, trap, counts))
         os.close(send)
         with os.fdopen(receive, "rb") as stderr:
             errors = stderr.read()
@@ -129,6 +139,8 @@ def run_child(args: list[str], trap: dict[str, Any] | None) -> dict[str, Any]:
         "stdout": output.decode(),
         "stderr": errors.decode(),
         "cpu_s": usage.ru_utime + usage.ru_stime,
+        "changes": counts[0],
+        "gaps": counts[1],
     }
 
 
