@@ -15,6 +15,12 @@ import pytest
 from tests import export_cache, meter
 from treeq_export.environment import available_cpus
 
+# Files that take minutes are begun first, so that no worker is left alone with one at the end.
+LONGEST_FILES = (
+    "tests/gpu_kernels/test_compiled.py",
+    "tests/test_readme.py",
+    "tests/test_kills.py",
+)
 LONG = ("slow", "triton")
 SPENT = pytest.StashKey[float]()
 
@@ -32,6 +38,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Tidy the exports, in the process that starts the workers."""
     if not hasattr(session.config, "workerinput"):
         export_cache.remove_unused()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first; the others stay as they are."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST_FILES))
 
 
 def is_long(item: pytest.Item) -> bool:
