@@ -230,6 +230,7 @@ def is_conditioning(name: str) -> bool:
     return ".norm1.linear" in name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("external", [False, True])
 def test_large_graphs_go_through_files_with_equal_results(
     external: bool, compiled_dit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ fp32 takes 86 ms):
   fp32: 63 ms against 46 ms.
 - No Q/DQ behind a MatMul or Gemm: 37 ms and 2 dB less error, because biases and residuals are added
   in floating point and nothing is quantized twice.
-- `reduce_range` where the processor has no VNNI, as the tool's documentation asks for, because
+- `reduce_range` where products saturate (no VNNI), as the tool's documentation asks for, because
   its 16-bit sums would saturate.
 
 Calibration takes the model's own example inputs. Only the speed and the size of this graph are
@@ -25,9 +25,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
-from treeq_export.environment import VNNI, read_cpu, runtime_version
+from treeq_export.environment import runtime_version
 from treeq_export.errors import OutputError, RunnerError
 from treeq_export.runners.model_files import OUR_FILES, model_files
+from treeq_export.runners.products import products_saturate
 from treeq_export.sealed import Say, read_sealed_json, say_nothing, write_sealed_json
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -58,7 +59,7 @@ def make_int8_peer(
         OutputError: The folder cannot be written to.
     """
     path = folder / "model.onnx"
-    reduce_range = VNNI.isdisjoint(read_cpu()[1])
+    reduce_range = products_saturate()
     source = {
         "fp32_sha256": [sha256_of_file(file) for file in model_files(fp32)],
         "onnxruntime": runtime_version(),
