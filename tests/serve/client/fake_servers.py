@@ -11,8 +11,13 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as messages
+
+from treeq_export.client.connection import Connection
+from treeq_export.client.request import make_inputs, read_info, sample
+from treeq_export.errors import ServeError
 
 CONFIG: dict[str, Any] = {
     "name": "sampler",
@@ -267,3 +272,20 @@ def grpc_server(special: Mapping[str, Handler] | None = None, **options: Any) ->
             yield f"grpc://127.0.0.1:{port}"
         finally:
             server.stop(0).wait()
+
+
+def one_line_error(call: Callable[[], Any], within_s: float) -> ServeError:
+    """Return the error of a call: in time, one line of moderate length, no control characters."""
+    begin = time.monotonic()
+    with pytest.raises(ServeError) as caught:
+        call()
+    assert time.monotonic() - begin < within_s
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1500
+    return caught.value
+
+
+def ask_for_image(connection: Connection) -> Any:
+    """Return what a client gets that asks for one image."""
+    info = read_info(connection)
+    return sample(connection, info, make_inputs(info, label=1, seed=2), ["image"])

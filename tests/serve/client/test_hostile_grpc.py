@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,36 +20,24 @@ from tests.serve.client.fake_servers import (
     ARRAYS,
     Answer,
     Handler,
+    ask_for_image,
     grpc_server,
     message_of,
+    one_line_error,
     right_message,
 )
 from treeq_export.cli import main
 from treeq_export.client import grpc_connection
 from treeq_export.client.answers import MAX_TENSOR_BYTES
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import open_connection
 from treeq_export.client.health import check
-from treeq_export.client.request import make_inputs, read_info, responses, sample
-from treeq_export.errors import ServeError
+from treeq_export.client.request import make_inputs, read_info, responses
 
 TIMEOUT_S = 0.5
 SLACK_S = 1.5
 
 
-def error_of(call: Callable[[], Any]) -> ServeError:
-    """Return the error of a call: in time, one line of moderate length."""
-    begin = time.monotonic()
-    with pytest.raises(ServeError) as caught:
-        call()
-    assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 1500
-    return caught.value
-
-
-def ask_for_image(connection: Connection) -> Any:
-    info = read_info(connection)
-    return sample(connection, info, make_inputs(info, label=1, seed=2), ["image"])
+error_of = partial(one_line_error, within_s=TIMEOUT_S + SLACK_S)
 
 
 def test_the_fake_server_is_right():

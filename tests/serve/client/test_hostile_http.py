@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from tests.serve.client.fake_servers import (
     ARRAYS,
     CONFIG,
     Answer,
+    ask_for_image,
     drip,
     flood,
     http_answer,
     http_server,
     infer_answer,
+    one_line_error,
     outputs_of,
 )
 from treeq_export.cli import main
@@ -31,8 +34,7 @@ from treeq_export.client.answers import read_json
 from treeq_export.client.connection import Connection, open_connection
 from treeq_export.client.health import check
 from treeq_export.client.http_connection import MAX_JSON_BYTES, MAX_TENSOR_BYTES, _read_outputs
-from treeq_export.client.request import make_inputs, read_info, sample
-from treeq_export.errors import ServeError
+from treeq_export.client.request import read_info
 
 TIMEOUT_S = 0.5
 SLACK_S = 1.0  # of a machine that does other things too
@@ -40,20 +42,7 @@ INPUTS = {"label": np.zeros((1, 1), np.int32), "seed": np.zeros((1, 1), np.int64
 TENSORS = b"".join(ARRAYS[name].tobytes() for name in ("image", "step"))
 
 
-def error_of(call: Callable[[], Any]) -> ServeError:
-    """Return the error of a call: one line of moderate length, without control characters."""
-    begin = time.monotonic()
-    with pytest.raises(ServeError) as caught:
-        call()
-    assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 1500
-    return caught.value
-
-
-def ask_for_image(connection: Connection) -> Any:
-    info = read_info(connection)
-    return sample(connection, info, make_inputs(info, label=1, seed=2), ["image"])
+error_of = partial(one_line_error, within_s=TIMEOUT_S + SLACK_S)
 
 
 def command(*args: str) -> Result:
