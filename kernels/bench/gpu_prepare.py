@@ -1,10 +1,10 @@
-"""Get ready, on a machine without a GPU, what a lent one cannot download.
+"""Get ready, on a machine without a GPU, what one without a network cannot download.
 
     python kernels/bench/gpu_prepare.py [--run RUN]
 
 fills folders of the repository that git is told to ignore, each below the size of one transfer:
 
-    .whl/       wheels of the packages that the lent machine's image does not have
+    .whl/       wheels of the packages that the GPU machine does not have
     .rtx/0 1    halves of TensorRT-RTX's library, compressed, and its Python modules
     .rtx/engines/<target>-<gpu>/    engines of RUN, with an input and what ONNX Runtime makes of it
 
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 WHEELS, RTX = ".whl", ".rtx"
 PYTHON_THERE = "3.12"
-# What the image of the lent machine lacks (its KINDS.md), with what these need.
+# What the GPU machine may lack, with what these need.
 PACKAGES = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("click", "diffusers", "importlib-metadata", "tensorrt-rtx-cu13-bindings"),

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = str(int("interpreter" in sys.argv))  # treeq_gpu reads it
-# A lent machine has the sources, not the installed package.
+# The GPU machine has the sources, not the installed package.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 sys.path.insert(0, str(Path(__file__).parent))

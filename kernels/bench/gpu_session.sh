@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One part of the proof on a lent GPU machine; kernels/bench/README.md says how to call it.
+# One part of the proof on a GPU machine without a network; kernels/bench/README.md says how to call it.
 #
 #   gpu_session.sh kernels      integers of all shapes, times of one linear, SASS   -> bench.json
 #   gpu_session.sh end_to_end   DiT-XL/2 against torch.compile                      -> end_to_end.json
