@@ -16,7 +16,7 @@ from treeq_export.bench.timing import Ratio, compare_times, round_order
 from treeq_export.environment import describe_environment, version_of
 
 L2_FACTOR = 2
-NUM_RESAMPLES = 999  # thousands of ratios are made while a lent GPU waits
+NUM_RESAMPLES = 999  # thousands of ratios are made while a GPU waits
 
 
 class Timer(Protocol):
