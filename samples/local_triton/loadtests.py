@@ -117,7 +117,6 @@ class ServingRecord(Record):
 def main() -> None:
     """Measure, write the record and the picture, say what is wrong."""
     options = parse_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
     wanted = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
     wanted["plan_sha256"] = sha256_of_file(options.run / PLAN_FILE)
     environment = describe_environment(options.threads)
@@ -374,4 +373,5 @@ def draw_overhead(axes: Axes, colors: Sequence[str], parts: Sequence[Part]) -> N
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
     main()

@@ -279,7 +279,6 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="Further ones of tritonserver, after --.")
     options = parser.parse_args()
     ports = [options.http_port + offset for offset in range(3)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
     try:
         with serve(
             options.repository,
@@ -296,4 +295,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
     main()

@@ -220,11 +220,13 @@ def test_the_number_of_evaluations_is_what_was_announced(make_context: MakeConte
     for task in calls:
         counts[task.node if task.node in counts else "tree"] += len(task.suffixes)
     assert counts["tree"] == 14 * 256 + 15 * 16
-    assert counts["network"] == 15  # each leaf alone
     assert counts["final"] in (16, 17)  # the root's best, and the best sum of leaves if not in them
-    assert len(outcome.front) == 256
+    # Each leaf alone, and the best sum of leaves if the tree has not met it. Whether it has is a
+    # near tie here, which the last bits of np.exp decide: they depend on the processor.
+    assert 0 <= counts["network"] - 15 <= counts["final"] - 16
+    assert len(outcome.front) - 256 <= counts["network"] - 15
     assert sum(point.chosen for point in outcome.front) == 1
-    assert sum(point.kept for point in outcome.front) == 16
+    assert sum(point.kept for point in outcome.front) == len(outcome.front) - 256 + 16
     assert set(outcome.kept.values()) == {16}
     chosen = next(point for point in outcome.front if point.chosen)
     assert chosen.mse == outcome.network_mse
