@@ -16,16 +16,19 @@ from treeq_export.errors import GateError
     "--target",
     required=True,
     metavar="TARGET",
-    help="A compiled target, such as ort or tensorrt; ort_body; cuda; or engines/... of the run.",
+    help="Compiled target (ort, ort_body, tensorrt ...), cuda, or an engine (engines/...).",
 )
 @click.option(
     "--threshold-db",
     type=float,
-    help="Least SQNR of a layer  [default: the recipe's validate.gates.min_layer_sqnr_db]",
+    help="Least SQNR of a layer in dB  [default: the recipe's validate.gates.min_layer_sqnr_db]",
 )
 @json_option
 def bisect(run: Path, target: str, threshold_db: float | None, as_json: bool) -> None:
-    """Name the first layer of a target that is out of bounds; status 3 if there is one."""
+    """Name the first layer of a target that is out of bounds.
+
+    Exit status 3 if such a layer exists.
+    """
     from treeq_export.bisect import run_bisect
     from treeq_export.bisect.cuda import CUDA
     from treeq_export.pipeline import require_result

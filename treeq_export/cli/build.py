@@ -27,7 +27,7 @@ def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "--runtime",
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     required=True,
-    help="TensorRT builds for this machine's GPU, TensorRT-RTX for any, without one.",
+    help="Builder: TensorRT for this machine's GPU, TensorRT-RTX for any GPU, without one.",
 )
 @click.option(
     "--gpu",
@@ -35,7 +35,7 @@ def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     required=True,
     callback=_split,
     metavar="SM[,SM...]",
-    help="Such as sm_80,sm_89,sm_120; an engine each.",
+    help="GPU architectures (sm_80,sm_89,sm_120); each gets its own engine.",
 )
 @click.option(
     "--target",
@@ -43,7 +43,7 @@ def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     default="",
     callback=_split,
     metavar="TARGET[,TARGET...]",
-    help="tensorrt, tensorrt-native; all that are compiled, if left out.",
+    help="Targets to build: tensorrt, tensorrt-native  [default: all that are compiled]",
 )
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of finished builds, shared by runs."
@@ -66,7 +66,7 @@ def build(
     plugins: str,
     as_json: bool,
 ) -> None:
-    """Build engines, and check that every planned layer became what the plan says."""
+    """Build TensorRT engines and verify every planned layer."""
     from treeq_export.build import BuildOptions, run_build
     from treeq_export.compile.split_quick_plugins import split_file
     from treeq_export.pipeline import require_result

@@ -27,7 +27,7 @@ url_option = click.option(
     "--url",
     default="http://localhost:8000",
     show_default=True,
-    help="http://host:port or grpc://host:port of the server.",
+    help="Server address: http://host:port or grpc://host:port.",
 )
 model_option = click.option(
     "--model",
@@ -43,7 +43,7 @@ timeout_option = click.option(
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="Longest time from a request to the end of its answer.",
+    help="Longest time from a request to the end of its answer, in seconds.",
 )
 
 
@@ -60,25 +60,33 @@ def _interval(
 conditioning_option = click.option(
     "--conditioning",
     type=click.Path(path_type=Path),
-    help="Safetensors file with embedded prompts, of a text model.",
+    help="Safetensors file with embedded prompts, for a text-conditional model.",
 )
 
 
 @main.command()
 @url_option
 @model_option
-@click.option("--label", type=int, help="Class, of a class-conditional model.")
+@click.option("--label", type=int, help="Class number, for a class-conditional model.")
 @conditioning_option
 @click.option("--prompt", type=int, default=0, show_default=True, help="Row of --conditioning.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image.")
-@click.option("--num", type=int, default=1, show_default=True, help="Images, with the next seeds.")
-@click.option("--steps", type=int, help="Solver steps; the server's default, if left out.")
-@click.option("--guidance", type=float, help="Guidance scale, likewise.")
-@click.option("--out", type=click.Path(path_type=Path), help="PNG file; with --num, x.seed4.png.")
-@click.option("--scale", type=int, help="Whole factor; to at least 256 pixels, if left out.")
-@click.option("--latents", type=click.Path(path_type=Path), help="File of the raw samples, .npy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image.")
+@click.option(
+    "--num",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Number of images; each takes the next seed.",
+)
+@click.option("--steps", type=int, help="Solver steps  [default: the server's]")
+@click.option("--guidance", type=float, help="Guidance scale  [default: the server's]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="PNG file; several images get .seedN.png."
+)
+@click.option("--scale", type=int, help="Factor to enlarge by  [default: to 256 pixels]")
+@click.option("--latents", type=click.Path(path_type=Path), help="File for the raw samples, .npy.")
 @click.option("--stream", is_flag=True, help="Show the steps of a decoupled sampler; gRPC only.")
-@click.option("--preview-every", type=int, help="With --stream: x.step005.png every so many steps.")
+@click.option("--preview-every", type=int, help="Steps between the previews of --stream.")
 @timeout_option
 @json_option
 def client(
@@ -205,7 +213,7 @@ def _print_images(record: "ImagesRecord") -> None:
     type=float,
     callback=_interval,
     metavar="SECONDS",
-    help="Check again and again, a line per change; Ctrl-C ends it.",
+    help="Check every so many seconds and print each change; Ctrl-C ends it.",
 )
 @click.option(
     "--timeout",
@@ -214,13 +222,16 @@ def _print_images(record: "ImagesRecord") -> None:
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="No answer within is unhealthy.",
+    help="Seconds after which a server without an answer is unhealthy.",
 )
 @json_option
 def health(
     url: str, model: str, heal: bool, every_s: float | None, timeout_s: float, as_json: bool
 ) -> None:
-    """Check a server by one real inference: ready is not healthy. Status 1 if it is not."""
+    """Check a Triton server by one real inference.
+
+    A server that says "ready" may still be unable to answer. Exit status 1 if it is not healthy.
+    """
     if every_s is not None:
         with _stopped_by_signals() as stop:
             _watch(url, model, heal, every_s, timeout_s, as_json, stop)
@@ -301,13 +312,13 @@ def _watch(
     show_default=True,
     help="Port of the page.",
 )
-@click.option("--address", default="127.0.0.1", show_default=True, help="Where it listens.")
+@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
     "--allow-host",
     "allow_hosts",
     multiple=True,
     metavar="NAME",
-    help="Name by which browsers may know the page, beside localhost and numbers; * is any.",
+    help="Host name that browsers may use beside localhost and numbers; * allows any.",
 )
 @timeout_option
 def web(
@@ -319,7 +330,10 @@ def web(
     allow_hosts: tuple[str, ...],
     timeout_s: float,
 ) -> None:
-    """Serve a page that shows images of a Triton server, until Ctrl-C."""
+    """Serve a web page that shows images of a Triton server.
+
+    Ctrl-C ends it.
+    """
     try:
         from treeq_export.client.web import SideCar, run_web
     except ModuleNotFoundError as error:

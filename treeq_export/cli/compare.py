@@ -38,7 +38,7 @@ def _parsed(kind: str) -> Callable[..., Any]:
     show_default=True,
     metavar="NAME,...",
     callback=_parsed("strategies"),
-    help="Strategies of search.",
+    help="Search strategies to compare.",
 )
 @click.option(
     "--finetune",
@@ -52,10 +52,13 @@ def _parsed(kind: str) -> Callable[..., Any]:
     "--peers",
     metavar="NAME,...",
     callback=_parsed("peers"),
-    help="Other toolkits' methods, such as modelopt_int8_max.",
+    help="Methods of other toolkits (modelopt_int8_max ...).",
 )
 @click.option(
-    "--seeds", metavar="N,...", callback=_parsed("seeds"), help="Of the images; else the recipe's."
+    "--seeds",
+    metavar="N,...",
+    callback=_parsed("seeds"),
+    help="Seeds of the images  [default: the recipe's]",
 )
 @click.option(
     "--out", "out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison."
@@ -73,7 +76,10 @@ def compare(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run strategies at several budgets and write one table: compare.json, .html and .png."""
+    """Compare search strategies at several budgets in one table.
+
+    Writes compare.json, compare.html and compare.png.
+    """
     from treeq_export.compare.options import CompareOptions
     from treeq_export.recipe import load_recipe
 

@@ -41,8 +41,29 @@ def make_stdout() -> Console:
     return SafeConsole(width=_PIPE_WIDTH)
 
 
+_SHORT_HELP = 66  # columns that are left beside the name on a terminal of 80
+GROUPS = {
+    "Make a model": ("run", "search", "calibrate", "finetune", "compile", "compare"),
+    "Run it": ("validate", "bench", "evaluate", "build", "bisect"),
+    "Serve it": ("serve", "lint", "client", "health", "web", "loadtest"),
+    "Look": ("report", "inspect", "doctor"),
+}
+
+
 class Commands(click.Group):
     """Turns every error a user can meet into one line on stderr and an exit status."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in groups, with the first sentence of their help."""
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (f"{name:<{width}}", self.commands[name].get_short_help_str(_SHORT_HELP))
+                        for name in names
+                    ]
+                )
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Prepare the process, then read the arguments and run the command."""

@@ -16,13 +16,13 @@ _FLUX_SIZE = 16
 @main.command()
 @click.option("--run", "run", type=click.Path(path_type=Path), help="Show this run's plan.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Show a checkpoint's layers.")
-@click.option("--variant", help="Of the checkpoint's weight files, such as fp16.")
+@click.option("--variant", help="Variant of the checkpoint's weight files (fp16 ...).")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of plan.json.")
 @json_option
 def inspect(
     run: Path | None, checkpoint: Path | None, variant: str | None, schema: bool, as_json: bool
 ) -> None:
-    """Show a plan, a checkpoint's quantizable layers, or the schema of plan.json."""
+    """Show a plan, a checkpoint's layers, or the plan's schema."""
     if sum((run is not None, checkpoint is not None, schema)) != 1:
         raise click.UsageError("give one of --run, --checkpoint and --schema.")
     if schema:
@@ -93,7 +93,7 @@ def _inspect_checkpoint(path: Path, variant: str | None, as_json: bool) -> None:
 @main.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has, what is missing, and the command that installs it."""
+    """Say what this machine has, and how to get what is missing."""
     from treeq_export.doctor import examine, findings_to_json, is_healthy
 
     findings = examine()

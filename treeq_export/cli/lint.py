@@ -16,7 +16,7 @@ from treeq_export.errors import ServeError
 @click.argument("repository", type=click.Path(path_type=Path))
 @json_option
 def lint(repository: Path, as_json: bool) -> None:
-    """Check every config.pbtxt of a Triton model REPOSITORY, and the files it needs."""
+    """Check a Triton model REPOSITORY: configurations and files."""
     from treeq_export.serve.lint import lint_repository
     from treeq_export.serve.lint_read import count_models
 

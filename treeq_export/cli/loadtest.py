@@ -33,13 +33,13 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 
 
 @main.command()
-@click.option("--url", help="http://host:port or grpc://host:port of the server.")
+@click.option("--url", help="Server address: http://host:port or grpc://host:port.")
 @click.option(
     "--model",
     default="sampler",
     show_default=True,
     callback=sendable,
-    help="The sampler on the server.",
+    help="Name of the sampler on the server.",
 )
 @click.option(
     "--concurrency",
@@ -47,17 +47,25 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     show_default=True,
     callback=_numbers,
     metavar="N,...",
-    help="Clients at a time; each waits for its image, then asks for the next.",
+    help="Numbers of clients; each client waits for its image, then asks for the next.",
 )
 @click.option(
-    "--duration", type=float, default=30.0, show_default=True, help="Seconds of each level."
+    "--duration",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds that each number of clients is kept up.",
 )
 @click.option(
-    "--warmup", type=float, default=3.0, show_default=True, help="Seconds before it, not counted."
+    "--warmup",
+    type=float,
+    default=3.0,
+    show_default=True,
+    help="Seconds before each measurement, not counted.",
 )
-@click.option("--steps", type=int, help="Solver steps; the server's, if left out.")
-@click.option("--guidance", type=float, help="Guidance scale; the server's, if left out.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image.")
+@click.option("--steps", type=int, help="Solver steps  [default: the server's]")
+@click.option("--guidance", type=float, help="Guidance scale  [default: the server's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image.")
 @click.option(
     "--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for an image."
 )
@@ -69,10 +77,10 @@ def _paths(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     help="Folder of loadtest.json and loadtest.png.",
 )
 @click.option(
-    "--note", default="", callback=sendable, help="For the record, such as what is emulated."
+    "--note", default="", callback=sendable, help="Remark for the record (what is emulated ...)."
 )
 @click.option("--server-pid", type=int, help="Sample the memory of this process and its children.")
-@click.option("--fresh", is_flag=True, help="Replace a record that is there.")
+@click.option("--fresh", is_flag=True, help="Replace an existing record.")
 @click.option(
     "--plot",
     "records",
@@ -99,7 +107,10 @@ def loadtest(
     records: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Load a Triton server with more and more clients; write latencies, throughput, batches."""
+    """Load a Triton server with more and more clients.
+
+    Writes latencies, throughput and batch sizes.
+    """
     if bool(url) == bool(records):
         raise click.UsageError("Give --url to load a server, or --plot to draw records.")
     if url is None:

@@ -10,16 +10,20 @@ from treeq_export.cli.stages import print_record, run_one
 
 @main.command()
 @run_option
-@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="For a new run.")
+@click.option(
+    "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Recipe, for a new run."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
 @click.option(
     "--noise",
     type=click.FloatRange(0, 1),
     metavar="LAMBDA",
-    help="Environmental Noise Guidance: 1 for PTQ, 0 before finetune.",
+    help="Environmental Noise Guidance: 1 for PTQ, 0 before training.",
 )
-@click.option("--executor", type=click.Choice(("local", "ray")), help="Where to measure.")
-@click.option("--estimate", is_flag=True, help="Only say what the search would cost.")
+@click.option(
+    "--executor", type=click.Choice(("local", "ray")), help="Executor of the measurements."
+)
+@click.option("--estimate", is_flag=True, help="Say what the search would cost, and do nothing.")
 @json_option
 def search(
     run: Path,
@@ -30,7 +34,10 @@ def search(
     estimate: bool,
     as_json: bool,
 ) -> None:
-    """Choose every layer's formats: writes plan.json and search.json."""
+    """Choose the formats of every layer.
+
+    Writes plan.json and search.json.
+    """
     for key, value in (("noise", noise), ("executor", executor)):
         overrides += () if value is None else (f"search.{key}={value}",)
     _prepare_run(run, recipe_path, overrides)

@@ -12,61 +12,76 @@ _FOLDER = click.Path(path_type=Path)
 
 @main.command()
 @run_option
-@click.option("--out", type=_FOLDER, help="The repository; DIR/triton, if left out.")
+@click.option("--out", type=_FOLDER, help="Folder of the repository  [default: DIR/triton]")
 @click.option(
     "--target",
     type=click.Choice(["ort", "portable", "tensorrt", "tensorrt-native"]),
     default="ort",
     show_default=True,
-    help="What is served: a compiled graph, or an engine that was built of it.",
+    help="Compiled graph to serve, or the engine that was built from it.",
 )
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", "tensorrt", "python"]),
-    help="What runs the model `denoiser`; the target's own, if left out.",
+    help="Triton backend of the model `denoiser`  [default: the target's own]",
 )
 @click.option(
     "--mode",
     type=click.Choice(["inprocess", "bls"]),
     default="inprocess",
     show_default=True,
-    help="inprocess: the sampler runs the denoiser itself; bls: it calls it, step by step.",
+    help="inprocess: the sampler runs the denoiser itself; "
+    "bls: the sampler calls the model `denoiser` at each step.",
 )
 @click.option(
     "--runtime",
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     default="tensorrt",
     show_default=True,
-    help="What the engine was built with.",
-)
-@click.option("--gpu", metavar="SM", help="Such as sm_89, where there are several engines.")
-@click.option(
-    "--root", type=_FOLDER, help="Where the repository will lie on the server, if elsewhere."
+    help="Runtime that the engine was built with.",
 )
 @click.option(
-    "--max-batch", type=int, help="Most rows of a call; 16, or what the target takes if less."
+    "--gpu", metavar="SM", help="GPU architecture (sm_89 ...), if there are several engines."
+)
+@click.option(
+    "--root", type=_FOLDER, help="Path of the repository on the server  [default: the path here]"
+)
+@click.option(
+    "--max-batch",
+    type=int,
+    help="Most rows in one call  [default: 16, or fewer if the target takes fewer]",
 )
 @click.option(
     "--dynamic-batching/--no-dynamic-batching",
     default=True,
     show_default=True,
-    help="Whether the server may merge requests.",
+    help="Let the server merge requests into one call.",
 )
 @click.option(
-    "--queue-delay-us", default=100, show_default=True, help="Wait for others, microseconds."
+    "--queue-delay-us",
+    default=100,
+    show_default=True,
+    help="Microseconds that a request waits to be merged with others.",
 )
-@click.option("--instances", default=1, show_default=True, help="Copies of what runs the denoiser.")
 @click.option(
-    "--concurrency", default=16, show_default=True, help="Most requests at a time in mode bls."
+    "--instances", default=1, show_default=True, help="Number of processes that run the denoiser."
+)
+@click.option(
+    "--concurrency",
+    default=16,
+    show_default=True,
+    help="Most requests in progress at a time in mode bls.",
 )
 @click.option("--threads", type=int, help="Threads inside an operator of ONNX Runtime.")
-@click.option("--decoupled", is_flag=True, help="Stream previews; gRPC only.")
+@click.option("--decoupled", is_flag=True, help="Stream previews of each step; gRPC only.")
 @click.option("--vae", type=_FOLDER, help="Folder of a diffusers AutoencoderKL.")
-@click.option("--plugin-library", type=_FOLDER, help="libtreeq_plugins.so, if not installed.")
+@click.option(
+    "--plugin-library", type=_FOLDER, help="Path of libtreeq_plugins.so, if it is not installed."
+)
 @click.option("--add-version", is_flag=True, help="Add the next version to a repository.")
 @json_option
 def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Write a Triton model repository with its launch script, and lint it."""
+    """Write a Triton model repository, and lint it."""
     from treeq_export.model.checkpoint import build_model
     from treeq_export.model.zoo import make_denoiser
     from treeq_export.pipeline import require_result

@@ -35,14 +35,20 @@ STAGE_NAMES = (
     "--out", "out", type=click.Path(path_type=Path), required=True, help="Folder of the run."
 )
 @click.option(
-    "--from", "start", type=click.Choice(STAGE_NAMES), help="Run again from this stage on."
+    "--from",
+    "start",
+    type=click.Choice(STAGE_NAMES),
+    help="First stage to run again, up to date or not.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe.")
 @json_option
 def run_command(
     recipe_path: Path, out: Path, start: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Run all stages of RECIPE; resume after an interruption, skip what is up to date."""
+    """Run all stages of RECIPE.
+
+    Stages that are up to date are skipped, and an interrupted run goes on where it was.
+    """
     from treeq_export.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
@@ -95,7 +101,10 @@ def print_record(run: Path, file: str, as_json: bool) -> None:
 @run_option
 @json_option
 def calibrate(run: Path, as_json: bool) -> None:
-    """Find scales, codes and branches: writes plan.safetensors."""
+    """Find scales, codes and branches.
+
+    Writes plan.safetensors.
+    """
     run_one(run, "calibrate")
     print_record(run, "calibration.json", as_json)
 
@@ -104,7 +113,10 @@ def calibrate(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def finetune(run: Path, as_json: bool) -> None:
-    """Train branches and scales by distillation from full precision (recipe: finetune.mode)."""
+    """Train branches and scales by distillation.
+
+    The key finetune.mode of the recipe chooses what is trained.
+    """
     if run_one(run, "finetune") is None:
         click.echo(
             "null" if as_json else "finetune.mode is none: nothing was trained.", err=not as_json
@@ -126,7 +138,10 @@ def compile_command(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def validate(run: Path, as_json: bool) -> None:
-    """Compare every layer of every target with the reference; status 3 if a gate is not met."""
+    """Compare every layer of every target with the reference.
+
+    Exit status 3 if a gate is not met.
+    """
     run_one(run, "validate")
     print_record(run, "parity.json", as_json)
     _check_gates_of(run, "parity.json")
@@ -136,7 +151,7 @@ def validate(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def bench(run: Path, as_json: bool) -> None:
-    """Time all targets in one interleaved run, and measure their memory."""
+    """Time all targets in one interleaved run, and their memory."""
     run_one(run, "bench")
     print_record(run, "bench.json", as_json)
 
@@ -145,7 +160,10 @@ def bench(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def evaluate(run: Path, as_json: bool) -> None:
-    """Sample with equal seeds and score the images; status 3 if a gate is not met."""
+    """Sample images with equal seeds and score them.
+
+    Exit status 3 if a gate is not met.
+    """
     run_one(run, "evaluate")
     print_record(run, "quality.json", as_json)
     _check_gates_of(run, "quality.json")
@@ -155,7 +173,9 @@ def evaluate(run: Path, as_json: bool) -> None:
 @run_option
 @json_option
 def report(run: Path, as_json: bool) -> None:
-    """Write report.json and report.html from what has been measured so far.
+    """Write report.json and report.html.
+
+    The report holds what has been measured so far.
 
     Of a run folder that cannot be written to the report is printed only.
     """
