@@ -10,6 +10,7 @@
 # make apt    Debian packages for the tests of the long tier: compilers, emulators and a browser, where
 #             root can install them
 # make check  format, lint, types, import order, then make test: the one gate
+# make docs   the pages of docs/ as a site, in build/site
 # make wheel  build the wheel and try it in an empty environment
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ LOAD_SECONDS ?= 120
 SWEEP_SECONDS ?= 5
 TEST_CPU_S ?= 5
 
-.PHONY: apt venv triton-env foreign-env demo engines serve test test-all check wheel clean
+.PHONY: apt venv triton-env foreign-env demo engines serve test test-all check docs wheel clean
 
 # What the long tier needs beside Python: compilers, a disassembler, emulators, a browser.
 apt:
@@ -90,6 +91,10 @@ check: apt venv
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+docs: venv
+	$(BIN)/python docs/recipe_reference.py
+	$(BIN)/python -m mkdocs build --strict --quiet -f .mkdocs.yml
 
 wheel: venv
 	rm -rf dist $(WHEEL_ENV)
