@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from treeq_gpu import launch
 
+from treeq_export.ops import ActScale
 from treeq_export.quant.numerics import activation_step, code_range
 from treeq_export.quant.packing import pack
-from treeq_export.quant.spec import ActivationFormat, ActivationScale
+from treeq_export.quant.spec import ActivationFormat
 
 # K, N by name: q, k or v alone, all three as one, the other linears of a block, and adaLN.
 SHAPES = {
@@ -43,7 +44,7 @@ class Format:
     name: str
     weight_bits: int
     act_bits: int
-    act_scale: ActivationScale
+    act_scale: ActScale
 
     @property
     def step(self) -> float:

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import ActScale
 from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
-from treeq_export.quant.spec import ActivationFormat, ActivationScale
+from treeq_export.quant.spec import ActivationFormat
 from treeq_export.runners.cpu_kernels import CpuMonarch, CpuQLinear, load_kernels, read_isa
 
 ISAS = ("avx512vnni", "avx2", "neon", "portable")
-SCALES: tuple[ActivationScale, ...] = ("token_rms", "token_absmax", "tensor_static")
+SCALES: tuple[ActScale, ...] = ("token_rms", "token_absmax", "tensor_static")
 
 
 def available(isa: str) -> bool:
@@ -98,7 +99,7 @@ def make_case(
     *,
     bits: int = 3,
     act_bits: int | None = 3,
-    scale: ActivationScale = "token_rms",
+    scale: ActScale = "token_rms",
     groups: int = 1,
     rotation_group: int = 1,
     has_bias: bool = True,
@@ -232,7 +233,7 @@ def test_sums_of_real_layers_are_equal_bit_for_bit(bits: int, monkeypatch: pytes
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("scale", ["token_rms", "token_absmax"])
 def test_nan_and_infinity_spoil_their_own_token_only(
-    isa: str, scale: ActivationScale, monkeypatch: pytest.MonkeyPatch
+    isa: str, scale: ActScale, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TREEQ_ISA", isa)
     case = make_case(9, 96, 40, scale=scale, rotation_group=32)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.zoo import Denoiser
+from treeq_export.ops import ActScale
 from treeq_export.plan import (
     LayerPlan,
     Tensors,
@@ -23,17 +24,17 @@ from treeq_export.plan import (
 from treeq_export.quant import numerics
 from treeq_export.quant.branch import apply_branch, dense_branch
 from treeq_export.quant.rotation import rotate
-from treeq_export.quant.spec import ActivationFormat, ActivationScale, BranchFormat, WeightFormat
+from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 
 MakeDenoiser = Callable[..., Denoiser]
-SCALES: list[ActivationScale] = ["token_rms", "token_absmax", "tensor_static"]
+SCALES: list[ActScale] = ["token_rms", "token_absmax", "tensor_static"]
 K, N = 128, 24
 
 
 def make_layer(
     weight_bits: int = 4,
     act_bits: int | None = 4,
-    scale: ActivationScale = "token_rms",
+    scale: ActScale = "token_rms",
     *,
     k: int = K,
     n: int = N,
@@ -136,7 +137,7 @@ def check_against_reference(layer: LayerPlan, *, shape: tuple[int, ...], with_bi
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_every_width_equals_the_reference(bits: int, scale: ActivationScale):
+def test_every_width_equals_the_reference(bits: int, scale: ActScale):
     layer = make_layer(bits, bits, scale, rotation_group=32)
     check_against_reference(layer, shape=(9,), with_bias=True)
 
@@ -145,7 +146,7 @@ def test_every_width_equals_the_reference(bits: int, scale: ActivationScale):
 @pytest.mark.parametrize("rotation_group", [1, 32, 128])
 @pytest.mark.parametrize("group_size", [None, 64, 32, 8])
 def test_groups_and_rotations_equal_the_reference(
-    scale: ActivationScale, rotation_group: int, group_size: int | None
+    scale: ActScale, rotation_group: int, group_size: int | None
 ):
     layer = make_layer(3, 5, scale, group_size=group_size, rotation_group=rotation_group)
     check_against_reference(layer, shape=(2, 5), with_bias=False)
@@ -178,7 +179,7 @@ def test_weight_only_equals_the_reference(
 
 
 @pytest.mark.parametrize("scale", ["token_absmax", "tensor_static"])
-def test_float32_is_equal_bit_for_bit_without_rotation(scale: ActivationScale):
+def test_float32_is_equal_bit_for_bit_without_rotation(scale: ActScale):
     layer = make_layer(4, 6, scale)
     tensors = make_tensors(layer)
     bias = make_bias(layer)
@@ -205,9 +206,7 @@ def test_reciprocal_and_half_to_even():
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("group_size", [None, 128])
-def test_error_is_at_most_twice_that_of_plain_float32(
-    scale: ActivationScale, group_size: int | None
-):
+def test_error_is_at_most_twice_that_of_plain_float32(scale: ActScale, group_size: int | None):
     layer = make_layer(4, 4, scale, k=512, n=64, group_size=group_size, rotation_group=128)
     tensors = make_tensors(layer)
     bias = make_bias(layer)
@@ -246,7 +245,7 @@ def test_sums_are_exact_beyond_24_bits(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_token_of_zeros_gives_the_bias(scale: ActivationScale):
+def test_a_token_of_zeros_gives_the_bias(scale: ActScale):
     layer = make_layer(4, 4, scale, rotation_group=32)
     bias = make_bias(layer)
     module = QLinear(layer, make_tensors(layer), bias)
@@ -259,7 +258,7 @@ def test_a_token_of_zeros_gives_the_bias(scale: ActivationScale):
 
 @pytest.mark.parametrize("scale", ["token_rms", "token_absmax"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_token_gives_nan_in_its_own_row_only(scale: ActivationScale, bad: float):
+def test_a_bad_token_gives_nan_in_its_own_row_only(scale: ActScale, bad: float):
     layer = make_layer(4, 4, scale, rotation_group=32)
     module = QLinear(layer, make_tensors(layer), None)
     x = random_input(4, K, dtype=torch.float32)

@@ -7,6 +7,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 
+from treeq_export.ops import ActScale
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.quant.numerics import (
     GAUSSIAN_STEP,
@@ -15,7 +16,7 @@ from treeq_export.quant.numerics import (
     code_range,
     quantize_activation,
 )
-from treeq_export.quant.spec import ActivationFormat, ActivationScale
+from treeq_export.quant.spec import ActivationFormat
 
 NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(12)
 
@@ -58,7 +59,7 @@ def test_there_is_one_step_per_width():
     assert list(GAUSSIAN_STEP) == [2, 3, 4, 5, 6, 7, 8]
 
 
-def measured_sqnr_db(bits: int, scale: ActivationScale) -> float:
+def measured_sqnr_db(bits: int, scale: ActScale) -> float:
     """Over 500 tokens of 1152 Gaussian values."""
     x = 1.7 * np.random.default_rng(0).standard_normal((500, 1152))
     step = activation_step(ActivationFormat(bits=bits, scale=scale))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from treeq_export.ops import ActScale
 from treeq_export.quant.numerics import (
     SCALE_FLOOR,
     accumulate,
@@ -20,15 +21,15 @@ from treeq_export.quant.numerics import (
     quantize_activation,
     quantize_weight,
 )
-from treeq_export.quant.spec import ActivationFormat, ActivationScale
+from treeq_export.quant.spec import ActivationFormat
 
 BITS = st.integers(2, 8)
 SCALES = st.floats(1e-6, 1e3)
-TOKEN_SCALES: list[ActivationScale] = ["token_rms", "token_absmax"]
-ALL_SCALES: list[ActivationScale] = [*TOKEN_SCALES, "tensor_static"]
+TOKEN_SCALES: list[ActScale] = ["token_rms", "token_absmax"]
+ALL_SCALES: list[ActScale] = [*TOKEN_SCALES, "tensor_static"]
 
 
-def step_of(bits: int, scale: ActivationScale) -> float:
+def step_of(bits: int, scale: ActScale) -> float:
     step = activation_step(ActivationFormat(bits=bits, scale=scale))
     return 0.11 if step is None else step
 
@@ -116,7 +117,7 @@ def test_activation_scales_are_their_formulas(dtype: type[np.floating]):
 
 @pytest.mark.parametrize("kind", TOKEN_SCALES)
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-38])
-def test_scale_has_a_floor(kind: ActivationScale, size: float):
+def test_scale_has_a_floor(kind: ActScale, size: float):
     x = np.full((2, 8), size, dtype=np.float32)
     scale = activation_scale(x, kind, 0.1)
     assert scale.tolist() == [[np.float32(SCALE_FLOOR)]] * 2
@@ -124,7 +125,7 @@ def test_scale_has_a_floor(kind: ActivationScale, size: float):
 
 
 def test_every_activation_scale_of_the_format_is_covered_here():
-    assert {*ALL_SCALES, "none"} == set(get_args(ActivationScale))
+    assert {*ALL_SCALES, "none"} == set(get_args(ActScale))
 
 
 # Integer products -------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def qlinear_by_loops(
 )
 def test_qlinear_is_its_formula(
     bits: int | None,
-    scale: ActivationScale,
+    scale: ActScale,
     k: int,
     n: int,
     groups: int,
@@ -260,7 +261,7 @@ def test_qlinear_is_its_formula(
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
 
 
-def call_qlinear(x: np.ndarray, scale: ActivationScale, rotation_group: int = 1) -> np.ndarray:
+def call_qlinear(x: np.ndarray, scale: ActScale, rotation_group: int = 1) -> np.ndarray:
     codes = np.random.default_rng(1).integers(-8, 8, (3, x.shape[-1]), dtype=np.int8)
     return qlinear(
         x,
@@ -273,7 +274,7 @@ def call_qlinear(x: np.ndarray, scale: ActivationScale, rotation_group: int = 1)
 
 
 @pytest.mark.parametrize("scale", ALL_SCALES)
-def test_a_token_of_zeros_gives_zeros(scale: ActivationScale):
+def test_a_token_of_zeros_gives_zeros(scale: ActScale):
     x = np.ones((2, 3, 16), dtype=np.float32)
     x[1, 2] = 0
     y = call_qlinear(x, scale, rotation_group=8)
@@ -287,7 +288,7 @@ def test_a_token_of_zeros_gives_zeros(scale: ActivationScale):
 @pytest.mark.parametrize("rotation_group", [1, 16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_bad_token_gives_nan_in_its_own_row_only(
-    scale: ActivationScale, rotation_group: int, bad: float
+    scale: ActScale, rotation_group: int, bad: float
 ):
     x = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
     clean = call_qlinear(x, scale, rotation_group)

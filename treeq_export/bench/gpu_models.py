@@ -13,14 +13,10 @@ from torch import Tensor, nn
 
 from treeq_export.model.quantized import put_module
 from treeq_export.model.zoo import DiTDenoiser
+from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.numerics import activation_step, code_range
-from treeq_export.quant.spec import (
-    ActivationFormat,
-    ActivationScale,
-    BranchFormat,
-    WeightFormat,
-)
+from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.runners.gpu_layers import GpuQLinear, SharedCodes
 
 ROTATION_GROUP = 128
@@ -57,7 +53,7 @@ class GpuFormat:
     name: str
     weight_bits: int
     act_bits: int
-    act_scale: ActivationScale = "token_rms"
+    act_scale: ActScale = ActScale.TOKEN_RMS
     rank: int = 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from treeq_export.quant.spec import MAX_BITS, MIN_BITS
+from treeq_export.ops import MAX_BITS, MIN_BITS
 from treeq_export.recipe import SearchSection
 
 STRATEGIES: tuple[str, ...] = get_args(SearchSection.model_fields["strategy"].annotation)

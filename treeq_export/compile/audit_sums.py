@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import CompileError
+from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.numerics import accumulate, code_range
 from treeq_export.quant.packing import pack
@@ -141,7 +142,7 @@ def _kernel_sums_are_exact(layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]
         pack(weight, layer.weight.bits),
         tensors[f"{layer.name}.weight_scale"],
         in_features=layer.in_features,
-        activation=ActivationFormat(bits=layer.activation.bits, scale="tensor_static"),
+        activation=ActivationFormat(bits=layer.activation.bits, scale=ActScale.TENSOR_STATIC),
         step=1.0,
         rotation_group=1,
         name=layer.name,

@@ -24,9 +24,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.compile.signature import QLinearSignature
+from treeq_export.ops import MAX_BITS, PACK_WORD
 from treeq_export.quant.numerics import SCALE_FLOOR, code_range
 from treeq_export.quant.rotation import hadamard
-from treeq_export.quant.spec import MAX_BITS, PACK_WORD
 
 
 class BodyWriter:

@@ -26,8 +26,7 @@ from treeq_export.compile.signature import (
     read_signature,
 )
 from treeq_export.errors import CompileError
-from treeq_export.quant.rotation import MAX_GROUP
-from treeq_export.quant.spec import MAX_BITS, MIN_BITS, PACK_WORD
+from treeq_export.ops import MAX_BITS, MAX_ROTATION, MIN_BITS, PACK_WORD
 
 MIN_BLOCK, MAX_BLOCK = 16, 128
 _SHOWN = 8
@@ -92,10 +91,10 @@ def _plugin_problem(signature: QLinearSignature) -> str | None:
             f"group_size {group} is no multiple of {PACK_WORD}, which target tensorrt's kernels "
             f"need. Set search.group_size to one, or to null for one scale per channel."
         )
-    if signature.rotation_group > MAX_GROUP:
+    if signature.rotation_group > MAX_ROTATION:
         return (
-            f"rotation_group {signature.rotation_group} is above {MAX_GROUP}, the largest that "
-            f"target tensorrt's kernels rotate by. Set search.rotation_group to {MAX_GROUP}."
+            f"rotation_group {signature.rotation_group} is above {MAX_ROTATION}, the largest that "
+            f"target tensorrt's kernels rotate by. Set search.rotation_group to {MAX_ROTATION}."
         )
     return None
 

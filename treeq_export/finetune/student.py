@@ -33,10 +33,6 @@ from treeq_export.quant.rotation import hadamard
 
 Kind = Literal["branch", "weight_scale", "activation_step", "bias", "codes"]
 
-# From this width on, a token_absmax grid reaches exactly to the largest value and has nothing to
-# gain from clipping.
-_EXACT_ABSMAX_BITS = 7
-
 
 class _FakeQuantize(torch.autograd.Function):
     """x_hat = s clip(rint(x / s)); straight through inside the grid, exact for s.
@@ -184,10 +180,8 @@ class TrainableLinear(nn.Module):
 
 
 def _has_trainable_step(layer: LayerPlan) -> bool:
-    activation = layer.activation
-    if activation.bits is None:
-        return False
-    return activation.scale != "token_absmax" or activation.bits < _EXACT_ABSMAX_BITS
+    bits, scale = layer.activation.bits, layer.activation.scale
+    return bits is not None and scale.has_trainable_step(bits)
 
 
 def _round_through(latent: Tensor, bits: int) -> Tensor:

@@ -14,8 +14,9 @@ codes of zeros instead of 0 * inf.
 import numpy as np
 from numpy.typing import NDArray
 
+from treeq_export.ops import ActScale
 from treeq_export.quant.rotation import rotate
-from treeq_export.quant.spec import ActivationFormat, ActivationScale
+from treeq_export.quant.spec import ActivationFormat
 
 SCALE_FLOOR = 1e-20
 
@@ -45,28 +46,28 @@ def code_range(bits: int) -> tuple[int, int]:
 
 def activation_step(activation: ActivationFormat) -> float | None:
     """Return the step of a format, None where calibration has to find it or there is none."""
-    if activation.bits is None or activation.scale == "tensor_static":
+    if activation.bits is None or activation.scale.is_static:
         return None
-    if activation.scale == "token_rms":
+    if activation.scale == ActScale.TOKEN_RMS:
         return GAUSSIAN_STEP[activation.bits]
     return 1.0 / code_range(activation.bits)[1]
 
 
-def activation_scale(x: FloatArray, scale: ActivationScale, step: float) -> FloatArray:
+def activation_scale(x: FloatArray, scale: ActScale, step: float) -> FloatArray:
     """Return s_x of (rotated) activations.
 
     Args:
         x: (..., K) floating point.
-        scale: "token_rms", "token_absmax" or "tensor_static".
+        scale: How the scale is found; not "none".
         step: The layer's step.
 
     Returns:
         (..., 1), same dtype as x, at least SCALE_FLOOR.
     """
     step_ = x.dtype.type(step)
-    if scale == "token_rms":
+    if scale == ActScale.TOKEN_RMS:
         raw = np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) * step_
-    elif scale == "token_absmax":
+    elif scale == ActScale.TOKEN_ABSMAX:
         raw = np.max(np.abs(x), axis=-1, keepdims=True) * step_
     else:
         raw = np.full((*x.shape[:-1], 1), step_, dtype=x.dtype)

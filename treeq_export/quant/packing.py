@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.errors import FormatError
-from treeq_export.quant.spec import PACK_WORD
+from treeq_export.ops import PACK_WORD
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.int32]:

@@ -10,16 +10,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_GROUP = 128  # a larger one gains next to nothing, and GPU kernels have none
+from treeq_export.ops import MAX_ROTATION
 
 
 def largest_group(in_features: int) -> int:
-    """Return the largest power of two up to `MAX_GROUP` that divides a layer's input features.
+    """Return the largest power of two up to `MAX_ROTATION` that divides a layer's input features.
 
     >>> [largest_group(k) for k in (1152, 96, 36, 35)]
     [128, 32, 4, 1]
     """
-    return min(in_features & -in_features, MAX_GROUP)
+    return min(in_features & -in_features, MAX_ROTATION)
 
 
 @cache

@@ -6,18 +6,14 @@ bits with one scale per token (derived from the token's rms or absolute maximum)
 scale per tensor; `none` keeps them in floating point (weight-only quantization).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treeq_export.errors import FormatError
-
-MIN_BITS = 2
-MAX_BITS = 8
-PACK_WORD = 32
+from treeq_export.ops import MAX_BITS, MIN_BITS, ActScale
 
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
-ActivationScale = Literal["token_rms", "token_absmax", "tensor_static", "none"]
 
 
 class Spec(BaseModel):
@@ -48,11 +44,11 @@ class ActivationFormat(Spec):
     """
 
     bits: Bits | None
-    scale: ActivationScale
+    scale: Annotated[ActScale, Field(strict=False)]
 
     @model_validator(mode="after")
     def _bits_match_scale(self) -> Self:
-        if (self.bits is None) != (self.scale == "none"):
+        if (self.bits is None) != (self.scale is ActScale.NONE):
             raise ValueError("bits is null exactly where scale is 'none'")
         return self
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from treeq_export.errors import RecipeError
-from treeq_export.quant.spec import MAX_BITS, MIN_BITS, Bits, BranchFormat
+from treeq_export.ops import MAX_BITS, MIN_BITS
+from treeq_export.quant.spec import Bits, BranchFormat
 
 # Upper ends that no use comes near, so that every number fits what computes with it.
 MAX_COUNT = 10_000_000

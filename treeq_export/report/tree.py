@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from treeq_export.quant.spec import MAX_BITS, MIN_BITS
+from treeq_export.ops import MAX_BITS, MIN_BITS
 from treeq_export.records import SearchNode
 from treeq_export.report.quantities import format_fixed
 

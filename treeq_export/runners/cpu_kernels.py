@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 import treeq_export
 from treeq_export.errors import RunnerError
-from treeq_export.quant.spec import PACK_WORD, ActivationFormat
+from treeq_export.ops import PACK_WORD
+from treeq_export.quant.spec import ActivationFormat
 
 KERNELS_LIBRARY = "libtreeq_kernels.so"
 ORT_LIBRARY = "libtreeq_ort.so"

@@ -19,9 +19,10 @@ from treeq_export.errors import RunnerError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import put_module, quantized_layers
 from treeq_export.model.zoo import Denoiser
+from treeq_export.ops import MAX_ROTATION
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.numerics import dequantize_weight
-from treeq_export.quant.rotation import MAX_GROUP, rotate
+from treeq_export.quant.rotation import rotate
 from treeq_export.runners import gpu_ops
 
 WORD = 32
@@ -157,10 +158,10 @@ def check_supported(layer: LayerPlan) -> None:
             f"{layer.name}: group_size {group}, expected a multiple of {WORD} for the GPU kernels. "
             "Search again with another group_size."
         )
-    if rotation > MAX_GROUP:
+    if rotation > MAX_ROTATION:
         raise RunnerError(
-            f"{layer.name}: rotation_group {rotation}, expected at most {MAX_GROUP} for the GPU "
-            f"kernels. Search again with search.rotation_group {MAX_GROUP}."
+            f"{layer.name}: rotation_group {rotation}, expected at most {MAX_ROTATION} for the GPU "
+            f"kernels. Search again with search.rotation_group {MAX_ROTATION}."
         )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from treeq_export.errors import RecipeError
-from treeq_export.quant.spec import MAX_BITS, MIN_BITS
+from treeq_export.ops import MAX_BITS, MIN_BITS
 from treeq_export.recipe import SearchSection
 from treeq_export.search.assignment import solve_assignment
 from treeq_export.search.budget import Budget, CostModel

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treeq_export.errors import RecipeError
-from treeq_export.quant.spec import PACK_WORD, BranchFormat
+from treeq_export.ops import PACK_WORD
+from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import BudgetSection, SearchSection
 from treeq_export.search.tree import Configuration, Leaf
 

@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from treeq_export.model.layers import LinearInfo
+from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.rotation import largest_group
-from treeq_export.quant.spec import ActivationFormat, ActivationScale, BranchFormat, WeightFormat
+from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
 from treeq_export.search.tree import Configuration, Leaf
-
-# From this width on, a token's largest value costs less than the tails of the sigma step.
-ABSMAX_FROM_BITS = 7
 
 Pair = tuple[int, int]  # weight bits, activation bits
 
@@ -29,13 +27,11 @@ def make_activation_format(bits: int | None, scale: str) -> ActivationFormat:
 
     Args:
         bits: 2..8, or None to keep activations in floating point.
-        scale: "auto", "token_rms", "token_absmax" or "tensor_static".
+        scale: "auto", which goes by the bits, or the name of an `ActScale`.
     """
     if bits is None:
-        return ActivationFormat(bits=None, scale="none")
-    chosen: ActivationScale = "token_absmax" if bits >= ABSMAX_FROM_BITS else "token_rms"
-    if scale in ("token_rms", "token_absmax", "tensor_static"):
-        chosen = scale
+        return ActivationFormat(bits=None, scale=ActScale.NONE)
+    chosen = ActScale.for_bits(bits) if scale == "auto" else ActScale(scale)
     return ActivationFormat(bits=bits, scale=chosen)
 
 

@@ -19,6 +19,7 @@ from treeq_export.model.layers import LinearInfo, discover
 from treeq_export.model.replay import block_names
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
+from treeq_export.ops import MAX_BITS
 from treeq_export.plan import (
     FORMAT_VERSION,
     LayerPlan,
@@ -27,7 +28,7 @@ from treeq_export.plan import (
     StrategyRecord,
     save_plan,
 )
-from treeq_export.quant.spec import MAX_BITS, BranchFormat
+from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import Recipe, SearchSection, strategy_options
 from treeq_export.records import SearchCost, SearchRecord, save_record
 from treeq_export.search.baselines import (
