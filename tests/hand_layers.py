@@ -1,16 +1,34 @@
 """Quantized layers made by hand, with the reference's arithmetic."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from treeq_export.ops import LayerFormat
 from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
+
+SMALL: dict[str, Any] = {
+    "weight_bits": 3,
+    "act_bits": 4,
+    "act_scale": "token_rms",
+    "act_step": 0.3,
+    "rotation_group": 8,
+    "group_size": 0,
+    "in_features": 64,
+    "out_features": 5,
+}
+
+
+def make_format(**fields: Any) -> LayerFormat:
+    """Return a layer's format; what is not given is that of a small layer."""
+    return LayerFormat.from_attributes(SMALL | fields)
 
 
 class HandLayer:
@@ -39,7 +57,7 @@ class HandLayer:
         self.weight_bits, self.rank = weight_bits, rank
         self.activation = ActivationFormat.model_validate({"bits": act_bits, "scale": act_scale})
         self.step = numerics.activation_step(self.activation)
-        if act_scale == "tensor_static":
+        if self.activation.scale.is_static:
             self.step = float(np.float32(1.1 * numerics.GAUSSIAN_STEP[act_bits or 0]))
         qmin, qmax = numerics.code_range(weight_bits)
         self.codes = rng.integers(qmin, qmax + 1, (n, k)).astype(np.int8)
@@ -50,6 +68,20 @@ class HandLayer:
         x[0] = 0
         x[1, 3] = 40
         self.x = x if rank == 2 else x.reshape(2, 3, k)
+
+    @property
+    def format(self) -> LayerFormat:
+        """What a kernel has to know of it."""
+        return make_format(
+            weight_bits=self.weight_bits,
+            act_bits=self.activation.bits or 0,
+            act_scale=self.activation.scale,
+            act_step=self.step or 0.0,
+            rotation_group=self.rotation_group,
+            group_size=self.group_size or 0,
+            in_features=self.codes.shape[1],
+            out_features=len(self.codes),
+        )
 
     @property
     def expected(self) -> NDArray[np.floating]:
@@ -93,16 +125,7 @@ class HandLayer:
         node = ir.node(
             "QLinear",
             [x, *values],
-            attributes={
-                "weight_bits": self.weight_bits,
-                "act_bits": self.activation.bits or 0,
-                "act_scale": self.activation.scale,
-                "act_step": self.step or 0.0,
-                "rotation_group": self.rotation_group,
-                "group_size": self.group_size or 0,
-                "in_features": self.codes.shape[1],
-                "out_features": len(self.codes),
-            },
+            attributes=self.format.attributes(),
             domain="treeq",
             version=1,
         )

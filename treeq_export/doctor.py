@@ -22,9 +22,9 @@ from treeq_export import __version__
 from treeq_export.children import python_child
 from treeq_export.environment import VNNI, available_cpus, read_cpu, version_of
 from treeq_export.errors import RunnerError
+from treeq_export.ops import PLUGINS
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library, read_isa
 from treeq_export.runners.cubin_launcher import read_manifest
-from treeq_export.runners.op_definition import OPS
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.products import products_saturate
 from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
@@ -261,7 +261,7 @@ def _examine_registration(
         problem = f"no answer in {timeout_s:g} s"
     else:
         if child.returncode == 0:
-            found = f"{', '.join(op.name for op in OPS)} from {source}"
+            found = f"{', '.join(op.name for op in PLUGINS)} from {source}"
         else:
             lines = complaint.strip().splitlines() or ["no message"]
             problem = f"status {child.returncode}: {lines[-1].strip()[:300]}"

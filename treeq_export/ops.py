@@ -8,15 +8,16 @@ Only the standard library is imported, so that kernels are built without the pac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self, TypeVar
 
 OPSET = 21  # of ONNX's own operators, in every graph and function body
 DOMAIN = "treeq"
 VERSION = 1
+PLUGIN_VERSION = str(VERSION)
 # Attributes of a node that a TensorRT parser reads: without them it imports the function body.
-PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": PLUGIN_VERSION}
 
 MIN_BITS, MAX_BITS = 2, 8
 PACK_WORD = 32  # channels of a word of a bit plane
@@ -108,8 +109,20 @@ class LayerFormat:
             values: Attributes by name; those of no field are ignored.
             more: Fields that a subclass adds.
         """
-        named = {name: values[name] for name in LAYER_ATTRIBUTES}
-        return cls(**named | {"act_scale": ActScale(named["act_scale"])} | more)
+        named: dict[str, Any] = {name: values[name] for name in LAYER_ATTRIBUTES}
+        named["act_scale"] = ActScale(named["act_scale"])
+        return cls(**named, **more)
+
+    @property
+    def codes_key(self) -> tuple[int, ActScale, float, int]:
+        """What layers that read the same x have to agree in to read the same codes of it."""
+        return self.act_bits, self.act_scale, self.act_step, self.rotation_group
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest activation code."""
+        half = 1 << self.act_bits >> 1
+        return -half, half - 1
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a node: integers, one number and one text, in order."""
@@ -123,9 +136,9 @@ class LayerFormat:
 
 # Attributes that carry a LayerFormat, by name: int, float or str.
 LAYER_ATTRIBUTES: dict[str, type] = {
-    field.name: str if field.type is ActScale else field.type
-    for field in fields(LayerFormat)
-    if isinstance(field.type, type)
+    one.name: str if one.type is ActScale else one.type
+    for one in fields(LayerFormat)
+    if isinstance(one.type, type)
 }
 
 
@@ -144,7 +157,7 @@ class OpDefinition:
     name: str
     inputs: tuple[str, ...]
     num_required: int
-    attributes: Mapping[str, type]
+    attributes: Mapping[str, type] = field(hash=False)
     num_outputs: int = 1
 
     def position(self, name: str) -> int:
@@ -178,3 +191,4 @@ FUSED = OpDefinition(
 )
 MONARCH = OpDefinition("Monarch", ("x", "R", "L"), 3, {})
 OPS = (QLINEAR, FUSED, MONARCH)
+PLUGINS = (QLINEAR, MONARCH)  # what TensorRT has plugins for

@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 
 from treeq_export.artefacts import atomic_path, sha256_of_file, write_bytes
 from treeq_export.errors import PlanError
+from treeq_export.ops import LayerFormat
 from treeq_export.quant.spec import (
     ActivationFormat,
     BranchFormat,
@@ -108,6 +109,23 @@ class LayerPlan(Spec):
     def num_weights(self) -> int:
         """Number of quantized weights, N K."""
         return self.in_features * self.out_features
+
+    def layer_format(self, step: float) -> LayerFormat:
+        """Return what a kernel has to know of the layer.
+
+        Args:
+            step: The layer's activation step; 0 where activations are not quantized.
+        """
+        return LayerFormat(
+            weight_bits=self.weight.bits,
+            act_bits=self.activation.bits or 0,
+            act_scale=self.activation.scale,
+            act_step=step,
+            rotation_group=self.rotation_group,
+            group_size=self.weight.group_size or 0,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
 
 
 class StrategyRecord(Spec):

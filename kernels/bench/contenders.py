@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.quant.numerics import activation_step, code_range
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
@@ -60,17 +61,10 @@ def open_contenders(k: int, n: int, seed: int) -> Iterator[dict[str, Call]]:
 def _make_treeq(k: int, n: int, bits: int, bias: Array, rng: np.random.Generator) -> CpuQLinear:
     low, high = code_range(bits)
     codes = rng.integers(low, high + 1, (n, k)).astype(np.int8)
-    scale = "token_absmax" if bits == 8 else "token_rms"
-    activation = ActivationFormat(bits=bits, scale=scale)
-    return CpuQLinear(
-        pack(codes, bits),
-        np.full((n, 1), 0.01, np.float32),
-        in_features=k,
-        activation=activation,
-        step=activation_step(activation),
-        rotation_group=ROTATION_GROUP,
-        bias=bias,
-    )
+    activation = ActivationFormat(bits=bits, scale=ActScale.for_bits(bits))
+    step = activation_step(activation) or 0.0
+    layer = LayerFormat(bits, bits, activation.scale, step, ROTATION_GROUP, 0, k, n)
+    return CpuQLinear(layer, pack(codes, bits), np.full((n, 1), 0.01, np.float32), bias=bias)
 
 
 def _model(nodes: list[Any], k: int, n: int, arrays: dict[str, Array], *domains: str) -> bytes:

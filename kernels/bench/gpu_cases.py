@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from treeq_gpu import launch
 
-from treeq_export.ops import ActScale
+from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.quant.numerics import activation_step, code_range
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
@@ -55,10 +55,10 @@ class Format:
 
 
 FORMATS = (
-    Format("w2a4", 2, 4, "token_rms"),
-    Format("w3a3", 3, 3, "token_rms"),
-    Format("w4a4", 4, 4, "token_rms"),
-    Format("w8a8", 8, 8, "token_absmax"),
+    Format("w2a4", 2, 4, ActScale.TOKEN_RMS),
+    Format("w3a3", 3, 3, ActScale.TOKEN_RMS),
+    Format("w4a4", 4, 4, ActScale.TOKEN_RMS),
+    Format("w8a8", 8, 8, ActScale.TOKEN_ABSMAX),
 )
 
 
@@ -83,20 +83,17 @@ class Layer:
     planes: Tensor
     weight_scale: Tensor
     bias: Tensor
+    layer: LayerFormat = field(init=False)
     unit_scale: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        fmt, sizes = self.format, (ROTATION_GROUP, 0, self.k, self.n)
+        self.layer = LayerFormat(fmt.weight_bits, fmt.act_bits, fmt.act_scale, fmt.step, *sizes)
         self.unit_scale = torch.ones_like(self.weight_scale)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and scales of x (M, K)."""
-        return launch.quantize_tokens(
-            x,
-            act_bits=self.format.act_bits,
-            act_scale=self.format.act_scale,
-            act_step=self.format.step,
-            rotation_group=ROTATION_GROUP,
-        )
+        return launch.quantize_tokens(x, self.layer)
 
     def product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Return y (M, N) of quantized tokens."""
@@ -107,10 +104,8 @@ class Layer:
             self.weight_scale,
             self.bias,
             None,
-            weight_bits=self.format.weight_bits,
-            group_size=0,
-            in_features=self.k,
-            out_dtype=dtype,
+            self.layer,
+            dtype,
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -127,10 +122,8 @@ class Layer:
             self.unit_scale,
             None,
             None,
-            weight_bits=self.format.weight_bits,
-            group_size=0,
-            in_features=self.k,
-            out_dtype=torch.float32,
+            self.layer,
+            torch.float32,
         )
 
 

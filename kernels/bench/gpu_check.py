@@ -82,13 +82,7 @@ def check_case(
 
 def integer_sums(layer: Layer, codes: Tensor) -> Tensor:
     """Return the int32 sums (M, N) of the sums kernel."""
-    return launch.integer_sums(
-        codes,
-        layer.planes,
-        weight_bits=layer.format.weight_bits,
-        group_size=0,
-        in_features=layer.k,
-    )
+    return launch.integer_sums(codes, layer.planes, layer.layer)
 
 
 def _output_sqnr(

@@ -1,4 +1,4 @@
-/* Fields of the QLinear plugin, as treeq_export/runners/op_definition.py has them. */
+/* Fields of the QLinear plugin, as treeq_export/ops.py has them. */
 #ifndef TREEQ_TENSORRT_FIELDS_H
 #define TREEQ_TENSORRT_FIELDS_H
 

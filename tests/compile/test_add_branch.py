@@ -6,14 +6,14 @@ import pytest
 
 from treeq_export.compile.add_branch import ADDEND, AddBranch
 from treeq_export.compile.name_layers import NameLayers
+from treeq_export.ops import QLINEAR
 from treeq_export.runners.compiled import read_layers
-from treeq_export.runners.op_definition import QLINEAR_OP
 
 Make = Callable[..., Any]
 
 
 def test_position_is_that_of_the_definition():
-    assert QLINEAR_OP.inputs[ADDEND] == "addend"
+    assert QLINEAR.inputs[ADDEND] == "addend"
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,8 +5,8 @@ import onnx
 import onnx_ir as ir
 
 from treeq_export.compile.targets import lower
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.runners.compiled import TENSORRT
-from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 
 Make = Callable[..., Any]
 

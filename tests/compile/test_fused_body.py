@@ -25,6 +25,7 @@ from treeq_export.compile.fused import (
 from treeq_export.compile.fused_body import FusedForm, make_fused_function
 from treeq_export.compile.signature import QLinearSignature
 from treeq_export.compile.targets import lower
+from treeq_export.ops import ActScale
 from treeq_export.quant.branch import apply_branch
 from treeq_export.runners.compiled import read_layers
 from treeq_export.runners.kernel_probe import KernelProbe
@@ -33,7 +34,7 @@ from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]
 Array = NDArray[np.float32]
-SIGNATURE = QLinearSignature(4, 4, "token_rms", 0.25, 32, 0, 64, 96, 3, has_bias=True)
+SIGNATURE = QLinearSignature(4, 4, ActScale.TOKEN_RMS, 0.25, 32, 0, 64, 96, 3, has_bias=True)
 FORM = FusedForm(
     SIGNATURE,
     branch=None,

@@ -7,14 +7,14 @@ import pytest
 
 from treeq_export.compile.mark_plugins import MarkPlugins
 from treeq_export.compile.targets import lower
+from treeq_export.ops import DOMAIN, PLUGIN_ATTRIBUTES, PLUGINS
 from treeq_export.runners.compiled import TENSORRT
-from treeq_export.runners.op_definition import MONARCH_OP, OPS, PLUGIN_ATTRIBUTES, QLINEAR_OP
 
 Make = Callable[..., Any]
 KINDS = {
-    "int32": ir.AttributeType.INT,
-    "float32": ir.AttributeType.FLOAT,
-    "char": ir.AttributeType.STRING,
+    int: ir.AttributeType.INT,
+    float: ir.AttributeType.FLOAT,
+    str: ir.AttributeType.STRING,
 }
 
 
@@ -22,14 +22,14 @@ def test_nodes_hold_exactly_the_fields_of_the_definition(
     make_layer: Make, make_branch: Make, make_sum_model: Make
 ):
     model = lower(make_sum_model(make_layer(n=12), make_branch()), TENSORRT)
-    nodes = {node.op_type: node for node in model.graph if node.domain == "treeq"}
-    assert set(nodes) == {op.name for op in OPS}
-    for op in (QLINEAR_OP, MONARCH_OP):
+    nodes = {node.op_type: node for node in model.graph if node.domain == DOMAIN}
+    assert set(nodes) == {op.name for op in PLUGINS}
+    for op in PLUGINS:
         attributes = dict(nodes[op.name].attributes)
         for name, value in PLUGIN_ATTRIBUTES.items():
             assert attributes.pop(name).as_string() == value
         assert {name: a.type for name, a in attributes.items()} == {
-            field.name: KINDS[field.type] for field in op.fields
+            name: KINDS[kind] for name, kind in op.attributes.items()
         }
         assert len(nodes[op.name].inputs) == len(op.inputs)
 
@@ -39,7 +39,7 @@ def test_types_are_those_of_the_plugin(make_layer: Make, make_branch: Make, make
     kinds = {
         node.op_type: [value.dtype.name for value in (*node.inputs, *node.outputs)]
         for node in model.graph
-        if node.domain == "treeq"
+        if node.domain == DOMAIN
     }
     half, full = "FLOAT16", "FLOAT"
     assert kinds["QLinear"] == [half, "INT32", full, full, half, half]

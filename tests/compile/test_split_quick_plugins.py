@@ -10,8 +10,8 @@ import pytest
 
 from treeq_export.compile.split_quick_plugins import PASSES, split_file
 from treeq_export.compile.targets import lower
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.runners.compiled import TENSORRT
-from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP, QUANTIZE_OP
 
 Make = Callable[..., Any]

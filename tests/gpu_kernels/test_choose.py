@@ -7,6 +7,8 @@ from treeq_gpu import choose
 from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import INSTANTIATIONS
 
+from treeq_export.ops import ACT_SCALES, ActScale
+
 tokens = st.integers(1, 20_000)
 channels = st.integers(1, 30_000)
 multiprocessors = st.integers(1, 200)
@@ -43,8 +45,8 @@ def test_groups_are_whole_steps_and_not_cut(m: int, n: int, words: int, bits: in
     assert launch.grid[0] * constants["BM"] * constants["BN"] >= m * n
 
 
-@given(tokens, st.integers(1, 20_000), st.sampled_from([*inst.KINDS]), multiprocessors)
-def test_quantize_covers_rows_and_columns(m: int, k: int, act_scale: str, sms: int):
+@given(tokens, st.integers(1, 20_000), st.sampled_from(ACT_SCALES), multiprocessors)
+def test_quantize_covers_rows_and_columns(m: int, k: int, act_scale: ActScale, sms: int):
     launch = choose.choose_quantize(m, k, act_scale, 1, sms)
     constants = INSTANTIATIONS[launch.instantiation].constants
     assert launch.grid[0] * constants["BM"] >= m

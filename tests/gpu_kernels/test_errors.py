@@ -1,28 +1,21 @@
 """What the functions of treeq_gpu.launch refuse, in one line that names the argument."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-LAYER = {
-    "weight_bits": 3,
-    "act_bits": 4,
-    "act_scale": "token_rms",
-    "act_step": 0.3,
-    "rotation_group": 8,
-    "group_size": 0,
-    "in_features": 64,
-    "out_features": 5,
-}
+from tests.hand_layers import SMALL, make_format
 
 
 @pytest.fixture
 def call(gpu: ModuleType) -> Callable[..., torch.Tensor]:
     """A function: changed arguments -> qlinear of a small layer."""
 
-    def qlinear(**changes: object) -> torch.Tensor:
+    def qlinear(**changes: Any) -> torch.Tensor:
         tensors = {
             "x": torch.randn(2, 64),
             "planes": torch.zeros(3, 5, 2, dtype=torch.int32),
@@ -30,9 +23,10 @@ def call(gpu: ModuleType) -> Callable[..., torch.Tensor]:
             "bias": torch.zeros(5),
             "addend": torch.zeros(2, 5),
         }
-        arguments = tensors | LAYER | changes
-        positional = [arguments.pop(name) for name in tensors]
-        return gpu.qlinear(*positional, **arguments)
+        fields = {name: value for name, value in changes.items() if name in SMALL}
+        layer = replace(make_format(), **fields)
+        positional = [changes.get(name, tensor) for name, tensor in tensors.items()]
+        return gpu.qlinear(*positional, layer, out_dtype=changes.get("out_dtype"))
 
     return qlinear
 

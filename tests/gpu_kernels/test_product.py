@@ -10,6 +10,7 @@ from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import INSTANTIATIONS, Instantiation
 
 from tests.gpu_kernels.conftest import assert_as_exact_as_torch, deinterleave, make_product
+from tests.hand_layers import make_format
 from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
@@ -36,14 +37,8 @@ def test_product_equals_reference(instantiation: Instantiation, gpu: ModuleType)
     p = make_product(bits, m, n, k, group_size, dtype)
 
     if instantiation.dtype == "fp16":  # the sums do not depend on the type
-        sums = gpu.integer_sums(
-            p.codes,
-            p.planes,
-            weight_bits=bits,
-            group_size=group_size,
-            in_features=k,
-            shape_class=instantiation.shape_class,
-        )
+        layer = make_format(weight_bits=bits, group_size=group_size, in_features=k, out_features=n)
+        sums = gpu.integer_sums(p.codes, p.planes, layer, instantiation.shape_class)
         assert np.array_equal(sums.numpy(), p.sums if group_size else p.sums[:, 0])
 
     y = torch.full((m, n), torch.nan, dtype=dtype)
@@ -119,7 +114,14 @@ def test_layer_equals_reference(
     addend = torch.from_numpy(rng.standard_normal((1, m, n)).astype(np.float32)) if extras else None
     if addend is not None:
         addend = addend.to(type_)
-    step, group = numerics.GAUSSIAN_STEP[3], 8 if k < 128 else 128
+    layer = make_format(
+        act_bits=3,
+        act_step=numerics.GAUSSIAN_STEP[3],
+        rotation_group=8 if k < 128 else 128,
+        group_size=group_size,
+        in_features=k,
+        out_features=n,
+    )
 
     y = gpu.qlinear(
         x,
@@ -127,22 +129,13 @@ def test_layer_equals_reference(
         torch.from_numpy(s_w),
         bias,
         addend,
-        weight_bits=bits,
-        act_bits=3,
-        act_scale="token_rms",
-        act_step=step,
-        rotation_group=group,
-        group_size=group_size,
-        in_features=k,
-        out_features=n,
+        layer,
     )
 
     assert y.shape == (1, m, n)
     assert y.dtype == type_
     # Codes at a rounding tie may differ from float64's, so the kernel's own are the reference's.
-    codes, scale = gpu.quantize_tokens(
-        x[0], act_bits=3, act_scale="token_rms", act_step=step, rotation_group=group
-    )
+    codes, scale = gpu.quantize_tokens(x[0], layer)
     q_x = deinterleave(codes.numpy())[:, :k]
     sums = numerics.accumulate(q_x, q_w, s_w.shape[1])
     expected = (sums * s_w.T.astype(np.float64)).sum(axis=1) * scale.double().numpy()[:, None]
@@ -175,14 +168,13 @@ def test_tokens_that_are_not_finite_behave_as_in_the_reference(
         torch.from_numpy(s_w),
         None,
         None,
-        weight_bits=3,
-        act_bits=4,
-        act_scale=act_scale,
-        act_step=step,
-        rotation_group=rotation_group,
-        group_size=0,
-        in_features=k,
-        out_features=n,
+        make_format(
+            act_scale=act_scale,
+            act_step=step,
+            rotation_group=rotation_group,
+            in_features=k,
+            out_features=n,
+        ),
     )
 
     expected = numerics.qlinear(
@@ -200,20 +192,9 @@ def test_tokens_that_are_not_finite_behave_as_in_the_reference(
 
 def test_no_tokens_give_no_rows(gpu: ModuleType):
     p = make_product(3, 4, 5, 40, 0, torch.float32)
-    options = {"act_bits": 4, "act_scale": "token_rms", "act_step": 0.3, "rotation_group": 8}
-    codes, scale = gpu.quantize_tokens(torch.empty(0, 40), **options)
-    y = gpu.product(
-        codes,
-        scale,
-        p.planes,
-        p.weight_scale,
-        None,
-        None,
-        weight_bits=3,
-        group_size=0,
-        in_features=40,
-        out_dtype=torch.float16,
-    )
+    layer = make_format(in_features=40)
+    codes, scale = gpu.quantize_tokens(torch.empty(0, 40), layer)
+    y = gpu.product(codes, scale, p.planes, p.weight_scale, None, None, layer, torch.float16)
     assert codes.shape == (0, 128)
     assert scale.shape == (0,)
     assert y.shape == (0, 5)

@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import INSTANTIATIONS, Instantiation
 
 from tests.gpu_kernels.conftest import deinterleave, interleave
+from tests.hand_layers import make_format
+from treeq_export.ops import ActScale
 from treeq_export.quant import numerics
 from treeq_export.quant.rotation import rotate
 
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SCALES = {number: name for name, number in inst.KINDS.items()}
+SCALES = {scale.number: scale for scale in ActScale}
 QUANTIZERS = [i for i in INSTANTIATIONS.values() if i.kernel == "quantize_tokens_kernel"]
 
 
@@ -51,21 +52,22 @@ def in_features_of(group: int) -> int:
 @pytest.mark.parametrize("instantiation", QUANTIZERS, ids=lambda i: i.name)
 def test_codes_and_scales_equal_reference(instantiation: Instantiation, gpu: ModuleType):
     kind, group = instantiation.constants["KIND"], instantiation.constants["GROUP"]
-    act_scale, bits = SCALES[kind], 8 if kind == 2 else 3
+    act_scale, bits = SCALES[kind], 8 if kind == ActScale.TOKEN_ABSMAX.number else 3
     k = in_features_of(group)
     rng = np.random.default_rng(k + kind)
     x = torch.from_numpy(rng.standard_normal((21, k)).astype(np.float32))
     x[3], x[5, 7], x[20] = 0, 30, x[20] * 1e-4
     x = x.to(TORCH_TYPES[instantiation.dtype])
-    step = {0: 0.7, 1: numerics.GAUSSIAN_STEP[3], 2: 1 / 127}[kind]
+    step = {"static": 0.7, "rms": numerics.GAUSSIAN_STEP[3], "absmax": 1 / 127}[act_scale.statistic]
 
-    codes, scale = gpu.quantize_tokens(
-        x, act_bits=bits, act_scale=act_scale, act_step=step, rotation_group=group
+    layer = make_format(
+        act_bits=bits, act_scale=act_scale, act_step=step, rotation_group=group, in_features=k
     )
+    codes, scale = gpu.quantize_tokens(x, layer)
 
     assert_equal_to_reference(codes, scale, x, act_scale, step, group, bits)
     assert not codes[3].any()
-    assert scale[3] == torch.tensor(step if kind == 0 else numerics.SCALE_FLOOR)
+    assert scale[3] == torch.tensor(step if act_scale.is_static else numerics.SCALE_FLOOR)
 
 
 @pytest.mark.parametrize(
@@ -73,28 +75,27 @@ def test_codes_and_scales_equal_reference(instantiation: Instantiation, gpu: Mod
 )
 def test_shapes_of_networks(m: int, k: int, group: int, gpu: ModuleType):
     x = torch.from_numpy(np.random.default_rng(k).standard_normal((m, k)).astype(np.float16))
-    options = {"act_scale": "token_rms", "act_step": numerics.GAUSSIAN_STEP[4]}
+    step = numerics.GAUSSIAN_STEP[4]
 
-    codes, scale = gpu.quantize_tokens(x, act_bits=4, rotation_group=group, **options)
+    layer = make_format(act_step=step, rotation_group=group, in_features=k)
+    codes, scale = gpu.quantize_tokens(x, layer)
 
     assert codes.shape == (m, -(-k // 128) * 128)
-    assert_equal_to_reference(codes, scale, x, "token_rms", options["act_step"], group, 4)
+    assert_equal_to_reference(codes, scale, x, "token_rms", step, group, 4)
 
 
 def test_halves_round_to_even(gpu: ModuleType):
     x = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 9.0]])
-    codes, _ = gpu.quantize_tokens(
-        x, act_bits=4, act_scale="tensor_static", act_step=1.0, rotation_group=1
-    )
+    layer = make_format(act_scale="tensor_static", act_step=1.0, rotation_group=1, in_features=8)
+    codes, _ = gpu.quantize_tokens(x, layer)
     assert deinterleave(codes.numpy())[0, :8].tolist() == [-2, -2, 0, 0, 2, 2, 4, 7]
 
 
 def test_static_scale_keeps_inf_and_nan_in_their_group(gpu: ModuleType):
     x = torch.ones(3, 64)
     x[0, 5], x[1, 5], x[2, 4:6] = torch.inf, torch.nan, torch.tensor([torch.inf, -torch.inf])
-    codes, scale = gpu.quantize_tokens(
-        x, act_bits=4, act_scale="tensor_static", act_step=1.0, rotation_group=4
-    )
+    layer = make_format(act_scale="tensor_static", act_step=1.0, rotation_group=4)
+    codes, scale = gpu.quantize_tokens(x, layer)
     natural = deinterleave(codes.numpy())[:, :64]
     assert natural[0, 4:8].tolist() == [7, -8, 7, -8]
     assert natural[1, 4:8].tolist() == [0, 0, 0, 0]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.hand_layers import make_format
 from treeq_export.errors import RunnerError
-from treeq_export.ops import ActScale
+from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
@@ -52,14 +53,25 @@ class Case:
     branch: tuple[NDArray[np.float32], NDArray[np.float32]] | None
     x: NDArray[np.float32]
 
+    @property
+    def format(self) -> LayerFormat:
+        (n, k), groups = self.codes.shape, self.weight_scale.shape[1]
+        return make_format(
+            weight_bits=self.bits,
+            act_bits=self.activation.bits or 0,
+            act_scale=self.activation.scale,
+            act_step=self.step or 0.0,
+            rotation_group=self.rotation_group,
+            group_size=0 if groups == 1 else k // groups,
+            in_features=k,
+            out_features=n,
+        )
+
     def open(self) -> CpuQLinear:
         return CpuQLinear(
+            self.format,
             pack(self.codes, self.bits),
             self.weight_scale,
-            in_features=self.codes.shape[1],
-            activation=self.activation,
-            step=self.step,
-            rotation_group=self.rotation_group,
             bias=self.bias,
             branch=self.branch,
         )
@@ -420,15 +432,8 @@ def test_inputs_of_a_wrong_shape_are_refused():
 
 def test_planes_of_another_layer_are_refused():
     case = make_case(1, 64, 8)
-    with pytest.raises(RunnerError, match=r"planes are \(3, 8, 2\), expected \(bits, 8, 3\)"):
-        CpuQLinear(
-            pack(case.codes, 3),
-            case.weight_scale,
-            in_features=96,
-            activation=case.activation,
-            step=case.step,
-            rotation_group=1,
-        )
+    with pytest.raises(RunnerError, match=r"planes are \(3, 8, 2\), expected \(3, 8, 3\)"):
+        CpuQLinear(replace(case.format, in_features=96), pack(case.codes, 3), case.weight_scale)
 
 
 def test_workspaces_are_given_back():

@@ -22,11 +22,15 @@ from tests.kernels.plugin_build import (
     run,
 )
 from tests.required import skip_or_fail
-from treeq_export.runners.op_definition import NAMESPACE, OPS, VERSION
+from treeq_export.ops import DOMAIN, PLUGIN_VERSION, PLUGINS
 
 EMBED = ROOT / "kernels" / "tensorrt" / "embed.py"
+FIELD_TYPES = {int: "INT32", float: "FLOAT32", str: "CHAR"}
 CREATORS = {
-    f"{NAMESPACE}::{op.name}.{VERSION}": [[f.name, f.type.upper()] for f in op.fields] for op in OPS
+    f"{DOMAIN}::{op.name}.{PLUGIN_VERSION}": [
+        [name, FIELD_TYPES[kind]] for name, kind in op.attributes.items()
+    ]
+    for op in PLUGINS
 }
 
 
@@ -51,7 +55,7 @@ def test_fields_of_the_parser_and_of_the_op_agree(built: Built):
     """TensorRT drops attributes that are not in the creator's list, silently."""
     fields = load_in_rtx(built.library, "import", "load")["creators"][-1]
     assert fields == CREATORS
-    assert len(fields) == len(OPS)
+    assert len(fields) == len(PLUGINS)
 
 
 def test_a_plain_dlopen_registers_where_the_table_of_the_registry_is_known(built: Built):

@@ -17,7 +17,7 @@ from treeq_gpu import choose
 from treeq_gpu.instantiations import DTYPES, INSTANTIATIONS, DType, Instantiation
 
 from tests.kernels.plugin_build import CUDA_INCLUDE, ROOT, Built, run, shared_bytes
-from treeq_export.runners.op_definition import MONARCH_OP, QLINEAR_OP
+from treeq_export.ops import ACT_SCALES, MONARCH, QLINEAR, ActScale
 
 TYPES = {"fp16": "half", "bf16": "bf16", "fp32": "float"}
 SIZES = {"i32": "i", "fp32": "f"}
@@ -142,9 +142,8 @@ def test_the_choice_of_a_product_is_that_of_python(built: Built):
 
 def test_the_choice_of_quantizer_and_branch_is_that_of_python(built: Built):
     library = ctypes.CDLL(str(built.library))
-    scales = ("token_rms", "token_absmax", "tensor_static")
     for m, k, num_sms in itertools.product(ROWS, (32, 1152, 1000, 4608), NUM_SMS):
-        for scale, rotation, dtype in itertools.product(scales, (1, 8, 128), DTYPES):
+        for scale, rotation, dtype in itertools.product(ACT_SCALES, (1, 8, 128), DTYPES):
             expected = choose.choose_quantize(m, k, scale, rotation, num_sms, dtype)
             got = call(library, "choose_quantize", "llsiis", _Quantize(), m, k, scale, rotation,
                        num_sms, dtype)  # fmt: skip
@@ -191,7 +190,7 @@ class Case:
     n: int = 4608
     bits: int = 3
     act_bits: int = 4
-    act_scale: str = "token_rms"
+    act_scale: ActScale = ActScale.TOKEN_RMS
     rotation: int = 128
     group: int = 0
     dtype: DType = "fp16"
@@ -208,7 +207,7 @@ class Case:
         kind = TYPES[self.dtype]
         words = -(-self.k // 32)
         groups = self.k // self.group if self.group else 1
-        lines = [f"op {QLINEAR_OP.name}", f"text act_scale {self.act_scale}"]
+        lines = [f"op {QLINEAR.name}", f"text act_scale {self.act_scale}"]
         lines += ["float act_step 0.375", *(f"int {key} {v}" for key, v in fields.items())]
         lines += [f"input {kind} 1 {self.m} {self.k}", f"input int32 {self.bits} {self.n} {words}"]
         lines += [f"input float {self.n} {groups}"]
@@ -283,8 +282,8 @@ CASES = [
       for m in (1, 300, 2048) for bias in (False, True) for addend in (False, True)),
     *(Case(m, group=128, bits=4, has_addend=True) for m in (1, 300, 2048)),
     Case(300, group=96, bits=2, k=1152, n=1000),
-    Case(17, k=1000, n=77, rotation=8, act_scale="token_absmax", act_bits=8, bits=8),
-    Case(64, dtype="bf16", act_scale="tensor_static", rotation=1),
+    Case(17, k=1000, n=77, rotation=8, act_scale=ActScale.TOKEN_ABSMAX, act_bits=8, bits=8),
+    Case(64, dtype="bf16", act_scale=ActScale.TENSOR_STATIC, rotation=1),
     Case(2048, dtype="fp32", bits=4, rotation=64, act_bits=2),
 ]  # fmt: skip
 
@@ -293,7 +292,7 @@ CASES = [
 def test_qlinear_launches_what_python_would(built: Built, case: Case, tmp_path: Path):
     answer, calls = built.enqueue(case.text, tmp_path / "log")
     assert (answer["stopped"], answer["log"]) == ("", "")
-    assert answer["fields"] == [one.name for one in QLINEAR_OP.fields]
+    assert answer["fields"] == list(QLINEAR.attributes)
     check_calls(calls, case.expected(132), "sm_90")
     assert answer["workspace"] >= choose.workspace_bytes(
         case.m, case.n, case.k, case.bits, case.group, 132
@@ -304,7 +303,7 @@ def test_qlinear_launches_what_python_would(built: Built, case: Case, tmp_path: 
 def test_monarch_launches_what_python_would(built: Built, m: int, tmp_path: Path):
     b_in, b_out, rank, block_in, block_out = 4, 8, 6, 288, 144
     text = "\n".join([
-        f"op {MONARCH_OP.name}", f"input half 2 {m} {b_in * block_in}",
+        f"op {MONARCH.name}", f"input half 2 {m} {b_in * block_in}",
         f"input half {b_in} {block_in} {b_out * rank}",
         f"input half {b_out} {b_in * rank} {block_out}", f"output half 2 {m} {b_out * block_out}",
     ])  # fmt: skip

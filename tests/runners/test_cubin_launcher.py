@@ -14,11 +14,12 @@ from treeq_gpu import choose
 from treeq_gpu.instantiations import INSTANTIATIONS
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.runners.cubin_launcher import (
     CubinEntry,
     KernelFolder,
+    LinearCall,
     LinearPointers,
-    LinearShape,
     MonarchShape,
     launch_monarch,
     launch_qlinear,
@@ -27,18 +28,8 @@ from treeq_export.runners.cubin_launcher import (
 )
 
 SMS = 132
-SHAPE = LinearShape(
-    m=4096,
-    n=4608,
-    k=1152,
-    weight_bits=3,
-    act_bits=4,
-    act_scale="token_rms",
-    act_step=0.34,
-    rotation_group=128,
-    group_size=0,
-    dtype="fp16",
-)
+LAYER = LayerFormat(3, 4, ActScale.TOKEN_RMS, 0.34, 128, 0, in_features=1152, out_features=4608)
+CALL = LinearCall(LAYER, 4096, "fp16")
 POINTERS = LinearPointers(
     x=0x1000, planes=0x2000, weight_scale=0x3000, bias=0x4000, addend=0, y=0x5000, workspace=0x10000
 )
@@ -155,9 +146,9 @@ def kernels(tmp_path: Path, driver: FakeDriver) -> KernelFolder:
 
 
 def test_a_wide_product_is_quantize_and_one_launch(kernels: KernelFolder, driver: FakeDriver):
-    launch_qlinear(kernels, SHAPE, POINTERS, stream=77)
+    launch_qlinear(kernels, CALL, POINTERS, stream=77)
     quantize, product = driver.launches
-    rule = choose.choose_quantize(4096, 1152, "token_rms", 128, SMS)
+    rule = choose.choose_quantize(4096, 1152, ActScale.TOKEN_RMS, 128, SMS)
     assert (quantize.name, quantize.grid) == (rule.instantiation, rule.grid)
     assert quantize.arguments == {
         "x": 0x1000,
@@ -203,8 +194,10 @@ def test_a_wide_product_is_quantize_and_one_launch(kernels: KernelFolder, driver
 
 
 def test_a_small_product_is_quantize_slices_and_finish(kernels: KernelFolder, driver: FakeDriver):
-    shape = replace(SHAPE, m=5, n=96, k=4608)
-    launch_qlinear(kernels, shape, replace(POINTERS, bias=0, addend=0x6000), stream=1)
+    layer = replace(LAYER, out_features=96, in_features=4608)
+    launch_qlinear(
+        kernels, LinearCall(layer, 5, "fp16"), replace(POINTERS, bias=0, addend=0x6000), stream=1
+    )
     _, slices, finish = driver.launches
     linear = choose.choose_qlinear(5, 96, 4608, 3, 0, SMS)
     assert linear.split_k > 1
@@ -218,11 +211,12 @@ def test_a_small_product_is_quantize_slices_and_finish(kernels: KernelFolder, dr
     assert finish.arguments["num_splits"] == linear.split_k
     assert (finish.arguments["has_bias"], finish.arguments["has_addend"]) == (0, 1)
     assert finish.arguments["addend"] == 0x6000
-    assert codes + scales + partials <= linear_workspace_bytes(shape, SMS)
+    assert codes + scales + partials <= linear_workspace_bytes(layer, 5, SMS)
 
 
 def test_group_scales_and_odd_sizes(kernels: KernelFolder, driver: FakeDriver):
-    launch_qlinear(kernels, replace(SHAPE, m=33, n=50, k=160, group_size=32), POINTERS, stream=1)
+    layer = replace(LAYER, out_features=50, in_features=160, group_size=32)
+    launch_qlinear(kernels, LinearCall(layer, 33, "fp16"), POINTERS, stream=1)
     _, product = driver.launches
     assert "_g32_" in product.name
     assert product.arguments["num_groups"] == 5
@@ -230,7 +224,7 @@ def test_group_scales_and_odd_sizes(kernels: KernelFolder, driver: FakeDriver):
 
 
 def test_no_tokens_no_launch(kernels: KernelFolder, driver: FakeDriver):
-    launch_qlinear(kernels, replace(SHAPE, m=0), POINTERS, stream=1)
+    launch_qlinear(kernels, replace(CALL, m=0), POINTERS, stream=1)
     launch_monarch(kernels, MonarchShape(0, 32, 2, 4, 3, 16, "fp16"), (1, 2, 3, 4, 5), stream=1)
     assert driver.launches == []
 
@@ -251,7 +245,7 @@ def test_monarch_is_two_launches(kernels: KernelFolder, driver: FakeDriver):
 
 def test_a_kernel_is_loaded_once(kernels: KernelFolder, driver: FakeDriver):
     for _ in range(3):
-        launch_qlinear(kernels, SHAPE, POINTERS, stream=1)
+        launch_qlinear(kernels, CALL, POINTERS, stream=1)
     assert len(driver.loaded) == 2
     assert len(driver.launches) == 6
 
@@ -259,11 +253,11 @@ def test_a_kernel_is_loaded_once(kernels: KernelFolder, driver: FakeDriver):
 @pytest.mark.parametrize("n", [50, 1152, 4608])
 @pytest.mark.parametrize("most", [1, 16, 17, 100, 700, 4096])
 def test_the_workspace_suffices_for_fewer_tokens_and_fewer_multiprocessors(n: int, most: int):
-    shape = replace(SHAPE, m=most, n=n)
-    enough = linear_workspace_bytes(shape)
+    layer = replace(LAYER, out_features=n)
+    enough = linear_workspace_bytes(layer, most)
     for num_sms in (1, 46, 132, 188):
         for m in {*range(1, min(most, 200) + 1), most}:
-            assert choose.workspace_bytes(m, n, shape.k, 3, 0, num_sms) <= enough, (m, num_sms)
+            assert choose.workspace_bytes(m, n, 1152, 3, 0, num_sms) <= enough, (m, num_sms)
 
 
 @pytest.mark.parametrize(
@@ -292,22 +286,23 @@ def test_no_architecture_for_the_gpu(archs: list[str]):
 
 
 def test_a_kernel_that_is_not_compiled_is_named(kernels: KernelFolder):
+    call = LinearCall(replace(LAYER, weight_bits=5), 4096, "bf16")
     with pytest.raises(RunnerError, match=r"no kernel qlinear_w5_wide_bf16 for sm_80.*ahead"):
-        launch_qlinear(kernels, replace(SHAPE, weight_bits=5, dtype="bf16"), POINTERS, stream=1)
+        launch_qlinear(kernels, call, POINTERS, stream=1)
 
 
 def test_a_changed_cubin_is_refused(tmp_path: Path, kernels: KernelFolder):
     for path in (tmp_path / "kernels").glob("quantize*"):
         path.write_bytes(b"other")
     with pytest.raises(RunnerError, match=r"quantize_rms_h128_fp16.*not what kernels\.json says"):
-        launch_qlinear(kernels, SHAPE, POINTERS, stream=1)
+        launch_qlinear(kernels, CALL, POINTERS, stream=1)
 
 
 def test_kernels_of_another_version_are_refused(tmp_path: Path, driver: FakeDriver):
     path = tmp_path / "kernels" / "kernels.json"
     path.write_text(path.read_text().replace('"columns_per_program"', '"columns"'))
     with pytest.raises(RunnerError, match="of another version"):
-        launch_qlinear(KernelFolder(path.parent, driver), SHAPE, POINTERS, stream=1)
+        launch_qlinear(KernelFolder(path.parent, driver), CALL, POINTERS, stream=1)
 
 
 def test_a_folder_without_kernels_says_how_to_make_them(tmp_path: Path, driver: FakeDriver):
@@ -318,4 +313,4 @@ def test_a_folder_without_kernels_says_how_to_make_them(tmp_path: Path, driver: 
 def test_an_error_of_the_driver_is_named(kernels: KernelFolder, driver: FakeDriver):
     driver.status = 1
     with pytest.raises(RunnerError, match="cuLaunchKernel failed: CUDA_ERROR_FAKE"):
-        launch_qlinear(kernels, SHAPE, POINTERS, stream=1)
+        launch_qlinear(kernels, CALL, POINTERS, stream=1)

@@ -10,9 +10,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import (
+    DOMAIN,
+    MONARCH,
+    PLUGIN_ATTRIBUTES,
+    PLUGIN_VERSION,
+    PLUGINS,
+    QLINEAR,
+    ActScale,
+    LayerFormat,
+)
 from treeq_export.runners import tensorrt_plugin
-from treeq_export.runners.cubin_launcher import LinearPointers, LinearShape, MonarchShape
-from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, OPS, QLINEAR_OP, VERSION
+from treeq_export.runners.cubin_launcher import LinearCall, LinearPointers, MonarchShape
 from treeq_export.runners.plugin_fields import pack_field, unpack_fields
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.runners.tensorrt_plugin import (
@@ -33,7 +42,6 @@ FIELDS: dict[str, int | float | str] = {
     "in_features": K,
     "out_features": N,
 }
-MARKS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +52,26 @@ def runtime() -> Runtime:
     return runtime
 
 
-def field_type_names(trt: Any) -> dict[Any, str]:
+def field_types(trt: Any) -> dict[Any, type]:
     kinds = trt.PluginFieldType
-    return {kinds.INT32: "int32", kinds.FLOAT32: "float32", kinds.CHAR: "char"}
+    return {kinds.INT32: int, kinds.FLOAT32: float, kinds.CHAR: str}
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", PLUGINS, ids=lambda op: op.name)
 def test_name_version_namespace_and_fields_are_the_definitions(runtime: Runtime, op: Any):
-    creator = runtime.module.get_plugin_registry().get_creator(op.name, VERSION, NAMESPACE)
-    assert (creator.name, creator.plugin_version) == (op.name, VERSION)
-    assert creator.plugin_namespace == NAMESPACE
-    names = field_type_names(runtime.module)
-    fields = [(field.name, names[field.type]) for field in creator.field_names]
-    assert fields == [(field.name, field.type) for field in op.fields]
+    creator = runtime.module.get_plugin_registry().get_creator(op.name, PLUGIN_VERSION, DOMAIN)
+    assert (creator.name, creator.plugin_version) == (op.name, PLUGIN_VERSION)
+    assert creator.plugin_namespace == DOMAIN
+    types = field_types(runtime.module)
+    fields = [(field.name, types[field.type]) for field in creator.field_names]
+    assert fields == list(op.attributes.items())
 
 
 @pytest.mark.parametrize("body", [QLinearBody, MonarchBody])
 def test_a_plugin_says_the_same(runtime: Runtime, body: type[Any]):
     plugin = plugin_class(runtime.module, body)(FIELDS, None)
-    assert (plugin.plugin_name, plugin.plugin_version) == (body.op.name, VERSION)
-    assert plugin.plugin_namespace == NAMESPACE
+    assert (plugin.plugin_name, plugin.plugin_version) == (body.op.name, PLUGIN_VERSION)
+    assert plugin.plugin_namespace == DOMAIN
     assert plugin.num_outputs == 1
     assert plugin.get_valid_tactics() == []
 
@@ -73,7 +81,7 @@ def test_registering_again_changes_nothing(runtime: Runtime):
     before = len(registry.all_creators)
     register_plugins(runtime)
     assert len(registry.all_creators) == before
-    assert len(tensorrt_plugin._registered.by_runtime["tensorrt-rtx"]) == len(OPS)
+    assert len(tensorrt_plugin._registered.by_runtime["tensorrt-rtx"]) == len(PLUGINS)
 
 
 def test_a_registry_that_refuses_is_an_error():
@@ -90,16 +98,16 @@ def test_a_registry_that_refuses_is_an_error():
 def test_fields_survive_serialization(runtime: Runtime):
     plugin = plugin_class(runtime.module, QLinearBody)(FIELDS, None)
     stored = {field.name: field.data for field in plugin.get_fields_to_serialize()}
-    assert unpack_fields(QLINEAR_OP, stored) == FIELDS
+    assert unpack_fields(QLINEAR, stored) == FIELDS
     clone = plugin.clone()
     assert clone is not plugin
     assert clone.attributes == FIELDS
 
 
 def test_a_missing_field_is_named():
-    packed = {name: pack_field("float32", 1.0) for name in FIELDS if name != "act_step"}
+    packed = {name: pack_field(float, 1.0) for name in FIELDS if name != "act_step"}
     with pytest.raises(RunnerError, match=r"QLinear: the node lacks act_step\. Compile"):
-        unpack_fields(QLINEAR_OP, packed)
+        unpack_fields(QLINEAR, packed)
 
 
 def describe(trt: Any, *types: str, fmt: str = "LINEAR") -> list[Any]:
@@ -162,9 +170,16 @@ def make_model(num_inputs: int, dtype: int) -> bytes:
     inputs = ["x", "planes", "weight_scale", "bias", "branch"][:num_inputs]
     nodes = [
         helper.make_node(
-            "Monarch", ["x", "R", "L"], ["branch"], domain=NAMESPACE, name="fc/branch", **MARKS
+            "Monarch",
+            ["x", "R", "L"],
+            ["branch"],
+            domain=DOMAIN,
+            name="fc/branch",
+            **PLUGIN_ATTRIBUTES,
         ),
-        helper.make_node("QLinear", inputs, ["y"], domain=NAMESPACE, name="fc", **FIELDS, **MARKS),
+        helper.make_node(
+            "QLinear", inputs, ["y"], domain=DOMAIN, name="fc", **FIELDS, **PLUGIN_ATTRIBUTES
+        ),
     ]
     graph = helper.make_graph(
         nodes if num_inputs == 5 else nodes[1:],
@@ -173,7 +188,7 @@ def make_model(num_inputs: int, dtype: int) -> bytes:
         [helper.make_tensor_value_info("y", dtype, ["batch", 4, N])],
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(NAMESPACE, 1)]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model.SerializeToString()
 
@@ -228,11 +243,12 @@ def test_enqueue_hands_shapes_and_addresses_over(
     trt = runtime.module
     plugin = plugin_class(trt, QLinearBody)(FIELDS, Path("kernels"))
     shapes = [(2, 7, K), (3, N, K // 32), (N, 1), (N,), (2, 7, N)][:num_inputs]
-    ((folder, shape, pointers, stream),) = enqueue(
+    ((folder, call, pointers, stream),) = enqueue(
         monkeypatch, plugin.clone(), shapes, trt.DataType.HALF
     )
     assert (folder, stream) == (Path("kernels"), 300)
-    assert shape == LinearShape(14, N, K, 3, 4, "token_rms", 0.375, 64, 0, "fp16")
+    layer = LayerFormat(3, 4, ActScale.TOKEN_RMS, 0.375, 64, 0, K, N)
+    assert call == LinearCall(layer, 14, "fp16")
     assert pointers == LinearPointers(1, 2, 3, bias, addend, 100, 200)
 
 
@@ -243,7 +259,7 @@ def test_enqueue_of_monarch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch):
     ((_, shape, pointers, stream),) = enqueue(monkeypatch, plugin, shapes, trt.DataType.BF16)
     assert shape == MonarchShape(14, K // 2, 2, 4, 3, N // 4, "bf16")
     assert (pointers, stream) == ((1, 2, 3, 100, 200), 300)
-    assert MONARCH_OP.fields == ()
+    assert MONARCH.attributes == {}
 
 
 def test_a_launch_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch):

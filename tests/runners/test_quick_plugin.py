@@ -12,7 +12,7 @@ from treeq_gpu.instantiations import DTYPES, qlinear, quantize
 from triton import knobs
 
 from treeq_export.errors import RunnerError
-from treeq_export.runners.op_definition import QLINEAR_OP
+from treeq_export.ops import QLINEAR
 from treeq_export.runners.quick_ptx import float_bits, reorder_params
 from treeq_export.runners.tensorrt_quick_plugin import (
     PRODUCT_OP,
@@ -180,14 +180,12 @@ def test_the_signatures_are_those_that_tensorrt_checks(registered: dict[tuple[st
 
 
 def test_attributes_are_the_ops_own():
-    defined = {f.name: f.type for f in QLINEAR_OP.fields}
-    python = {int: "int32", float: "float32", str: "char"}
     for op in (QUANTIZE_OP, PRODUCT_OP):
         for name, kind in op.attributes.items():
             if not name.startswith("has_"):
-                assert python[kind] == defined[name]
+                assert kind is QLINEAR.attributes[name]
     used = {*QUANTIZE_OP.attributes, *PRODUCT_OP.attributes}
-    assert used >= set(defined)
+    assert used >= set(QLINEAR.attributes)
 
 
 def test_quantize(registered: dict[tuple[str, str], Any]):

@@ -14,15 +14,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from treeq_export.errors import CompileError
+from treeq_export.ops import DOMAIN, MONARCH, PLUGIN_VERSION, PLUGINS, QLINEAR
 from treeq_export.records.build import PluginReference, ShapeRange
 from treeq_export.runners.compiled import PLAN_KEY, read_layers, read_profile
 from treeq_export.runners.graph_file import read_graph
-from treeq_export.runners.op_definition import MONARCH_OP, NAMESPACE, OPS, QLINEAR_OP, VERSION
 from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP
 
 WEIGHT_SUFFIX = ".weight_quantized"
 _BRANCH_SUFFIX = "/branch"
-_LAYER_OPS = (QLINEAR_OP.name, PRODUCT_OP.name.rpartition("::")[2])
+_LAYER_OPS = (QLINEAR.name, PRODUCT_OP.name.rpartition("::")[2])
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 _PASSES_ON = frozenset({"DequantizeLinear", "Cast", "Reshape", "Transpose", "Mul", "Unsqueeze"})
 
@@ -80,26 +80,26 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
         products=products,
         branches={
             name: name.removesuffix(_BRANCH_SUFFIX)
-            for name in (node.name or "" for node in model.graph if _is(node, MONARCH_OP.name))
+            for name in (node.name or "" for node in model.graph if _is(node, MONARCH.name))
         },
         all_products=frozenset(
             node.name or ""
             for node in model.graph
-            if _is(node, *_LAYER_OPS, MONARCH_OP.name)
+            if _is(node, *_LAYER_OPS, MONARCH.name)
             or (not node.domain and node.op_type in _PRODUCTS)
         ),
         profile=_read_profile(path, model, opt_batch, max_batch),
         plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
         plugins=tuple(
-            PluginReference(name=name, version=VERSION, namespace=NAMESPACE)
-            for name in sorted(op.name for op in OPS)
+            PluginReference(name=name, version=PLUGIN_VERSION, namespace=DOMAIN)
+            for name in sorted(op.name for op in PLUGINS)
             if any(_is(node, name) for node in model.graph)
         ),
     )
 
 
 def _is(node: ir.Node, *op_types: str) -> bool:
-    return node.domain == NAMESPACE and node.op_type in op_types
+    return node.domain == DOMAIN and node.op_type in op_types
 
 
 def _products_of(value: ir.Value) -> Iterator[str]:

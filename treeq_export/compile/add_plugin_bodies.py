@@ -15,6 +15,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from treeq_export import ops
 from treeq_export.compile.add_branch import ADDEND
 from treeq_export.compile.body import BodyWriter, write_packed
 from treeq_export.compile.fused_body import OPSET, monarch_overload
@@ -27,7 +28,7 @@ from treeq_export.compile.signature import (
     nodes_of,
     read_signature,
 )
-from treeq_export.runners.op_definition import MONARCH_OP, PLUGIN_ATTRIBUTES, QLINEAR_OP
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 
 _FLOAT, _HALF = ir.DataType.FLOAT.value, ir.DataType.FLOAT16.value
 
@@ -81,7 +82,7 @@ def make_qlinear_function(
         signature: Of the layers that share it; they have a bias.
         has_addend: Whether there is a fifth input.
     """
-    inputs = [ir.Value(name=name) for name in QLINEAR_OP.inputs[: ADDEND + has_addend]]
+    inputs = [ir.Value(name=name) for name in ops.QLINEAR.inputs[: ADDEND + has_addend]]
     writer = BodyWriter()
     x = writer.op("Cast", inputs[0], to=_FLOAT)
     y = write_packed(writer, x, inputs[1], inputs[2], inputs[3], signature)
@@ -94,7 +95,7 @@ def make_monarch_function(
     overload: str, r_shape: tuple[int, ...], l_shape: tuple[int, ...]
 ) -> ir.Function:
     """Return the body of one pair of factor shapes: a function of x, R and L."""
-    inputs = [ir.Value(name=name) for name in MONARCH_OP.inputs]
+    inputs = [ir.Value(name=name) for name in ops.MONARCH.inputs]
     writer = BodyWriter()
     x, r_factor, l_factor = (writer.op("Cast", value, to=_FLOAT) for value in inputs)
     y = write_monarch(writer, x, r_factor, l_factor, r_shape, l_shape)

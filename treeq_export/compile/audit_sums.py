@@ -10,6 +10,7 @@ and, where our library is installed, by our kernels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.numerics import accumulate, code_range
 from treeq_export.quant.packing import pack
-from treeq_export.quant.spec import ActivationFormat
 from treeq_export.records import AuditLayer
 from treeq_export.runners.compiled import read_layers, uses_kernels
 from treeq_export.runners.cpu_kernels import CpuQLinear
@@ -138,13 +138,11 @@ def _sums_are_exact(
 def _kernel_sums_are_exact(layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]) -> bool:
     """Whether our kernels' sums are; with the static step 1 and no rotation x is its own codes."""
     weight, num_groups = _weight_of(layer, tensors)
+    plain = layer.layer_format(step=1.0)
     kernel = CpuQLinear(
+        replace(plain, act_scale=ActScale.TENSOR_STATIC, rotation_group=1),
         pack(weight, layer.weight.bits),
         tensors[f"{layer.name}.weight_scale"],
-        in_features=layer.in_features,
-        activation=ActivationFormat(bits=layer.activation.bits, scale=ActScale.TENSOR_STATIC),
-        step=1.0,
-        rotation_group=1,
         name=layer.name,
     )
     codes = _codes_of(layer)

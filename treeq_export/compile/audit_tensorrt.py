@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from treeq_export.compile.fuse_modulate import producer_of
 from treeq_export.compile.signature import QLINEAR, nodes_of
 from treeq_export.errors import CompileError
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.packing import pack
 from treeq_export.records import AuditLayer
 from treeq_export.runners.graph_file import read_graph
-from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
 
 PLUGIN, INT8_GEMM, WEIGHT_ONLY = "QLinear plugin", "int8 Q/DQ gemm", "weight-only"
 FUNCTION_BODY, FLOAT_GEMM = "QLinear without plugin attributes", "float gemm"

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.compile.signature import QLinearSignature
-from treeq_export.ops import MAX_BITS, PACK_WORD
+from treeq_export.ops import MAX_BITS, PACK_WORD, ActScale
 from treeq_export.quant.numerics import SCALE_FLOOR, code_range
 from treeq_export.quant.rotation import hadamard
 
@@ -117,10 +117,10 @@ def write_rotation(
 def write_scale(writer: BodyWriter, rotated: ir.Value, signature: QLinearSignature) -> ir.Value:
     """Append s_x, (..., 1); a scalar for static scales."""
     step = max(signature.act_step, SCALE_FLOOR)
-    if signature.act_scale == "tensor_static":
+    if signature.act_scale.is_static:
         return writer.constant([step], np.float32, "act_scale")
     axes = writer.constant([-1], np.int64)
-    if signature.act_scale == "token_rms":
+    if signature.act_scale is ActScale.TOKEN_RMS:
         square = writer.op("Mul", rotated, rotated)
         statistic = writer.op("Sqrt", writer.op("ReduceMean", square, axes, keepdims=1))
     else:

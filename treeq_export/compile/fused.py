@@ -14,10 +14,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from treeq_export import ops
 from treeq_export.compile.signature import DOMAIN, QLINEAR
 from treeq_export.runners.compiled import read_layers, write_layers
-from treeq_export.runners.plain_layer import FUSED
 
+FUSED = ops.FUSED.name
 MAX_OUTPUTS = 3
 # Inputs by position.
 X, PLANES, WEIGHT_SCALE, BIAS, BRANCH_R, BRANCH_L = range(6)

@@ -70,13 +70,7 @@ def _lower(graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, ...], Quan
     writer = BodyWriter(f"{name}/", lambda key, array: add_initializer(graph, key, array))
     x = node.inputs[0]
     assert x is not None
-    key = (
-        x,
-        signature.act_bits,
-        signature.act_scale,
-        signature.act_step,
-        signature.rotation_group,
-    )
+    key = (x, *signature.codes_key)
     if key not in shared:
         shared[key] = _quantize(writer, x, signature)
     codes, scale = shared[key]

@@ -14,7 +14,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from treeq_export.compile.lower_qlinear import add_initializer
 from treeq_export.compile.signature import DOMAIN, QLINEAR
-from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 
 _BIAS = 3
 

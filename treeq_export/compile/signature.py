@@ -4,44 +4,25 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from treeq_export import ops
 from treeq_export.errors import CompileError
-from treeq_export.runners.plain_layer import DOMAIN as DOMAIN
-from treeq_export.runners.plain_layer import MONARCH as MONARCH
-from treeq_export.runners.plain_layer import QLINEAR as QLINEAR
+from treeq_export.ops import LayerFormat
+from treeq_export.runners.plain_layer import input_of, read_format
+
+DOMAIN, MONARCH, QLINEAR = ops.DOMAIN, ops.MONARCH.name, ops.QLINEAR.name
 
 
 @dataclass(frozen=True)
-class QLinearSignature:
-    """Attributes and shapes of one `treeq::QLinear`; layers with equal ones share a function body.
+class QLinearSignature(LayerFormat):
+    """A layer's format and what else its function body depends on; layers of equal ones share it.
 
     Attributes:
-        weight_bits: 2..8.
-        act_bits: 2..8, 0 where the activation is not quantized.
-        act_scale: "token_rms", "token_absmax", "tensor_static" or "none".
-        act_step: The layer's activation step.
-        rotation_group: Power of two dividing in_features.
-        group_size: Input channels per weight scale; 0 is one scale per output channel.
-        in_features: K.
-        out_features: N.
         rank: Number of axes of x.
-        has_bias: Whether there is a fourth input.
+        has_bias: Whether the node has a bias.
     """
 
-    weight_bits: int
-    act_bits: int
-    act_scale: str
-    act_step: float
-    rotation_group: int
-    group_size: int
-    in_features: int
-    out_features: int
     rank: int
     has_bias: bool
-
-    @property
-    def num_groups(self) -> int:
-        """Weight scales per output channel."""
-        return self.in_features // self.group_size if self.group_size else 1
 
     @property
     def overload(self) -> str:
@@ -75,24 +56,11 @@ def read_signature(node: ir.Node) -> QLinearSignature:
     Raises:
         CompileError: The shape of x is not known.
     """
-    x, planes = node.inputs[0], node.inputs[1]
-    assert planes is not None
-    in_features = None if x is None or x.shape is None else x.shape[-1]
-    if x is None or x.shape is None or not isinstance(in_features, int):
+    x = input_of(node, "x")
+    if x is None or x.shape is None or not isinstance(x.shape[-1], int):
         raise CompileError(f"{layer_name(node)}: the exported graph does not say the shape of x.")
-    attributes = node.attributes
-    return QLinearSignature(
-        weight_bits=attributes["weight_bits"].as_int(),
-        act_bits=attributes["act_bits"].as_int(),
-        act_scale=attributes["act_scale"].as_string(),
-        act_step=attributes["act_step"].as_float(),
-        rotation_group=attributes["rotation_group"].as_int(),
-        group_size=attributes["group_size"].as_int(),
-        in_features=in_features,
-        out_features=attributes["out_features"].as_int(),
-        rank=len(x.shape),
-        has_bias=len(node.inputs) > 3 and node.inputs[3] is not None,
-    )
+    has_bias = input_of(node, "bias") is not None
+    return QLinearSignature(**vars(read_format(node)), rank=len(x.shape), has_bias=has_bias)
 
 
 def nodes_of(model: ir.Model, op_type: str) -> list[ir.Node]:

@@ -17,15 +17,16 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 from treeq_gpu import choose
 
+from treeq_export import ops
 from treeq_export.artefacts import atomic_path
 from treeq_export.compile.check_patterns import CheckPatterns
 from treeq_export.compile.fused import input_of
 from treeq_export.compile.lower_monarch import LowerMonarch
 from treeq_export.compile.signature import DOMAIN, QLINEAR, nodes_of
 from treeq_export.errors import CompileError
+from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.model_files import QUICK_FILE
-from treeq_export.runners.op_definition import PLUGIN_ATTRIBUTES, QLINEAR_OP
 from treeq_export.runners.tensorrt_quick_plugin import (
     CODES_PER_WORD,
     PRODUCT_OP,
@@ -33,7 +34,7 @@ from treeq_export.runners.tensorrt_quick_plugin import (
     QuickOp,
 )
 
-_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(QLINEAR_OP.inputs))
+_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(ops.QLINEAR.inputs))
 Shared = dict[tuple[object, ...], ir.Node]
 
 

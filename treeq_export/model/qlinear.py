@@ -52,8 +52,9 @@ class QLinear(nn.Module):
             bias = torch.from_numpy(tensors["bias"].copy())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         step = tensors.get("activation_step")
-        # The exported attribute: reading a parameter while it is traced is not possible.
+        # For the exported node: reading a parameter while it is traced is not possible.
         self.step = 0.0 if step is None else float(step[0])
+        self.attributes = layer.layer_format(self.step).attributes()
         self.activation_step = (
             None
             if step is None
@@ -148,16 +149,7 @@ class QLinear(nn.Module):
         return torch.onnx.ops.symbolic(
             "treeq::QLinear",
             inputs,
-            attrs={
-                "weight_bits": layer.weight.bits,
-                "act_bits": layer.activation.bits or 0,
-                "act_scale": layer.activation.scale,
-                "act_step": self.step,
-                "rotation_group": layer.rotation_group,
-                "group_size": layer.weight.group_size or 0,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-            },
+            attrs=self.attributes,
             dtype=x.dtype,
             shape=(*x.shape[:-1], layer.out_features),
             version=1,

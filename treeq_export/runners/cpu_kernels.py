@@ -17,14 +17,11 @@ from numpy.typing import NDArray
 
 import treeq_export
 from treeq_export.errors import RunnerError
-from treeq_export.ops import PACK_WORD
-from treeq_export.quant.spec import ActivationFormat
+from treeq_export.ops import ACTIVATIONS, PACK_WORD, LayerFormat
 
 KERNELS_LIBRARY = "libtreeq_kernels.so"
 ORT_LIBRARY = "libtreeq_ort.so"
 ABI_VERSION = 1
-ACT_SCALES = {"none": 0, "token_rms": 1, "token_absmax": 2, "tensor_static": 3}
-ACTIVATIONS = {"none": 0, "gelu_tanh": 1}
 
 
 def find_library(name: str) -> Path | None:
@@ -173,52 +170,43 @@ class CpuQLinear:
     """One quantized linear in the CPU kernels; holds its packed weights while it is entered.
 
     Args:
-        planes: (bits, N, ceil(K / 32)) int32, see quant/packing.py.
+        layer: Formats and sizes.
+        planes: (weight_bits, N, ceil(K / 32)) int32, see quant/packing.py.
         weight_scale: (N, G) float32.
-        in_features: K.
-        activation: Format of x.
-        step: The layer's activation step; None exactly where x is not quantized.
-        rotation_group: Power of two dividing K.
         bias: (N,) float32 or None.
         branch: (R, L) of a Monarch branch, R (b_in, K/b_in, b_out r), L (b_out, b_in r, N/b_out).
-        name: For messages.
+        name: The layer's name in messages.
+
+    Raises:
+        RunnerError: Planes or scales have another shape.
     """
 
     def __init__(
         self,
+        layer: LayerFormat,
         planes: NDArray[np.int32],
         weight_scale: NDArray[np.float32],
         *,
-        in_features: int,
-        activation: ActivationFormat,
-        step: float | None,
-        rotation_group: int,
         bias: NDArray[np.float32] | None = None,
         branch: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
         name: str = "treeq_qlinear",
     ) -> None:
-        self.name = name
-        self.in_features = in_features
-        self.out_features, self.num_groups = weight_scale.shape
-        bits, rows, words = planes.shape
-        if rows != self.out_features or words != -(-in_features // PACK_WORD):
-            raise RunnerError(
-                f"{name}: planes are {planes.shape}, expected (bits, {self.out_features}, "
-                f"{-(-in_features // PACK_WORD)}) for in_features {in_features}."
-            )
+        self.name, self.layer = name, layer
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        words = -(-layer.in_features // PACK_WORD)
+        for what, array, shape in (
+            ("planes", planes, (layer.weight_bits, layer.out_features, words)),
+            ("weight_scale", weight_scale, (layer.out_features, layer.num_groups)),
+        ):
+            if array.shape != shape:
+                raise RunnerError(
+                    f"{name}: {what} are {array.shape}, expected {shape} for in_features "
+                    f"{layer.in_features}."
+                )
         arrays = (planes, weight_scale, bias, *(branch or (None, None)))
         self._arrays = [None if a is None else np.ascontiguousarray(a) for a in arrays]
-        self._config = _Config(
-            abi_version=ABI_VERSION,
-            weight_bits=bits,
-            act_bits=activation.bits or 0,
-            act_scale=ACT_SCALES[activation.scale],
-            act_step=step or 0.0,
-            rotation_group=rotation_group,
-            in_features=in_features,
-            out_features=self.out_features,
-            group_size=0 if self.num_groups == 1 else in_features // self.num_groups,
-        )
+        fields = layer.attributes() | {"act_scale": layer.act_scale.number}
+        self._config = _Config(abi_version=ABI_VERSION, **fields)
         if branch is not None:
             b_in, b_out = branch[0].shape[0], branch[1].shape[0]
             self._config.branch_in, self._config.branch_out = b_in, b_out
@@ -283,7 +271,7 @@ class CpuQLinear:
         Args:
             x: Activations (M, K), float32.
             norm_scale: One row an image, (M / tokens, K), float32.
-            norm_shift: As norm_scale, and given exactly where that is.
+            norm_shift: Like norm_scale, and given exactly where that is.
             norm_epsilon: Added to the variance.
             activation: "none" or "gelu_tanh".
             gate: One row an image, (M / tokens, N), float32; needs a single output.
@@ -312,7 +300,7 @@ class CpuQLinear:
         fusion = _Fusion(
             **{what: _pointer(array) for what, array in kept.items()},
             norm_epsilon=norm_epsilon,
-            activation=ACTIVATIONS.get(activation, -1),
+            activation=ACTIVATIONS.index(activation) if activation in ACTIVATIONS else -1,
             tokens=tokens,
             num_outputs=num_outputs,
         )
@@ -331,7 +319,7 @@ class CpuQLinear:
         x = self._check_input(x)
         codes = np.empty(x.shape, np.int8)
         scales = np.empty((len(x), 1), np.float32)
-        sums = np.empty((len(x), self.num_groups, self.out_features), np.int32)
+        sums = np.empty((len(x), self.layer.num_groups, self.out_features), np.int32)
         outputs = (_pointer(codes), _pointer(scales), _pointer(sums))
         status = load_kernels().treeq_qlinear_inspect(self._layer, _pointer(x), len(x), *outputs)
         _check(status, self.name)

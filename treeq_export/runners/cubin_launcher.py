@@ -20,6 +20,7 @@ from treeq_gpu import choose
 from treeq_gpu.instantiations import DType
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import LayerFormat
 from treeq_export.reading import read_bytes, read_record
 from treeq_export.runners.cuda_bindings import load_driver
 
@@ -37,24 +38,12 @@ Number = int | float
 
 
 @dataclass(frozen=True)
-class LinearShape:
-    """One `treeq::QLinear` with its number of tokens; names as in the op's definition."""
+class LinearCall:
+    """One call of `treeq::QLinear`: its layer, the number of tokens, the type of x and y."""
 
+    layer: LayerFormat
     m: int
-    n: int
-    k: int
-    weight_bits: int
-    act_bits: int
-    act_scale: str
-    act_step: float
-    rotation_group: int
-    group_size: int
     dtype: DType
-
-    @property
-    def num_groups(self) -> int:
-        """Weight scales per output channel."""
-        return self.k // self.group_size if self.group_size else 1
 
 
 @dataclass(frozen=True)
@@ -75,17 +64,20 @@ class MonarchShape:
         return self.m * self.b_out * self.b_in * self.rank * _DTYPE_BYTES[self.dtype]
 
 
-def linear_workspace_bytes(shape: LinearShape, num_sms: int = MAX_SMS) -> int:
-    """Return the bytes that suffice for every number of tokens up to `shape.m`.
+def linear_workspace_bytes(layer: LayerFormat, most: int, num_sms: int = MAX_SMS) -> int:
+    """Return the bytes that suffice for every number of tokens up to `most`.
 
     Fewer tokens may need more, since only small products are cut in slices of K. Within one row of
     tiles the largest m needs most.
     """
-    rows = {min(choose.TOKEN_ROWS, shape.m), *range(_SMALL_ROWS, shape.m, _SMALL_ROWS), shape.m}
-    return max(
-        choose.workspace_bytes(m, shape.n, shape.k, shape.weight_bits, shape.group_size, num_sms)
-        for m in rows
+    rows = {min(choose.TOKEN_ROWS, most), *range(_SMALL_ROWS, most, _SMALL_ROWS), most}
+    n, k, bits, group = (
+        layer.out_features,
+        layer.in_features,
+        layer.weight_bits,
+        layer.group_size,
     )
+    return max(choose.workspace_bytes(m, n, k, bits, group, num_sms) for m in rows)
 
 
 @dataclass(frozen=True)
@@ -93,10 +85,10 @@ class Kernel:
     """One entry of kernels.json, loaded.
 
     Attributes:
-        name: Of the instantiation.
-        handle: The driver's.
+        name: The instantiation.
+        handle: The driver's handle.
         params: (name, type) of every argument, hidden ones last.
-        num_threads: Of a block.
+        num_threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
 
@@ -135,7 +127,7 @@ class KernelFolder:
         """Put one kernel into a stream.
 
         Args:
-            name: Of the instantiation.
+            name: The instantiation.
             grid: Blocks along x, y, z.
             values: Arguments by name; pointers are addresses.
             stream: The stream's handle.
@@ -194,8 +186,8 @@ class CubinEntry(BaseModel):
 
     Attributes:
         name: The instantiation.
-        arch: Such as "sm_89".
-        file: Of the machine code, in the same folder.
+        arch: Architecture, such as "sm_89".
+        file: Name of the machine code's file, in the same folder.
         sha256: Digest of that file.
         function: Symbol in it.
         shared_bytes: Shared memory of a block.
@@ -281,29 +273,30 @@ class LinearPointers:
 
 
 def launch_qlinear(
-    kernels: KernelFolder, shape: LinearShape, at: LinearPointers, stream: int
+    kernels: KernelFolder, call: LinearCall, at: LinearPointers, stream: int
 ) -> None:
     """Put one quantized linear into a stream.
 
     Args:
-        kernels: Of the current GPU.
-        shape: Sizes and formats.
+        kernels: Kernels for the current GPU.
+        call: Layer, tokens and type.
         at: Addresses, 16-byte aligned.
         stream: The stream's handle.
 
     Raises:
         RunnerError: A kernel is missing, or the driver refuses.
     """
-    m, n, k = shape.m, shape.n, shape.k
+    m, layer = call.m, call.layer
+    n, k = layer.out_features, layer.in_features
     if m == 0:
         return
     launch = choose.choose_qlinear(
-        m, n, k, shape.weight_bits, shape.group_size, kernels.num_sms, shape.dtype
+        m, n, k, layer.weight_bits, layer.group_size, kernels.num_sms, call.dtype
     )
     parts = choose.workspace_parts(m, n, k, launch.split_k)
     codes, act_scale = at.workspace, at.workspace + parts[0]
     partials = act_scale + parts[1]
-    _quantize(kernels, shape, at.x, codes, act_scale, stream)
+    _quantize(kernels, call, at.x, codes, act_scale, stream)
     size = {"M": m, "N": n}
     operands = {
         "codes": codes,
@@ -322,7 +315,7 @@ def launch_qlinear(
         "has_addend": int(bool(at.addend)),
     }
     if launch.finish is None or launch.finish_grid is None:
-        values = size | operands | epilogue | {"num_groups": shape.num_groups}
+        values = size | operands | epilogue | {"num_groups": layer.num_groups}
         kernels.launch(launch.instantiation, launch.grid, values, stream)
         return
     slices = {"partials": partials, "k_per_split": launch.k_per_split}
@@ -332,21 +325,23 @@ def launch_qlinear(
 
 
 def _quantize(
-    kernels: KernelFolder, shape: LinearShape, x: int, codes: int, scale: int, stream: int
+    kernels: KernelFolder, call: LinearCall, x: int, codes: int, scale: int, stream: int
 ) -> None:
+    layer, k = call.layer, call.layer.in_features
     launch = choose.choose_quantize(
-        shape.m, shape.k, shape.act_scale, shape.rotation_group, kernels.num_sms, shape.dtype
+        call.m, k, layer.act_scale, layer.rotation_group, kernels.num_sms, call.dtype
     )
+    qmin, qmax = layer.code_range
     values = {
         "x": x,
         "codes": codes,
         "scale": scale,
-        "M": shape.m,
-        "K": shape.k,
-        "KP": choose.padded(shape.k),
-        "qmin": -(1 << (shape.act_bits - 1)),
-        "qmax": (1 << (shape.act_bits - 1)) - 1,
-        "step": shape.act_step,
+        "M": call.m,
+        "K": k,
+        "KP": choose.padded(k),
+        "qmin": qmin,
+        "qmax": qmax,
+        "step": layer.act_step,
         "columns_per_program": launch.columns_per_program,
     }
     kernels.launch(launch.instantiation, launch.grid, values, stream)
@@ -361,7 +356,7 @@ def launch_monarch(
     """Put one Monarch branch into a stream.
 
     Args:
-        kernels: Of the current GPU.
+        kernels: Kernels for the current GPU.
         shape: Sizes and type.
         pointers: Addresses of x, R, L, y and the workspace.
         stream: The stream's handle.

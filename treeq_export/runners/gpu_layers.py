@@ -19,13 +19,11 @@ from treeq_export.errors import RunnerError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import put_module, quantized_layers
 from treeq_export.model.zoo import Denoiser
-from treeq_export.ops import MAX_ROTATION
+from treeq_export.ops import MAX_ROTATION, PACK_WORD
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.numerics import dequantize_weight
 from treeq_export.quant.rotation import rotate
 from treeq_export.runners import gpu_ops
-
-WORD = 32
 
 Codes = tuple[Tensor, Tensor]
 
@@ -82,10 +80,11 @@ class GpuQLinear(nn.Module):
         check_supported(plan)
         self.plan = plan
         self.shared = shared or SharedCodes()
-        # Plain attributes: torch.compile has to read them.
-        self.in_features, self.out_features = plan.in_features, plan.out_features
-        self.group_size = plan.weight.group_size or 0
-        self.act_format = (plan.activation.bits, plan.activation.scale, step, plan.rotation_group)
+        self.format = plan.layer_format(step)
+        # Plain values: torch.compile has to read them, and the operators to take them.
+        self.out_features = plan.out_features
+        self._codes_key = tuple(map(str, self.format.codes_key))
+        self._fields = tuple(self.format.attributes().values())
         for name in ("planes", "weight_scale", "bias", "R", "L"):
             self.register_buffer(name, tensors.get(name))
 
@@ -112,7 +111,7 @@ class GpuQLinear(nn.Module):
     def quantize(self, x: Tensor) -> Codes:
         """Return codes (M, KP) int8, in the kernels' order, and scales (M,) of x (..., K)."""
         return self.shared.get(
-            x, self.act_format, lambda: gpu_ops.quantize_tokens(x, *self.act_format)
+            x, self._codes_key, lambda: gpu_ops.quantize_tokens(x, *self._fields)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,28 +120,13 @@ class GpuQLinear(nn.Module):
         if self.R is not None and self.L is not None:
             addend = gpu_ops.monarch(x, self.R, self.L).reshape(-1, self.out_features)
         codes, scale = self.quantize(x)
-        y = gpu_ops.product(
-            codes,
-            scale,
-            self.planes,
-            self.weight_scale,
-            self.bias,
-            addend,
-            self.group_size,
-            self.in_features,
-            x.dtype,
-        )
+        tensors = (codes, scale, self.planes, self.weight_scale, self.bias, addend)
+        y = gpu_ops.product(*tensors, x.dtype, *self._fields)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def sums(self, codes: Tensor) -> Tensor:
         """Return the int32 sums (M, G, N) of codes from `quantize`."""
-        sums = gpu_ops.load_launch().integer_sums(
-            codes,
-            self.planes,
-            weight_bits=self.planes.shape[0],
-            group_size=self.group_size,
-            in_features=self.in_features,
-        )
+        sums = gpu_ops.load_launch().integer_sums(codes, self.planes, self.format)
         return sums if sums.ndim == 3 else sums[:, None]
 
 
@@ -153,10 +137,10 @@ def check_supported(layer: LayerPlan) -> None:
         RunnerError: They do not.
     """
     group, rotation = layer.weight.group_size, layer.rotation_group
-    if group is not None and group % WORD:
+    if group is not None and group % PACK_WORD:
         raise RunnerError(
-            f"{layer.name}: group_size {group}, expected a multiple of {WORD} for the GPU kernels. "
-            "Search again with another group_size."
+            f"{layer.name}: group_size {group}, expected a multiple of {PACK_WORD} for the GPU "
+            "kernels. Search again with another group_size."
         )
     if rotation > MAX_ROTATION:
         raise RunnerError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from treeq_gpu import choose
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import LAYER_ATTRIBUTES, LayerFormat
 
 
 @cache
@@ -30,30 +31,43 @@ def load_launch() -> Any:
     return launch
 
 
-@torch.library.custom_op("treeq_gpu::quantize_tokens", mutates_args=())
-def quantize_tokens(
-    x: Tensor, act_bits: int, act_scale: str, act_step: float, rotation_group: int
-) -> tuple[Tensor, Tensor]:
-    """Return codes (M, KP) int8, in the kernels' order, and scales (M,) float32 of x (..., K)."""
-    return load_launch().quantize_tokens(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        act_bits=act_bits,
-        act_scale=act_scale,
-        act_step=act_step,
-        rotation_group=rotation_group,
-    )
+# An operator takes numbers and text: a LayerFormat field by field.
+_FIELDS = ", ".join(f"{kind.__name__} {name}" for name, kind in LAYER_ATTRIBUTES.items())
+
+
+def _layer_of(fields: tuple[Any, ...]) -> LayerFormat:
+    return LayerFormat.from_attributes(dict(zip(LAYER_ATTRIBUTES, fields, strict=True)))
+
+
+@torch.library.custom_op(
+    "treeq_gpu::quantize_tokens",
+    mutates_args=(),
+    schema=f"(Tensor x, {_FIELDS}) -> (Tensor, Tensor)",
+)
+def quantize_tokens(x: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    """Return codes (M, KP) int8, in the kernels' order, and scales (M,) float32 of x (..., K).
+
+    Args:
+        x: Activations, of a type that the kernels have.
+        *fields: Values of `LayerFormat.attributes`.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return load_launch().quantize_tokens(rows, _layer_of(fields))
 
 
 @quantize_tokens.register_fake
-def _(
-    x: Tensor, act_bits: int, act_scale: str, act_step: float, rotation_group: int
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_fields: Any) -> tuple[Tensor, Tensor]:
     m = x.numel() // x.shape[-1]
     codes = x.new_empty((m, choose.padded(x.shape[-1])), dtype=torch.int8)
     return codes, x.new_empty(m, dtype=torch.float32)
 
 
-@torch.library.custom_op("treeq_gpu::product", mutates_args=())
+@torch.library.custom_op(
+    "treeq_gpu::product",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor planes, Tensor weight_scale, Tensor? bias, "
+    f"Tensor? addend, ScalarType out_dtype, {_FIELDS}) -> Tensor",
+)
 def product(
     codes: Tensor,
     scale: Tensor,
@@ -61,37 +75,18 @@ def product(
     weight_scale: Tensor,
     bias: Tensor | None,
     addend: Tensor | None,
-    group_size: int,
-    in_features: int,
     out_dtype: torch.dtype,
+    *fields: Any,
 ) -> Tensor:
     """Return (q_x q_w^T * s_w) * s_x + bias + addend, (M, N) in out_dtype."""
-    return load_launch().product(
-        codes,
-        scale,
-        planes,
-        weight_scale,
-        bias,
-        None if addend is None else addend.contiguous(),
-        weight_bits=planes.shape[0],
-        group_size=group_size,
-        in_features=in_features,
-        out_dtype=out_dtype,
-    )
+    whole = None if addend is None else addend.contiguous()
+    tensors = (codes, scale, planes, weight_scale, bias, whole)
+    return load_launch().product(*tensors, _layer_of(fields), out_dtype)
 
 
 @product.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    planes: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    group_size: int,
-    in_features: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _(codes: Tensor, _scale: Tensor, planes: Tensor, *rest: Any) -> Tensor:
+    out_dtype = rest[3]
     return codes.new_empty((codes.shape[0], planes.shape[1]), dtype=out_dtype)
 
 

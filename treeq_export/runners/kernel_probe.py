@@ -12,7 +12,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
-from treeq_export.quant.spec import ActivationFormat
 from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.cpu_kernels import CpuQLinear
 from treeq_export.runners.ort_runner import OrtRunner
@@ -20,7 +19,9 @@ from treeq_export.runners.plain_layer import (
     INPUT,
     cut_packed,
     find_packed_node,
+    input_of,
     own_channels,
+    read_format,
 )
 
 
@@ -66,33 +67,17 @@ class KernelProbe:
         return sums.reshape(*x.shape[:-1], *sums.shape[1:])
 
     def _is_weight_only(self) -> bool:
-        return self._node.attributes["act_bits"].as_int() == 0
+        return not read_format(self._node).act_bits
 
     def _inspect(self, x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
-        node = self._node
-        attributes = node.attributes
-        activation = ActivationFormat.model_validate(
-            {
-                "bits": attributes["act_bits"].as_int() or None,
-                "scale": attributes["act_scale"].as_string(),
-            }
-        )
-        layer = CpuQLinear(
-            _initializer(node, 1),
-            _initializer(node, 2),
-            in_features=attributes["in_features"].as_int(),
-            activation=activation,
-            step=attributes["act_step"].as_float(),
-            rotation_group=attributes["rotation_group"].as_int(),
-            name=self.site.name,
-        )
-        with layer:
+        arrays = (_initializer(self._node, name) for name in ("planes", "weight_scale"))
+        with CpuQLinear(read_format(self._node), *arrays, name=self.site.name) as layer:
             codes, _, sums = layer.inspect(x.reshape(-1, x.shape[-1]))
         return codes, sums
 
 
-def _initializer(node: ir.Node, index: int) -> NDArray[Any]:
-    value = node.inputs[index]
+def _initializer(node: ir.Node, name: str) -> NDArray[Any]:
+    value = input_of(node, name)
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()

@@ -12,21 +12,47 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import (
+    DOMAIN,
+    FUSED,
+    MONARCH,
+    OPS,
+    QLINEAR,
+    VERSION,
+    LayerFormat,
+    OpDefinition,
+)
 from treeq_export.runners.compiled import LayerSite
 
-DOMAIN = "treeq"
-QLINEAR, FUSED, MONARCH = "QLinear", "FusedQLinear", "Monarch"
 INPUT, OUTPUT = "x", "y"
 # Attributes of a FusedQLinear: overloads of the functions of its parts.
 LINEAR_FUNCTION, BRANCH_FUNCTION = "linear_function", "branch_function"
-_BRANCH_R, _BRANCH_L = 4, 5
+_LAYER, _BRANCH = ("planes", "weight_scale", "bias"), ("branch_R", "branch_L")
+_OPS = {op.name: op for op in OPS}
 _NEUTRAL: Mapping[str, Any] = {"activation": "none", "norm_epsilon": 0.0}
+
+
+def input_of(node: ir.Node, name: str) -> ir.Value | None:
+    """Return an input of a `treeq` node, None where it is left out or the op has none of the name.
+
+    Args:
+        node: A node of the domain.
+        name: As in the op's definition.
+    """
+    op = _OPS[node.op_type]
+    return op.pick(node.inputs, name) if name in op.inputs else None
+
+
+def read_format(node: ir.Node) -> LayerFormat:
+    """Return the layer that a QLinear or FusedQLinear node computes."""
+    values = {name: attribute.value for name, attribute in node.attributes.items()}
+    return LayerFormat.from_attributes(values)
 
 
 def find_packed_node(model: ir.Model, site: LayerSite) -> ir.Node | None:
     """Return the `treeq` node that computes a layer, None where the target has lowered it."""
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type != MONARCH and node.name == site.node:
+        if node.domain == DOMAIN and node.op_type != MONARCH.name and node.name == site.node:
             return node
     return None
 
@@ -58,31 +84,31 @@ def cut_packed(model: ir.Model, node: ir.Node, *, as_functions: bool) -> ir.Mode
     Args:
         model: Holds the node and the functions.
         node: A QLinear or FusedQLinear.
-        as_functions: As QLinear + Monarch, with their functions; else the node itself, without
-            all but its linear and branch, for our kernels.
+        as_functions: Whether the result is QLinear + Monarch with their functions, or the node
+            itself with only its linear and branch, for our kernels.
     """
-    inputs = [None if value is None else _copy(value) for value in node.inputs[: _BRANCH_L + 1]]
-    x = ir.val(INPUT, ir.DataType.FLOAT, node.inputs[0].shape if node.inputs[0] else None)
-    inputs[0] = x
-    branch = inputs[_BRANCH_R:]
+    source = input_of(node, "x")
+    x = ir.val(INPUT, ir.DataType.FLOAT, source.shape if source else None)
+    linear, branch = (
+        [_copy(input_of(node, name)) for name in names] for names in (_LAYER, _BRANCH)
+    )
     if as_functions:
-        nodes = _as_functions(node, inputs[:_BRANCH_R], branch)
+        nodes = _as_functions(node, [x, *linear], branch)
     else:
         attributes = {name: value.value for name, value in node.attributes.items()}
-        neutral = _NEUTRAL if node.op_type == FUSED else {}
-        while inputs[-1] is None:
-            inputs.pop()
+        neutral = _NEUTRAL if node.op_type == FUSED.name else {}
+        inputs = without_trailing([x, *linear, *branch])
         made = ir.node(node.op_type, inputs, attributes=attributes | dict(neutral), domain=DOMAIN)
         nodes = [made]
     y = nodes[-1].outputs[0]
     y.name, y.type = OUTPUT, ir.TensorType(ir.DataType.FLOAT)
     if x.shape is not None:
-        y.shape = ir.Shape([*x.shape[:-1], node.attributes["out_features"].as_int()])
+        y.shape = ir.Shape([*x.shape[:-1], read_format(node).out_features])
     graph = ir.Graph(
         [x],
         [y],
         nodes=nodes,
-        initializers=[value for value in (*inputs[1:4], *branch) if value is not None],
+        initializers=[value for value in (*linear, *branch) if value is not None],
         opset_imports=dict(model.graph.opset_imports),
         name=node.name,
     )
@@ -97,28 +123,32 @@ def _as_functions(
 ) -> list[ir.Node]:
     """Return QLinear, and Monarch and Add where there is a branch."""
     overloads = {QLINEAR: node.overload}
-    if node.op_type == FUSED:
+    if node.op_type == FUSED.name:
         overloads = {
             QLINEAR: node.attributes[LINEAR_FUNCTION].as_string(),
             MONARCH: node.attributes.get_string(BRANCH_FUNCTION, ""),
         }
-    while inputs[-1] is None:
-        inputs.pop()
 
-    def call(op_type: str, values: list[ir.Value | None]) -> ir.Node:
-        overload = overloads[op_type]
-        return ir.node(op_type, values, domain=DOMAIN, overload=overload, version=1)
+    def call(op: OpDefinition, values: list[ir.Value | None]) -> ir.Node:
+        overload = overloads[op]
+        return ir.node(op.name, values, domain=DOMAIN, overload=overload, version=VERSION)
 
-    linear = call(QLINEAR, inputs)
-    if not branch or branch[0] is None:
+    linear = call(QLINEAR, without_trailing(inputs))
+    if branch[0] is None:
         return [linear]
     monarch = call(MONARCH, [inputs[0], *branch])
     return [linear, monarch, ir.node("Add", [linear.outputs[0], monarch.outputs[0]])]
 
 
-def _copy(value: ir.Value) -> ir.Value:
+def without_trailing(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    """Return a node's inputs without the optional ones at the end that are left out."""
+    given = [index for index, value in enumerate(inputs) if value is not None]
+    return inputs[: given[-1] + 1]
+
+
+def _copy(value: ir.Value | None) -> ir.Value | None:
     """Return an initializer of the same name and contents that belongs to no graph."""
-    return ir.val(value.name, const_value=value.const_value)
+    return None if value is None else ir.val(value.name, const_value=value.const_value)
 
 
 def _clone_functions(model: ir.Model) -> list[ir.Function]:

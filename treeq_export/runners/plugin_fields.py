@@ -6,20 +6,25 @@ from typing import Any
 import numpy as np
 
 from treeq_export.errors import RunnerError
-from treeq_export.runners.op_definition import FieldType, OpDefinition
+from treeq_export.ops import OpDefinition
 
-_NUMPY_TYPES: dict[FieldType, Any] = {"int32": np.int32, "float32": np.float32, "char": np.int8}
+# TensorRT has no bool and no int64 fields: integers are int32 there, text is char.
+_TYPES: dict[type, tuple[str, Any]] = {
+    int: ("INT32", np.int32),
+    float: ("FLOAT32", np.float32),
+    str: ("CHAR", np.int8),
+}
 
 
-def pack_field(kind: FieldType, value: float | str) -> np.ndarray[Any, Any]:
+def pack_field(kind: type, value: float | str) -> np.ndarray[Any, Any]:
     """Return a field's value as the array TensorRT stores; text ends with a NUL, as ONNX gives it.
 
-    >>> pack_field("char", "rms").tolist()
+    >>> pack_field(str, "rms").tolist()
     [114, 109, 115, 0]
     """
     if isinstance(value, str):
         return np.frombuffer(value.encode() + b"\0", np.int8).copy()
-    return np.array([value], _NUMPY_TYPES[kind])
+    return np.array([value], _TYPES[kind][1])
 
 
 def unpack_fields(op: OpDefinition, fields: Mapping[str, Any]) -> dict[str, int | float | str]:
@@ -32,24 +37,20 @@ def unpack_fields(op: OpDefinition, fields: Mapping[str, Any]) -> dict[str, int 
     Raises:
         RunnerError: One is missing.
     """
-    missing = [field.name for field in op.fields if field.name not in fields]
+    missing = [name for name in op.attributes if name not in fields]
     if missing:
         raise RunnerError(
             f"{op.name}: the node lacks {', '.join(missing)}. Compile the graph again with this "
             "treeq-export."
         )
     values: dict[str, int | float | str] = {}
-    for field in op.fields:
-        array = np.asarray(fields[field.name])
-        if field.type == "char":
-            values[field.name] = array.tobytes().split(b"\0")[0].decode()
-        else:
-            value = array.reshape(-1)[0]
-            values[field.name] = int(value) if field.type == "int32" else float(value)
+    for name, kind in op.attributes.items():
+        array = np.asarray(fields[name])
+        text = kind is str
+        values[name] = array.tobytes().split(b"\0")[0].decode() if text else kind(array.flat[0])
     return values
 
 
-def field_type(trt: Any, kind: FieldType) -> Any:
-    """Return a kind as TensorRT's PluginFieldType."""
-    names = {"int32": "INT32", "float32": "FLOAT32", "char": "CHAR"}
-    return getattr(trt.PluginFieldType, names[kind])
+def field_type(trt: Any, kind: type) -> Any:
+    """Return a kind, int, float or str, as TensorRT's PluginFieldType."""
+    return getattr(trt.PluginFieldType, _TYPES[kind][0])

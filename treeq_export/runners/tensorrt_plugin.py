@@ -1,7 +1,7 @@
 """`treeq::QLinear` and `treeq::Monarch` as TensorRT plugins in Python, for hosts with pip packages.
 
 The C++ plugin (kernels/tensorrt) does the same without Python. Both, and the ONNX nodes, take name,
-version, namespace and fields from `runners.op_definition`. What a plugin says of shapes, types and
+version, namespace and fields from `treeq_export.ops`. What a plugin says of shapes, types and
 workspace needs no GPU, so engines are built anywhere; `enqueue` hands the launch to
 `cubin_launcher`, which never ran on a GPU: untested.
 
@@ -14,37 +14,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from treeq_gpu import choose
 from treeq_gpu.instantiations import INSTANTIATIONS, SHAPE_CLASSES, DType, finish, quantize
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import (
+    DOMAIN,
+    MONARCH,
+    PLUGIN_VERSION,
+    PLUGINS,
+    QLINEAR,
+    LayerFormat,
+    OpDefinition,
+)
 from treeq_export.runners.cubin_launcher import (
     KernelFolder,
+    LinearCall,
     LinearPointers,
-    LinearShape,
     MonarchShape,
     launch_monarch,
     launch_qlinear,
     linear_workspace_bytes,
 )
 from treeq_export.runners.cuda_bindings import load_driver
-from treeq_export.runners.op_definition import (
-    MONARCH_OP,
-    NAMESPACE,
-    OPS,
-    QLINEAR_OP,
-    VERSION,
-    OpDefinition,
-)
 from treeq_export.runners.plugin_fields import field_type, pack_field, unpack_fields
 from treeq_export.runners.tensorrt_library import Runtime
 
 KERNELS_VARIABLE = "TREEQ_GPU_KERNELS"
 _DTYPES: dict[str, DType] = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
-_X = 0
+_X = 0  # of every op
 
 Attributes = Mapping[str, int | float | str]
 
@@ -96,8 +97,8 @@ class PluginBody:
         self.attributes = attributes
         self.folder = folder
         self.plugin_name = self.op.name
-        self.plugin_version = VERSION
-        self.plugin_namespace = NAMESPACE
+        self.plugin_version = PLUGIN_VERSION
+        self.plugin_namespace = DOMAIN
         self.num_outputs = 1
         self._arrays: list[Any] = []
 
@@ -127,10 +128,10 @@ class PluginBody:
     def get_fields_to_serialize(self) -> Any:
         """Return the node's fields; the arrays live as long as this object."""
         fields = []
-        for field in self.op.fields:
-            array = pack_field(field.type, self.attributes[field.name])
+        for name, kind in self.op.attributes.items():
+            array = pack_field(kind, self.attributes[name])
             self._arrays.append(array)
-            fields.append(self.trt.PluginField(field.name, array, field_type(self.trt, field.type)))
+            fields.append(self.trt.PluginField(name, array, field_type(self.trt, kind)))
         return self.trt.PluginFieldCollection(fields)
 
     def expected_types(self, x_type: Any) -> list[Any]:
@@ -176,11 +177,16 @@ class PluginBody:
 class QLinearBody(PluginBody):
     """`treeq::QLinear`: x, planes, weight_scale, then bias, then addend; the last two may miss."""
 
-    op = QLINEAR_OP
+    op = QLINEAR
+
+    @property
+    def layer(self) -> LayerFormat:
+        """The layer that the fields describe."""
+        return LayerFormat.from_attributes(self.attributes)
 
     def out_features(self, inputs: Sequence[Any], builder: Any) -> Any:
         """Return the field's constant."""
-        return builder.constant(self.attributes["out_features"])
+        return builder.constant(self.layer.out_features)
 
     def expected_types(self, x_type: Any) -> list[Any]:
         """Return T, int32, float32, float32, T, T."""
@@ -189,36 +195,18 @@ class QLinearBody(PluginBody):
 
     def has_kernels(self, dtype: DType) -> bool:
         """Whether every kernel that any number of tokens may need is compiled ahead."""
-        attributes = self.attributes
-        bits, group = int(attributes["weight_bits"]), int(attributes["group_size"])
-        step = choose.group_step(group)
+        layer = self.layer
+        bits, step = layer.weight_bits, choose.group_step(layer.group_size)
         names = [
-            quantize(str(attributes["act_scale"]), int(attributes["rotation_group"]), dtype).name,
+            quantize(layer.act_scale, layer.rotation_group, dtype).name,
             finish(dtype).name,
             *(choose.inst.qlinear(bits, kind, dtype, step).name for kind in SHAPE_CLASSES),
         ]
         return all(name in INSTANTIATIONS for name in names)
 
-    def shape_of(self, dims: Sequence[int], type_: Any) -> LinearShape:
-        """Return the launch's sizes for x of a shape and type."""
-        fields = cast("Any", self.attributes)
-        return LinearShape(
-            m=num_tokens(dims),
-            n=fields["out_features"],
-            k=fields["in_features"],
-            weight_bits=fields["weight_bits"],
-            act_bits=fields["act_bits"],
-            act_scale=fields["act_scale"],
-            act_step=fields["act_step"],
-            rotation_group=fields["rotation_group"],
-            group_size=fields["group_size"],
-            dtype=_DTYPES[type_.name],
-        )
-
     def get_workspace_size(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
         """Return the bytes that suffice for every shape of the profile."""
-        x = inputs[_X]
-        return linear_workspace_bytes(self.shape_of(list(x.max), x.desc.type))
+        return linear_workspace_bytes(self.layer, num_tokens(list(inputs[_X].max)))
 
     def enqueue(
         self,
@@ -230,24 +218,17 @@ class QLinearBody(PluginBody):
         stream: int,
     ) -> None:
         """Launch the kernels. Untested: needs a GPU."""
-        shape = self.shape_of(list(input_desc[_X].dims), input_desc[_X].type)
-        optional = [*inputs[3:], 0, 0]
-        pointers = LinearPointers(
-            x=inputs[_X],
-            planes=inputs[1],
-            weight_scale=inputs[2],
-            bias=optional[0],
-            addend=optional[1],
-            y=outputs[0],
-            workspace=workspace,
-        )
-        launch_qlinear(_current_kernels(self.folder), shape, pointers, stream)
+        x = input_desc[_X]
+        call = LinearCall(self.layer, num_tokens(list(x.dims)), _DTYPES[x.type.name])
+        tensors = {name: self.op.pick(inputs, name) or 0 for name in self.op.inputs}
+        pointers = LinearPointers(**tensors, y=outputs[0], workspace=workspace)
+        launch_qlinear(_current_kernels(self.folder), call, pointers, stream)
 
 
 class MonarchBody(PluginBody):
     """`treeq::Monarch`: x, R (b_in, block_in, b_out * rank), L (b_out, b_in * rank, block_out)."""
 
-    op = MONARCH_OP
+    op = MONARCH
 
     def out_features(self, inputs: Sequence[Any], builder: Any) -> Any:
         """Return b_out * block_out."""
@@ -294,7 +275,7 @@ class MonarchBody(PluginBody):
         launch_monarch(_current_kernels(self.folder), shape, pointers, stream)
 
 
-_BODIES: dict[str, type[PluginBody]] = {QLINEAR_OP.name: QLinearBody, MONARCH_OP.name: MonarchBody}
+_BODIES: dict[str, type[PluginBody]] = {QLINEAR.name: QLinearBody, MONARCH.name: MonarchBody}
 
 
 def plugin_class(trt: Any, body: type[PluginBody]) -> type[Any]:
@@ -320,9 +301,12 @@ def creator_class(trt: Any, op: OpDefinition, plugin: type[Any], folder: Path | 
 
     def initialize(self: Any) -> None:
         trt.IPluginCreatorV3One.__init__(self)
-        self.name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
+        self.name, self.plugin_namespace, self.plugin_version = op.name, DOMAIN, PLUGIN_VERSION
         self.field_names = trt.PluginFieldCollection(
-            [trt.PluginField(f.name, np.array([]), field_type(trt, f.type)) for f in op.fields]
+            [
+                trt.PluginField(name, np.array([]), field_type(trt, kind))
+                for name, kind in op.attributes.items()
+            ]
         )
 
     def create_plugin(_self: Any, _name: str, fields: Any, _phase: Any) -> Any:
@@ -356,13 +340,13 @@ def register_plugins(runtime: Runtime, kernels: Path | None = None) -> None:
     trt = runtime.module
     registry = trt.get_plugin_registry()
     kept = _registered.by_runtime.setdefault(runtime.name, [])
-    for op in OPS:
-        if registry.get_creator(op.name, VERSION, NAMESPACE) is not None:
+    for op in PLUGINS:
+        if registry.get_creator(op.name, PLUGIN_VERSION, DOMAIN) is not None:
             continue
         creator = creator_class(trt, op, plugin_class(trt, _BODIES[op.name]), kernels)()
-        if not registry.register_creator(creator, NAMESPACE):
+        if not registry.register_creator(creator, DOMAIN):
             raise RunnerError(
-                f"{runtime.name} {runtime.version}: the registry refuses {NAMESPACE}::{op.name} "
-                f"version {VERSION}. Leave other plugin libraries of that name out."
+                f"{runtime.name} {runtime.version}: the registry refuses {DOMAIN}::{op.name} "
+                f"version {PLUGIN_VERSION}. Leave other plugin libraries of that name out."
             )
         kept.append(creator)

@@ -35,9 +35,9 @@ from treeq_gpu.instantiations import DType, Instantiation
 
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import RunnerError
+from treeq_export.ops import DOMAIN
 from treeq_export.reading import read_text
 from treeq_export.runners.cubin_launcher import MANIFEST, pick_architecture, read_manifest
-from treeq_export.runners.op_definition import NAMESPACE
 from treeq_export.runners.quick_ptx import float_bits, reorder_params
 from treeq_export.runners.tensorrt_library import Runtime
 from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
@@ -130,7 +130,7 @@ class QuickOp:
 
 
 QUANTIZE_OP = QuickOp(
-    name=f"{NAMESPACE}::QuantizeTokens",
+    name=f"{DOMAIN}::QuantizeTokens",
     tensors=("x",),
     attributes={
         "act_bits": int,
@@ -142,7 +142,7 @@ QUANTIZE_OP = QuickOp(
     num_outputs=2,
 )
 PRODUCT_OP = QuickOp(
-    name=f"{NAMESPACE}::QProduct",
+    name=f"{DOMAIN}::QProduct",
     tensors=("codes", "planes", "act_scale", "weight_scale", "bias", "addend"),
     attributes={
         "weight_bits": int,

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import DOMAIN, PLUGIN_VERSION, QLINEAR
 from treeq_export.reading import read_bytes
 from treeq_export.runners.cpu_kernels import find_library
 from treeq_export.runners.cuda_device import CudaDevice, as_contiguous
 from treeq_export.runners.engine_manifest import ENGINE_FILE, check_manifest
-from treeq_export.runners.op_definition import NAMESPACE, QLINEAR_OP, VERSION
 from treeq_export.runners.tensorrt_library import Runtime, RuntimeName, load_runtime
 from treeq_export.runners.tensorrt_plugin import register_plugins
 
@@ -294,7 +294,7 @@ def load_plugins(runtime: Runtime) -> str:
         Where they come from: the library's path, "python", or "registered" where they were there.
     """
     registry = runtime.module.get_plugin_registry()
-    if registry.get_creator(QLINEAR_OP.name, VERSION, NAMESPACE) is not None:
+    if registry.get_creator(QLINEAR.name, PLUGIN_VERSION, DOMAIN) is not None:
         return "registered"
     library = find_library(PLUGIN_LIBRARY)
     if library is not None and registry.load_library(str(library)) is not None:

@@ -25,6 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from treeq_export.ops import ActScale
 from treeq_gpu.audit import audit_cubin
 from treeq_gpu.instantiations import (
     ARCHITECTURES,
@@ -57,7 +58,8 @@ def source_of(instantiation: Instantiation) -> ASTSource:
 
 def source_digest() -> str:
     """Return a digest of all that decides the machine code beside an instantiation itself."""
-    digest = hashlib.sha256(triton.__version__.encode())
+    numbers = {scale.name: scale.number for scale in ActScale}
+    digest = hashlib.sha256(f"{triton.__version__} {numbers}".encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ and K is cut in slices where even those are too few.
 
 from dataclasses import dataclass
 
+from treeq_export.ops import ActScale
 from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import CODES_PADDING, DType, Instantiation
 
@@ -143,7 +144,7 @@ def choose_qlinear(
 
 
 def choose_quantize(
-    m: int, k: int, act_scale: str, rotation_group: int, num_sms: int, dtype: DType = "fp16"
+    m: int, k: int, act_scale: ActScale, rotation_group: int, num_sms: int, dtype: DType = "fp16"
 ) -> QuantizeLaunch:
     """Return how tokens are quantized: columns are cut where rows alone leave SMs idle."""
     chosen = inst.quantize(act_scale, rotation_group, dtype)

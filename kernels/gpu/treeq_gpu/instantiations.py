@@ -7,17 +7,15 @@ What is not in it still runs in PyTorch, where Triton compiles on demand.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from treeq_export.ops import ACT_SCALES, MAX_BITS, MAX_ROTATION, MIN_BITS, ActScale
+
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 CODES_PADDING = 128  # columns of the codes are a multiple of this; every BK divides it
-WEIGHT_BITS = range(2, 9)
+WEIGHT_BITS = range(MIN_BITS, MAX_BITS + 1)
 GROUPED_BITS = (2, 3, 4, 8)
-# A sum of K products of two bytes has to stay below 2^31; the bytes are at most 128.
-MAX_IN_FEATURES = 130_944
-KINDS = {"tensor_static": 0, "token_rms": 1, "token_absmax": 2}
-KIND_NAMES = {"tensor_static": "static", "token_rms": "rms", "token_absmax": "absmax"}
-ROTATION_GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROTATION_GROUPS = tuple(1 << i for i in range(MAX_ROTATION.bit_length()))
 
 
 @dataclass(frozen=True)
@@ -230,17 +228,17 @@ def finish(dtype: DType) -> Instantiation:
     return Instantiation(name, "finish_kernel", "qlinear", dtype, {"BM": bm, "BN": bn}, 4, 2)
 
 
-def quantize(act_scale: str, rotation_group: int, dtype: DType) -> Instantiation:
-    """Return the kernel that quantizes tokens; `act_scale` is a key of `KINDS`."""
+def quantize(act_scale: ActScale, rotation_group: int, dtype: DType) -> Instantiation:
+    """Return the kernel that quantizes tokens."""
     # Static scales keep inf and NaN in their group, which costs more where a step holds several.
-    width = max(rotation_group, 32) if act_scale == "tensor_static" else QUANTIZE_WIDTH
+    width = max(rotation_group, 32) if act_scale.is_static else QUANTIZE_WIDTH
     return Instantiation(
-        f"quantize_{KIND_NAMES[act_scale]}_h{rotation_group}_{dtype}",
+        f"quantize_{act_scale.statistic}_h{rotation_group}_{dtype}",
         "quantize_tokens_kernel",
         "quantize_tokens",
         dtype,
         {
-            "KIND": KINDS[act_scale],
+            "KIND": act_scale.number,
             "GROUP": rotation_group,
             "BM": QUANTIZE_ROWS,
             "WIDTH": width,
@@ -290,7 +288,7 @@ def _list() -> list[Instantiation]:
     ]
     quantizers = [
         quantize(act_scale, group, dtype)
-        for act_scale in KINDS
+        for act_scale in ACT_SCALES
         for dtype in DTYPES
         for group in (ROTATION_GROUPS if dtype == "fp16" else (1, 32, 64, 128))
     ]

@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from treeq_export.ops import (
+    ACT_SCALES,
+    MAX_BITS,
+    MAX_IN_FEATURES,
+    MAX_ROTATION,
+    MIN_BITS,
+    PACK_WORD,
+    LayerFormat,
+)
 from treeq_gpu import choose
 from treeq_gpu import instantiations as inst
 from treeq_gpu import monarch as monarch_kernels
@@ -79,17 +88,17 @@ def _check_range(name: str, value: int, ok: bool, expected: str) -> None:
         raise ValueError(f"{name}: received {value}, expected {expected}. Change the plan's layer.")
 
 
-def quantize_tokens(
-    x: Tensor, *, act_bits: int, act_scale: str, act_step: float, rotation_group: int
-) -> tuple[Tensor, Tensor]:
+def _check_bits(name: str, bits: int) -> None:
+    _check_range(name, bits, MIN_BITS <= bits <= MAX_BITS, f"{MIN_BITS}..{MAX_BITS}")
+
+
+def quantize_tokens(x: Tensor, layer: LayerFormat) -> tuple[Tensor, Tensor]:
     """Rotate and quantize tokens.
 
     Args:
         x: (M, K) fp16, bf16 or fp32.
-        act_bits: 2..8.
-        act_scale: "token_rms", "token_absmax" or "tensor_static".
-        act_step: The layer's step.
-        rotation_group: Power of two up to 128 that divides K; 1 is none.
+        layer: The layer that reads them; activations are quantized, and rotation_group is at most
+            MAX_ROTATION.
 
     Returns:
         Codes (M, KP) int8 in the kernels' column order, and scales (M,) float32.
@@ -97,38 +106,37 @@ def quantize_tokens(
     Raises:
         ValueError: Shapes, types or ranges are others.
     """
-    m, k = x.shape
+    m, k, group = len(x), layer.in_features, layer.rotation_group
     _check("x", x, (m, k), *DTYPE_NAMES)
-    _check_range("act_bits", act_bits, 2 <= act_bits <= 8, "2..8")
-    _check_range("in_features", k, 1 <= k <= inst.MAX_IN_FEATURES, f"1..{inst.MAX_IN_FEATURES}")
-    divides = rotation_group in inst.ROTATION_GROUPS and k % rotation_group == 0
-    _check_range("rotation_group", rotation_group, divides, f"a power of two to 128 dividing {k}")
-    if act_scale not in inst.KINDS:
-        raise ValueError(f"act_scale: received {act_scale}, expected one of {[*inst.KINDS]}.")
+    _check_bits("act_bits", layer.act_bits)
+    _check_range("in_features", k, 1 <= k <= MAX_IN_FEATURES, f"1..{MAX_IN_FEATURES}")
+    divides = group in inst.ROTATION_GROUPS and k % group == 0
+    _check_range("rotation_group", group, divides, f"a power of two to {MAX_ROTATION} dividing {k}")
+    if layer.act_scale not in ACT_SCALES:
+        names = [scale.value for scale in ACT_SCALES]
+        raise ValueError(f"act_scale: received {layer.act_scale}, expected one of {names}.")
     codes = torch.empty((m, choose.padded(k)), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if m == 0:
         return codes, scale
     dtype = DTYPE_NAMES[x.dtype]
-    how = choose.choose_quantize(m, k, act_scale, rotation_group, _num_sms(x.device), dtype)
-    qmax = (1 << (act_bits - 1)) - 1
+    how = choose.choose_quantize(m, k, layer.act_scale, group, _num_sms(x.device), dtype)
     launch(
-        inst.quantize(act_scale, rotation_group, dtype),
+        inst.quantize(layer.act_scale, group, dtype),
         how.grid,
-        *(x, codes, scale, m, k, codes.shape[1], -qmax - 1, qmax),
-        *(float(act_step), how.columns_per_program),
+        *(x, codes, scale, m, k, codes.shape[1], *layer.code_range),
+        *(float(layer.act_step), how.columns_per_program),
     )
     return codes, scale
 
 
-def _check_weights(
-    planes: Tensor, weight_bits: int, group_size: int, in_features: int, out_features: int
-) -> None:
-    _check_range("weight_bits", weight_bits, 2 <= weight_bits <= 8, "2..8")
-    words = choose.ceil_div(in_features, 32)
-    _check("planes", planes, (weight_bits, out_features, words), torch.int32)
-    fits = group_size == 0 or (group_size % 32 == 0 and in_features % group_size == 0)
-    _check_range("group_size", group_size, fits, f"0 or a multiple of 32 dividing {in_features}")
+def _check_weights(planes: Tensor, layer: LayerFormat) -> None:
+    _check_bits("weight_bits", layer.weight_bits)
+    k, group = layer.in_features, layer.group_size
+    words = choose.ceil_div(k, PACK_WORD)
+    _check("planes", planes, (layer.weight_bits, layer.out_features, words), torch.int32)
+    fits = group == 0 or (group % PACK_WORD == 0 and k % group == 0)
+    _check_range("group_size", group, fits, f"0 or a multiple of {PACK_WORD} dividing {k}")
 
 
 def product(
@@ -138,10 +146,7 @@ def product(
     weight_scale: Tensor,
     bias: Tensor | None,
     addend: Tensor | None,
-    *,
-    weight_bits: int,
-    group_size: int,
-    in_features: int,
+    layer: LayerFormat,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Return (q_x q_w^T * s_w) * s_x + bias + addend of quantized tokens.
@@ -153,9 +158,7 @@ def product(
         weight_scale: (N, G) float32.
         bias: (N,) float32 or None.
         addend: (M, N) of out_dtype or None.
-        weight_bits: 2..8.
-        group_size: Channels per weight scale; 0 is all of them.
-        in_features: K.
+        layer: The layer; group_size is 0 or a multiple of 32.
         out_dtype: fp16, bf16 or fp32.
 
     Returns:
@@ -164,11 +167,11 @@ def product(
     Raises:
         ValueError: Shapes, types or ranges are others.
     """
-    m, n = len(codes), planes.shape[1]
-    _check_weights(planes, weight_bits, group_size, in_features, n)
-    _check("codes", codes, (m, choose.padded(in_features)), torch.int8)
-    num_groups = in_features // group_size if group_size else 1
-    _check("weight_scale", weight_scale, (n, num_groups), torch.float32)
+    m, n, k = len(codes), layer.out_features, layer.in_features
+    bits, group = layer.weight_bits, layer.group_size
+    _check_weights(planes, layer)
+    _check("codes", codes, (m, choose.padded(k)), torch.int8)
+    _check("weight_scale", weight_scale, (n, layer.num_groups), torch.float32)
     if bias is not None:
         _check("bias", bias, (n,), torch.float32)
     if addend is not None:
@@ -178,18 +181,18 @@ def product(
         return y
     dtype, sms = DTYPE_NAMES[out_dtype], _num_sms(codes.device)
     kp, kw = codes.shape[1], planes.shape[2]
-    how = choose.choose_qlinear(m, n, in_features, weight_bits, group_size, sms, dtype)
+    how = choose.choose_qlinear(m, n, k, bits, group, sms, dtype)
     epilogue = (
         *(scale, weight_scale, weight_scale if bias is None else bias),
         *(y if addend is None else addend, y, m, n),
     )
     flags = (int(bias is not None), int(addend is not None))
     if how.finish_grid is None:
-        kernel = choose.choose_qlinear_instantiation(m, n, weight_bits, group_size, sms, dtype)
-        launch(kernel, how.grid, codes, planes, *epilogue, kp, kw, num_groups, *flags)
+        kernel = choose.choose_qlinear_instantiation(m, n, bits, group, sms, dtype)
+        launch(kernel, how.grid, codes, planes, *epilogue, kp, kw, layer.num_groups, *flags)
         return y
     partials = torch.empty((how.split_k, m, n), dtype=torch.int32, device=codes.device)
-    kernel = inst.partials(weight_bits, choose.shape_class_of(m, n, sms))
+    kernel = inst.partials(bits, choose.shape_class_of(m, n, sms))
     launch(kernel, how.grid, codes, planes, partials, m, n, kp, kw, how.k_per_split)
     launch(inst.finish(dtype), how.finish_grid, partials, *epilogue, how.split_k, *flags)
     return y
@@ -201,18 +204,10 @@ def qlinear(
     weight_scale: Tensor,
     bias: Tensor | None,
     addend: Tensor | None,
-    *,
-    weight_bits: int,
-    act_bits: int,
-    act_scale: str,
-    act_step: float,
-    rotation_group: int,
-    group_size: int,
-    in_features: int,
-    out_features: int,
+    layer: LayerFormat,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return `treeq::QLinear` of x: the fields are the op's, the tensors its inputs.
+    """Return `treeq::QLinear` of x; the tensors are the op's inputs.
 
     Args:
         x: (..., K) fp16, bf16 or fp32.
@@ -220,14 +215,7 @@ def qlinear(
         weight_scale: (N, G) float32.
         bias: (N,) float32 or None.
         addend: (..., N) of out_dtype or None.
-        weight_bits: 2..8.
-        act_bits: 2..8.
-        act_scale: "token_rms", "token_absmax" or "tensor_static".
-        act_step: The layer's step.
-        rotation_group: Power of two up to 128 that divides K; 1 is none.
-        group_size: Channels per weight scale; 0 is all of them.
-        in_features: K.
-        out_features: N.
+        layer: As `quantize_tokens` and `product` take it.
         out_dtype: Type of the result; None is that of x.
 
     Returns:
@@ -236,47 +224,24 @@ def qlinear(
     Raises:
         ValueError: Shapes, types or ranges are others.
     """
-    _check("x", x, (*x.shape[:-1], in_features), *DTYPE_NAMES)
-    _check_weights(planes, weight_bits, group_size, in_features, out_features)
-    codes, scale = quantize_tokens(
-        x.reshape(-1, in_features),
-        act_bits=act_bits,
-        act_scale=act_scale,
-        act_step=act_step,
-        rotation_group=rotation_group,
-    )
-    y = product(
-        codes,
-        scale,
-        planes,
-        weight_scale,
-        bias,
-        None if addend is None else addend.reshape(-1, out_features),
-        weight_bits=weight_bits,
-        group_size=group_size,
-        in_features=in_features,
-        out_dtype=out_dtype or x.dtype,
-    )
-    return y.reshape(*x.shape[:-1], out_features)
+    n, k = layer.out_features, layer.in_features
+    _check("x", x, (*x.shape[:-1], k), *DTYPE_NAMES)
+    _check_weights(planes, layer)
+    codes, scale = quantize_tokens(x.reshape(-1, k), layer)
+    rows = None if addend is None else addend.reshape(-1, n)
+    y = product(codes, scale, planes, weight_scale, bias, rows, layer, out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], n)
 
 
 def integer_sums(
-    codes: Tensor,
-    planes: Tensor,
-    *,
-    weight_bits: int,
-    group_size: int,
-    in_features: int,
-    shape_class: str | None = None,
+    codes: Tensor, planes: Tensor, layer: LayerFormat, shape_class: str | None = None
 ) -> Tensor:
     """Return the exact int32 sums, to compare with `numerics.accumulate` bit for bit.
 
     Args:
         codes: (M, KP) int8, from `quantize_tokens`.
         planes: (weight_bits, N, KW) int32.
-        weight_bits: 2..8.
-        group_size: Channels per weight scale; 0 is all of them.
-        in_features: K.
+        layer: As `product` takes it.
         shape_class: "token", "small" or "wide"; None chooses as `qlinear` does, without slices.
 
     Returns:
@@ -285,13 +250,13 @@ def integer_sums(
     Raises:
         ValueError: Shapes, types or ranges are others.
     """
-    m, n = len(codes), planes.shape[1]
-    _check_weights(planes, weight_bits, group_size, in_features, n)
-    _check("codes", codes, (m, choose.padded(in_features)), torch.int8)
-    step = choose.group_step(group_size)
+    m, n, k = len(codes), layer.out_features, layer.in_features
+    _check_weights(planes, layer)
+    _check("codes", codes, (m, choose.padded(k)), torch.int8)
+    step = choose.group_step(layer.group_size)
     name = shape_class or choose.shape_class_of(m, n, _num_sms(codes.device))
-    kernel = inst.qlinear(weight_bits, name, "fp16", step, sums=True)
-    num_steps = in_features // step if step else 1
+    kernel = inst.qlinear(layer.weight_bits, name, "fp16", step, sums=True)
+    num_steps = k // step if step else 1
     sums = torch.empty((m, num_steps, n), dtype=torch.int32, device=codes.device)
     grid = (choose.num_tiles(m, n, name, step), 1, 1)
     unused = torch.empty(1, dtype=torch.float32, device=codes.device)
@@ -302,10 +267,9 @@ def integer_sums(
         *(codes, planes, unused, unused, unused, half, sums, m, n, codes.shape[1]),
         *(planes.shape[2], num_steps, 0, 0),
     )
-    if not group_size:
+    if not layer.group_size:
         return sums[:, 0]
-    num_groups = in_features // group_size
-    return sums.reshape(m, num_groups, -1, n).sum(dim=2, dtype=torch.int32)
+    return sums.reshape(m, layer.num_groups, -1, n).sum(dim=2, dtype=torch.int32)
 
 
 def monarch(x: Tensor, R: Tensor, L: Tensor) -> Tensor:  # noqa: N803  the op's names

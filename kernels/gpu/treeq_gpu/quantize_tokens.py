@@ -1,7 +1,7 @@
 """Activations to codes: rotation, scale per token, rounding and column order, in one launch.
 
     x'   = x H_g
-    s_x  = max(step * rms(x') | step * max|x'| | step, 1e-20)      KIND 1 | 2 | 0
+    s_x  = max(step * rms(x') | step * max|x'| | step, 1e-20)      KIND 1 | 2 | 3
     q_x  = clip(rint(x' * (1 / s_x)))                              half to even; 0 where NaN
 
 The rotation is a product with a matrix of +-1 made in registers, then a factor 1/sqrt(g) in fp32:
@@ -18,11 +18,13 @@ rotates twice; its second read comes from the cache.
 import triton
 import triton.language as tl
 
+from treeq_export.ops import ActScale
+
 SCALE_FLOOR = tl.constexpr(1e-20)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits, half to even
-STATIC = tl.constexpr(0)
-TOKEN_RMS = tl.constexpr(1)
-TOKEN_ABSMAX = tl.constexpr(2)
+STATIC = tl.constexpr(ActScale.TENSOR_STATIC.number)
+TOKEN_RMS = tl.constexpr(ActScale.TOKEN_RMS.number)
+TOKEN_ABSMAX = tl.constexpr(ActScale.TOKEN_ABSMAX.number)
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def quantize_tokens_kernel(
         qmax: Largest code.
         step: The layer's step, float32.
         columns_per_program: A multiple of WIDTH.
-        KIND: 0 static, 1 token_rms, 2 token_absmax.
+        KIND: Number of an `ActScale`.
         GROUP: Rotation, 1..128.
         BM: Tokens of a program.
         WIDTH: Columns of a step, a multiple of 32 and of GROUP that divides 128.
