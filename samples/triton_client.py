@@ -26,7 +26,7 @@ def ask(url: str, protocol: str, label: int, seed: int, steps: int | None) -> di
         url: host:port of the protocol.
         protocol: "http" or "grpc"; both modules have the same interface.
         label: The class.
-        seed: Of the noise: equal seeds give equal images.
+        seed: Seed of the noise: equal seeds give equal images.
         steps: Solver steps; None is the server's default.
 
     Returns:

@@ -15,7 +15,13 @@ from treeq_export.cli.console import GROUPS
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for folder in ("treeq_export/cli", "treeq_export/quant", "docs")
+    for folder in (
+        "treeq_export/cli",
+        "treeq_export/quant",
+        "treeq_export/records",
+        "samples",
+        "docs",
+    )
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 LEANS = re.compile(r"(Of|Its|Likewise|As|Where|Such)\b")

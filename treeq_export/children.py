@@ -35,11 +35,11 @@ def python_child(
     """Run `python -m module arguments`; when the block is left the child has ended.
 
     Args:
-        module: Of this package, or one that the child can import by itself.
-        *arguments: Of the module.
+        module: Module of this package, or one that the child can import by itself.
+        *arguments: Arguments of the module.
         environment: The child's; this package is put in front of its search path.
-        stdin: As for `subprocess.Popen`; nothing, if left out.
-        **options: Likewise.
+        stdin: Standard input, as `subprocess.Popen` takes it; nothing by default.
+        **options: Further options of `subprocess.Popen`.
 
     Yields:
         The process.

@@ -72,7 +72,7 @@ def available_cpus(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> in
     """Return how many processors this process may use: by affinity, and by its container's quota.
 
     Args:
-        cgroup: Where Linux mounts control groups.
+        cgroup: Folder in which Linux mounts control groups.
         membership: A file in the format of Linux' /proc/self/cgroup.
 
     Returns:
@@ -102,8 +102,8 @@ def available_memory(cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> 
     """Return the bytes that this process can have at most: the machine's, or its container's.
 
     Args:
-        cgroup: As for `available_cpus`.
-        membership: Likewise.
+        cgroup: Folder in which Linux mounts control groups.
+        membership: File in the format of Linux' /proc/self/cgroup.
     """
     limits = [psutil.virtual_memory().total + psutil.swap_memory().total]
     for folder in _control_groups("memory", cgroup, membership):

@@ -60,7 +60,7 @@ def out_of_memory(where: str, keys: Sequence[str], wanted: float | None = None) 
 
     Args:
         where: What was at work: a stage, or a command.
-        keys: Of the recipe, whose values take memory there.
+        keys: Keys of the recipe whose values take memory there.
         wanted: Bytes that were asked for, where they are known.
     """
     size = ""
@@ -78,8 +78,8 @@ def explain_memory(where: str, keys: Sequence[str]) -> Iterator[None]:
     """Raise what says that memory ran out, within the block, as one line.
 
     Args:
-        where: As for `out_of_memory`.
-        keys: Likewise.
+        where: What was done, such as a stage.
+        keys: Keys of the recipe whose values take memory there.
 
     Raises:
         OutOfMemoryError: Memory ran out, or a size is beyond all memory.

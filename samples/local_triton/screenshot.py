@@ -74,11 +74,11 @@ def take_screenshot(
     """Generate an image of each label, the last of which stays on show, and write a picture.
 
     Args:
-        browser: As from `open_browser`.
+        browser: Browser from `open_browser`.
         url: The page.
         out: PNG file, two pixels for one of the page.
         labels: Classes in order.
-        seed: Of all.
+        seed: Seed of all images.
         size: Width and height of the window.
         dark: Whether the system prefers dark pages.
 

@@ -54,9 +54,9 @@ class Server:
     """A running server.
 
     Attributes:
-        http: Its HTTP address, "127.0.0.1:port".
-        grpc: Its gRPC address.
-        metrics: Its address of metrics.
+        http: HTTP address, "127.0.0.1:port".
+        grpc: gRPC address.
+        metrics: Address of the metrics.
         process: The server itself; the models' processes are its children.
         log: File with all that it says.
     """
@@ -159,10 +159,10 @@ def serve(
     """Start a repository's launch.sh with the wheel's server, and stop it at the end.
 
     Args:
-        repository: As `treeq-export serve` writes it; one without launch.sh is started plainly.
+        repository: Model repository; one without launch.sh is started plainly.
         python: Python of the server's environment.
         emulate: Whether the missing backends are emulated.
-        ports: Of HTTP, gRPC and metrics; free ones where there are none.
+        ports: Ports of HTTP, gRPC and metrics; None takes free ones.
         arguments: Further ones of tritonserver.
         environment: Further variables of the server's process.
         timeout_s: Until it has to be ready.

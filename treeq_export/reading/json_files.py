@@ -50,7 +50,7 @@ def read_record(path: Path, kind: type[T], *, error: type[TreeqError], remedy: s
     """Read a JSON file into a pydantic model, or another type that pydantic can check.
 
     Raises:
-        TreeqError: As `read_json`, or a key does not fit the model; of the class `error`.
+        TreeqError: `read_json` fails, or a key does not fit the model; of the class `error`.
     """
     data = read_bytes(path, error=error, remedy=remedy)
     return parse_record(data, kind, path, error=error, remedy=remedy)
@@ -108,7 +108,7 @@ def parse_record(
     """Parse JSON into a pydantic model, or another type that pydantic can check.
 
     Raises:
-        TreeqError: As `parse_json`, or a key does not fit the model; of the class `error`.
+        TreeqError: `parse_json` fails, or a key does not fit the model; of the class `error`.
     """
     parse_json(data, where, error=error, remedy=remedy)
     try:

@@ -24,7 +24,7 @@ class SealedRecord(Record):
     """A record that carries the digest of its content (sealed.py).
 
     Attributes:
-        sha256: Of the other fields; empty in a record that was never written.
+        sha256: Digest of the other fields; empty in a record that was never written.
     """
 
     sha256: str = ""
@@ -53,7 +53,7 @@ class GateResult(Record):
     """One gate: what was measured against which limit.
 
     Attributes:
-        name: Such as "portable end-to-end sqnr_db".
+        name: What is limited, such as "portable end-to-end sqnr_db".
         measured: The value.
         limit: The recipe's limit.
         at_least: Whether the value has to be at least (True) or at most (False) the limit.

@@ -32,8 +32,8 @@ class VerifierSummary(Record):
 
     Attributes:
         num_quantized: Layers whose weight and activation the plan quantizes.
-        num_plugins: Of them, layers that are plugins.
-        num_int8_gemms: Of them, layers that are Int8 gemms.
+        num_plugins: Quantized layers that became plugins.
+        num_int8_gemms: Quantized layers that became Int8 gemms.
         num_weight_only: Layers of which only the weight is quantized.
         num_engine_layers: Layers of the engine.
     """
@@ -93,17 +93,17 @@ class EngineManifest(SealedRecord):
     """What an engine is, and where it may be loaded.
 
     Attributes:
-        treeq_version: Of the package that built it.
+        treeq_version: Version of the package that built the engine.
         runtime: "tensorrt" or "tensorrt-rtx".
         runtime_version: The engine loads in exactly this version.
-        gpu: Such as "sm_89".
+        gpu: GPU architecture, such as "sm_89".
         target: Compiled target that it was built from.
         key: Digest of all that the engine depends on.
-        engine_sha256: Of the engine file.
-        engine_bytes: Its size.
-        graph_sha256: Of the ONNX file.
-        data_sha256: Of its external data; None where it has none.
-        plan_sha256: Of the plan, as the graph's metadata names it.
+        engine_sha256: Digest of the engine file.
+        engine_bytes: Size of the engine file.
+        graph_sha256: Digest of the ONNX file.
+        data_sha256: Digest of the graph's external data; None if the graph has none.
+        plan_sha256: Digest of the plan, as the graph's metadata names it.
         profile: Shapes by input.
         bits: Weight and activation bits by layer; activation 0 is not quantized.
         plugins: What has to be registered; nothing where plugins are in the engine.
@@ -139,9 +139,9 @@ class BuiltEngine(Record):
     """One engine of a run.
 
     Attributes:
-        path: Its folder, relative to the run folder.
+        path: Folder of the engine, relative to the run folder.
         how: "built", "from cache" or "up to date".
-        manifest: As beside the engine.
+        manifest: Content of the manifest.json beside the engine.
     """
 
     path: str

@@ -28,12 +28,12 @@ class CompareRow(Record):
         strategy: How the bits were assigned; of a peer its name.
         variant: "ptq", or how it was trained afterwards: "peft" or "qat".
         peer: Whether another toolkit quantized it.
-        description: Of a peer what it does to weights and activations.
+        description: For a peer, what it does to weights and activations.
         budget: Average bits that the strategy could spend; None for a peer.
         weight_bits: Average of the plan, weighted by number of weights.
-        activation_bits: Likewise.
+        activation_bits: Average activation bits.
         branch_parameter_fraction: Branch parameters over quantized weights; None for a peer.
-        network_mse: As in `QualityRecord`.
+        network_mse: Same as `QualityRecord.network_mse`.
         frechet_distance: Over the seeds; None where there is no classifier.
         frechet_ratio: Each seed's distance over full precision's; its mean is that of the means.
         class_accuracy: Over the seeds; None where there is no classifier or there are no labels.
@@ -72,14 +72,14 @@ class CompareRecord(SealedRecord):
 
     Attributes:
         version: The treeq-export that measured it.
-        name: Of the recipe.
+        name: Name of the recipe.
         checkpoint_sha256: The checkpoint.
         recipe: What all cells share; strategy, budget and finetune mode are each cell's own.
         num_samples: Images for each seed.
         seeds: The seeds.
-        conditioning: As in `QualityRecord`.
+        conditioning: Same as `QualityRecord.conditioning`.
         fp_frechet_distance: Full precision's, over the seeds.
-        fp_class_accuracy: Likewise.
+        fp_class_accuracy: Class accuracy of full precision.
         rows: The finished cells.
         pending: Names of cells that are still to come.
         environment: The machine that the seconds belong to.

@@ -72,7 +72,7 @@ class LayerParity(Record):
     Attributes:
         name: The layer.
         sqnr_db: Own error: the target's layer on the reference's input.
-        max_abs_error: Of the same.
+        max_abs_error: Largest absolute error of the same layer.
         equal_code_fraction: Equal activation codes on the reference's input; None if not quantized.
         accumulators_equal: int32 sums equal, given equal codes; None if not quantized.
         propagated_sqnr_db: The layer's output inside the whole network; None where that value is
@@ -96,8 +96,8 @@ class TargetParity(Record):
         target: The target, and how it was run where there are several ways.
         runtime: What ran it; EMULATED where that is not the runtime that the target is made for.
         passed: Whether all gates are met.
-        sqnr_db: Of the network's output.
-        max_abs_error: Of the same.
+        sqnr_db: SQNR of the network's output, in dB.
+        max_abs_error: Largest absolute error of the network's output.
         layers: One entry per quantized layer.
         gates: What was required.
     """

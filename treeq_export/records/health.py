@@ -14,10 +14,10 @@ class ModelHealth(Record):
     """One model.
 
     Attributes:
-        name: Its name on the server.
+        name: Name of the model on the server.
         ready: What the server says; None if it says nothing.
         healthy: Whether one real inference succeeded.
-        latency_ms: Of that inference; None if it did not succeed.
+        latency_ms: Milliseconds of the inference; None if it did not succeed.
         received: What came back: shapes and values, or the error.
     """
 

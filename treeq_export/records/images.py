@@ -9,17 +9,17 @@ class ImageRecord(Record):
     """One image.
 
     Attributes:
-        seed: Of its noise.
-        label: Its class; None of text models.
+        seed: Seed of the image's noise.
+        label: Class of the image; None for text models.
         step: Solver steps done.
         latency_ms: From sending its request to its last response; images of one request share it.
             With previews it includes writing them.
         batch: Images in its request.
         shapes: Shape of every received output, without the batch axis.
-        file: Its PNG; None where none was wanted.
+        file: PNG file; None if none was wanted.
         previews: PNG files of intermediate steps.
-        latents_sha256: Of the raw sample's bytes (float32, C order); None where it was not asked
-            for.
+        latents_sha256: Digest of the raw sample's bytes (float32, C order); None if it
+            was not asked for.
     """
 
     seed: int

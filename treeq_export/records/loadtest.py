@@ -37,23 +37,23 @@ class LoadSetup(Record):
     """All that has to be equal for two levels to belong to one record.
 
     Attributes:
-        url: Of the server, without credentials.
+        url: Address of the server, without credentials.
         protocol: "http" or "grpc".
         model: Name of what was exported.
-        mode: Of the sampler: "inprocess" or "bls".
+        mode: Mode of the sampler: "inprocess" or "bls".
         target: Compiled target that runs.
         answers_inside: Whether the sampler answers before its execution ends, so that Triton's
             times are those of its requests; not in mode bls, nor where it streams: there its
             threads answer later, which Triton does not time.
         models: The sampler first, then the denoiser where the server has it as a model.
-        config_sha256: Of the configurations of these models.
+        config_sha256: Digest of the configurations of these models.
         output: Name of the output that was asked for.
         steps: Solver steps of each image.
         guidance: Guidance scale of each image.
-        seed: Of the first request; each next one's is one more.
+        seed: Seed of the first request; the next request takes the next seed.
         duration_s: How long the clients send, of each level.
         warmup_s: The same before it, uncounted.
-        note: Such as what was emulated.
+        note: Remark of the user, such as what was emulated.
     """
 
     url: str
@@ -129,8 +129,8 @@ class MemoryTrace(Record):
         bytes: Sum over the processes.
         pss_bytes: The same with the pages of files; empty where the system does not say.
         num_processes: How many there were.
-        slope_mb_per_min: Of `bytes`, least squares through the second half of the time; None with
-            fewer than two samples there. 1 MB is 1e6 bytes.
+        slope_mb_per_min: Slope of `bytes`, least squares through the second half of the time;
+            None with fewer than two samples there. 1 MB is 1e6 bytes.
         growth_bytes: Median of the last quarter of `bytes` less that of the first; None with fewer
             than four samples.
         growth_fraction: The same over the first quarter's median.
@@ -202,7 +202,7 @@ def describe_errors(levels: Sequence[LoadLevel]) -> str | None:
     """Return what failed in one line, None where nothing did.
 
     Args:
-        levels: Of a record.
+        levels: Levels of a record.
 
     Returns:
         Counts, clients and the most frequent message of the first level that failed.

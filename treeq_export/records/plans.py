@@ -11,8 +11,8 @@ class SearchPoint(Record):
     """One configuration of the whole network that the search measured.
 
     Attributes:
-        weight_bits: Average, weighted by number of weights.
-        activation_bits: Likewise.
+        weight_bits: Average weight bits, weighted by number of weights.
+        activation_bits: Average activation bits, weighted by number of weights.
         size_bytes: Packed codes, scales and branches of all quantized layers.
         mse: Mean squared error of the network's prediction against full precision.
         kept: Whether the Pareto drop kept it.
@@ -31,13 +31,13 @@ class SearchNode(Record):
     """One node of the search's tree.
 
     Attributes:
-        name: Such as "block 3" or "blocks 0..3"; of a leaf its layers.
+        name: Part of the network, such as "block 3" or "blocks 0..3"; the layers of a leaf.
         depth: 0 is the root.
         first_leaf: Number of its first leaf.
         last_leaf: Number of its last leaf.
-        num_configurations: How many it kept.
-        weight_bits: Average of the chosen plan inside it.
-        activation_bits: Likewise.
+        num_configurations: Number of configurations that the node kept.
+        weight_bits: Average weight bits of the chosen plan inside the node.
+        activation_bits: Average activation bits of the chosen plan inside the node.
     """
 
     name: str
@@ -91,14 +91,15 @@ class SearchRecord(Record):
     """Result of search (search.json).
 
     Attributes:
-        strategy: Such as "tss".
+        strategy: Search strategy, such as "tss".
         noise: Lambda of Environmental Noise Guidance.
         budget: The limits that were set, by name.
         cost: What was announced; None for other strategies than "tss".
         num_measured: Configurations measured in this process.
         num_from_journal: Configurations that the journal knew.
         seconds: Wall time of this process.
-        network_mse: Of the chosen plan's search weights; None for strategy "uniform".
+        network_mse: Error of the network with the chosen plan's search weights; None for
+            strategy "uniform".
         nodes: The tree, root first; empty for other strategies than "tss".
         front: Configurations measured at the root.
         branches: Branch shapes chosen and what they were chosen from, by layer.

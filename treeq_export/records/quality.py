@@ -32,9 +32,9 @@ class BaselineQuality(Record):
     Attributes:
         strategy: How its bits were assigned: "uniform".
         weight_bits: Average, weighted by number of weights.
-        activation_bits: Likewise.
+        activation_bits: Average activation bits.
         scores: Means over the seeds.
-        network_mse: As in `QualityRecord`.
+        network_mse: Same as `QualityRecord.network_mse`.
     """
 
     strategy: str
@@ -49,7 +49,7 @@ class QualityRecord(Record):
 
     Attributes:
         runner: What produced the quantized images.
-        conditioning: Where labels or text embeddings came from; "random" where none were given.
+        conditioning: Source of labels or text embeddings; "random" if none were given.
         grids: PNG files relative to the run folder, by "fp", "baseline" and "quantized".
         network_mse: Mean squared error of the quantized network's prediction against full
             precision, on held-out inputs of full-precision trajectories.

@@ -16,17 +16,17 @@ class ServeManifest(Record):
     """What a repository is; checked before the server starts and when a model is loaded.
 
     Attributes:
-        format_version: Of this file.
-        treeq_version: Of the package that wrote it.
+        format_version: Version of this file's format.
+        treeq_version: Version of the package that wrote the repository.
         name: The run's name.
         plan_sha256: Digest of the plan, by version.
         target: Compiled target.
-        mode: Of the sampler.
+        mode: Mode of the sampler.
         backend: What runs the model `denoiser`.
         backend_version: Version of the runtime that it was written for.
-        root: Where the repository has to lie, if a library is named by its absolute path.
+        root: Folder in which the repository has to lie, if a library is named by its absolute path.
         gpu: What the engine was built for.
-        denoiser: Its profile.
+        denoiser: Profile of the denoiser.
         models: Versions by model.
         packages: Python packages by model; major and minor version have to be these.
         files: By name, relative to the repository.
