@@ -35,7 +35,7 @@ kernels)
   $python kernels/bench/gpu_qlinear.py --out "$out" --parts "$parts" --budget-s $((budget - 60))
   ;;
 end_to_end)
-  $python -m treeq_export.bench.gpu_end_to_end --out "$out" --parts "$parts" \
+  $python kernels/bench/gpu_end_to_end.py --out "$out" --parts "$parts" \
     --budget-s $((budget - 90))
   ;;
 rest)

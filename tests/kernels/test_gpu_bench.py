@@ -317,7 +317,7 @@ def test_a_finished_part_is_not_done_again(emulated: Path, bench: Any, tmp_path:
     "command",
     [
         (str(BENCH / "gpu_qlinear.py"),),
-        ("-m", "treeq_export.bench.gpu_end_to_end"),
+        (str(BENCH / "gpu_end_to_end.py"),),
     ],
 )
 def test_without_a_gpu_it_is_one_line(command: tuple[str, ...], tmp_path: Path):
@@ -331,7 +331,7 @@ def test_without_a_gpu_it_is_one_line(command: tuple[str, ...], tmp_path: Path):
 def test_end_to_end_emulated(tmp_path: Path):
     """One block with our layers at 3 bits, with a branch, and compiled around."""
     only = "eager_bf16,w3a3,w3a3_r16"
-    command = ("-m", "treeq_export.bench.gpu_end_to_end", "--device", "interpreter", "--smoke")
+    command = (str(BENCH / "gpu_end_to_end.py"), "--device", "interpreter", "--smoke")
     done = run_script(
         sys.executable, *command, "--rounds", "1", "--only", only, "--out", str(tmp_path)
     )

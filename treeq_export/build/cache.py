@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.build.engine import (
@@ -22,7 +23,7 @@ from treeq_export.build.engine import (
 from treeq_export.errors import RunnerError
 from treeq_export.reading import read_record
 from treeq_export.records import Record, SealedRecord, save_record
-from treeq_export.records.build import PluginKind, PluginReference, RuntimeName, ShapeRange
+from treeq_export.records.build import PluginReference, RuntimeName, ShapeRange
 from treeq_export.sealed import Say, say_nothing
 
 ENTRY_FILE = "entry.json"
@@ -33,16 +34,16 @@ class EngineInputs(Record):
     """All that an engine depends on.
 
     Attributes:
-        graph_sha256: Of the ONNX file.
-        data_sha256: Of its external data; None where it has none.
+        graph_sha256: Digest of the ONNX file.
+        data_sha256: Digest of its external data; None where it has none.
         runtime: "tensorrt" or "tensorrt-rtx".
-        runtime_version: Its version.
-        gpu: Such as "sm_89".
+        runtime_version: Version of the runtime.
+        gpu: Architecture, for example "sm_89".
         profile: Shapes by input.
         plugins: Plugins with their versions.
-        plugin_kind: "quick" where their kernels are in the engine.
-        kernels_sha256: Of these kernels' list; None for "library".
-        builder_version: Of the builder's options.
+        plugin_kind: A library has the plugins; no part of the key.
+        kernels_sha256: None, since a library has the kernels; no part of the key.
+        builder_version: Version of the builder's options.
     """
 
     graph_sha256: str
@@ -52,16 +53,15 @@ class EngineInputs(Record):
     gpu: str
     profile: dict[str, ShapeRange]
     plugins: list[PluginReference]
-    plugin_kind: PluginKind = "library"
-    kernels_sha256: str | None = None
+    plugin_kind: Literal["library"] = "library"
+    kernels_sha256: None = None
     builder_version: int = BUILDER_VERSION
 
     @property
     def key(self) -> str:
         """Digest of everything."""
-        # Engines from before there were quick plugins keep their keys.
-        new = {"plugin_kind", "kernels_sha256"} if self.plugin_kind == "library" else set()
-        text = json.dumps(self.model_dump(mode="json", exclude=new), sort_keys=True)
+        constant = {"plugin_kind", "kernels_sha256"}
+        text = json.dumps(self.model_dump(mode="json", exclude=constant), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -70,9 +70,9 @@ class CacheEntry(SealedRecord):
 
     Attributes:
         inputs: What it depends on.
-        engine_sha256: Of the engine file.
-        engine_bytes: Its size.
-        layers_sha256: Of the layer list.
+        engine_sha256: Digest of the engine file.
+        engine_bytes: Size of the engine file.
+        layers_sha256: Digest of the layer list.
         build_s: Seconds of parsing and building.
         peak_bytes: Largest resident size of the building process.
         num_layers: Layers of the parsed network.

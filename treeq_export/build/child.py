@@ -29,7 +29,6 @@ from treeq_export.errors import RunnerError, TreeqError
 from treeq_export.reading import parse_record
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.runners.tensorrt_plugin import register_plugins
-from treeq_export.runners.tensorrt_quick_plugin import register_quick_plugins
 
 _REPORT_EVERY_S = 0.2
 _ERRORS_SHOWN = 2
@@ -170,10 +169,7 @@ def main(text: str) -> int:
         )
         runtime = load_runtime(order.runtime)
         require_parser(runtime)
-        if order.plugin_kind == "quick":
-            register_quick_plugins(runtime, order.gpu)
-        else:
-            register_plugins(runtime)
+        register_plugins(runtime)
         build(order, runtime, channel)
     except TreeqError as error:
         channel.send(error=str(error))

@@ -14,7 +14,7 @@ from treeq_export.children import python_child
 from treeq_export.errors import RunnerError
 from treeq_export.reading import parse_record, read_record
 from treeq_export.records import Record
-from treeq_export.records.build import PluginKind, ShapeRange
+from treeq_export.records.build import ShapeRange
 from treeq_export.runners.engine_manifest import ENGINE_FILE as ENGINE_FILE
 from treeq_export.runners.tensorrt_library import RuntimeName
 
@@ -33,7 +33,6 @@ class BuildOrder(Record):
         graph: Path of the ONNX file.
         profile: Shapes by input.
         folder: Where engine, layer list and result go.
-        plugin_kind: Which plugins the graph's nodes are.
     """
 
     runtime: RuntimeName
@@ -41,7 +40,6 @@ class BuildOrder(Record):
     graph: str
     profile: dict[str, ShapeRange]
     folder: str
-    plugin_kind: PluginKind = "library"
 
 
 class BuildResult(Record):

@@ -2,7 +2,7 @@
 
 The engine's layer list names ONNX nodes. Of each planned layer the node of its matrix product is
 
-1. the `treeq::QLinear` or `treeq::QProduct` node that the metadata's layer list gives it, or
+1. the `treeq::QLinear` node that the metadata's layer list gives it, or
 2. every MatMul or Gemm that the constant `<layer>.weight_quantized` reaches through nodes that only
    change its scale, type or shape.
 """
@@ -18,11 +18,9 @@ from treeq_export.ops import DOMAIN, MONARCH, PLUGIN_VERSION, PLUGINS, QLINEAR
 from treeq_export.records.build import PluginReference, ShapeRange
 from treeq_export.runners.compiled import PLAN_KEY, read_layers, read_profile
 from treeq_export.runners.graph_file import read_graph
-from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP
 
 WEIGHT_SUFFIX = ".weight_quantized"
 _BRANCH_SUFFIX = "/branch"
-_LAYER_OPS = (QLINEAR.name, PRODUCT_OP.name.rpartition("::")[2])
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 _PASSES_ON = frozenset({"DequantizeLinear", "Cast", "Reshape", "Transpose", "Mul", "Unsqueeze"})
 
@@ -62,7 +60,7 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
     """
     model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
     sites = {site.name: site.node or site.name for site in read_layers(model)}
-    packed = {node.name or "" for node in model.graph if _is(node, *_LAYER_OPS)}
+    packed = {node.name or "" for node in model.graph if _is(node, QLINEAR.name)}
     weights = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in model.graph.initializers.items()
@@ -85,7 +83,7 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
         all_products=frozenset(
             node.name or ""
             for node in model.graph
-            if _is(node, *_LAYER_OPS, MONARCH.name)
+            if _is(node, QLINEAR.name, MONARCH.name)
             or (not node.domain and node.op_type in _PRODUCTS)
         ),
         profile=_read_profile(path, model, opt_batch, max_batch),

@@ -4,15 +4,13 @@
     DIR/engines/cache/<key>/...                                    finished builds, verified or not
     DIR/build.json                                                 all engines of the run
 
-An engine of quick plugins takes the place of the one with a library's; the cache keeps both.
-
 An engine whose manifest has the right key, and whose file is the one it names, is up to date; so an
 interrupted build goes on with the first unfinished engine.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,19 +28,14 @@ from treeq_export.reading import read_record, read_text
 from treeq_export.recipe import CompileSection
 from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_TARGETS, model_path
+from treeq_export.runners.compiled import TENSORRT_TARGETS, model_path
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
-from treeq_export.runners.tensorrt_quick_plugin import (
-    hash_quick_kernels,
-    require_quick_plugins,
-)
 from treeq_export.sealed import Say, say_nothing
 
 RECORD_FILE = "build.json"
 ENGINES_FOLDER = "engines"
 TABLE_FILE = "layers.json"
-_QUICK_NOTE = "quick plugins: untested: needs TensorRT and a GPU"
 How = Literal["built", "from cache", "up to date"]
 OnStep = Callable[[float], None]
 # Opens a progress bar for an engine (name, whether it is skipped) and returns its callback.
@@ -55,12 +48,11 @@ class _Source:
 
     Attributes:
         target: Its name.
-        graph: The model file that is built: its own, or the one for quick plugins beside it.
-        facts: What the verifier needs of it.
-        graph_sha256: Of its own model file.
-        data_sha256: Of its external data; None where it has none.
+        graph: The model file.
+        facts: Facts of the graph that the verifier needs.
+        graph_sha256: Digest of the model file.
+        data_sha256: Digest of its external data; None where it has none.
         bits: Weight and activation bits by layer of the plan.
-        kernels_sha256: Of the kernels of quick plugins; None builds with a library's.
     """
 
     target: str
@@ -69,7 +61,6 @@ class _Source:
     graph_sha256: str
     data_sha256: str | None
     bits: Mapping[str, tuple[int, int]]
-    kernels_sha256: str | None = None
 
 
 def engine_folder(run: Path, runtime: str, target: str, gpu: str) -> Path:
@@ -88,7 +79,7 @@ def run_build(
 
     Args:
         run: The run folder, with compiled graphs.
-        options: What to build.
+        options: Engines to build.
         section: The recipe's compile section, for graphs without a profile.
         on_engine: Called at the start of every engine.
         say: Told in one line that a finished build is damaged.
@@ -105,15 +96,11 @@ def run_build(
     options.check()
     runtime = load_runtime(options.runtime)
     require_parser(runtime)
-    if options.split is not None:
-        require_quick_plugins(runtime)
     plan = load_plan(run)
     cache = options.cache or run / ENGINES_FOLDER / "cache"
     done: list[BuiltEngine] = []
     for target in _choose_targets(run, options):
         source = _read_source(run, target, plan, section)
-        if options.split is not None:
-            source = _split_source(source, options.split, section)
         for gpu in options.gpus:
             done.append(_build_one(run, source, runtime, gpu, cache, on_engine, say))
             save_record(run / RECORD_FILE, BuildRecord(engines=_with_earlier(run, done)))
@@ -122,7 +109,7 @@ def run_build(
 
 def _choose_targets(run: Path, options: BuildOptions) -> tuple[str, ...]:
     compiled = tuple(name for name in TENSORRT_TARGETS if model_path(run, name).is_file())
-    targets = options.targets or (compiled if options.split is None else (TENSORRT,))
+    targets = options.targets or compiled
     missing = [target for target in targets if target not in compiled]
     if missing or not targets:
         names = ", ".join(missing or TENSORRT_TARGETS)
@@ -158,19 +145,6 @@ def _read_source(run: Path, target: str, plan: Plan, section: CompileSection) ->
     )
 
 
-def _split_source(
-    source: _Source, split: Callable[[Path], Path], section: CompileSection
-) -> _Source:
-    """Return a source whose graph is that for quick plugins."""
-    graph = split(source.graph)
-    return replace(
-        source,
-        graph=graph,
-        facts=read_facts(graph, section.max_batch, section.opt_batch),
-        kernels_sha256=hash_quick_kernels(),
-    )
-
-
 def _build_one(
     run: Path,
     source: _Source,
@@ -194,8 +168,6 @@ def _build_one(
         gpu=gpu,
         profile=source.facts.profile,
         plugins=list(source.facts.plugins),
-        plugin_kind="library" if source.kernels_sha256 is None else "quick",
-        kernels_sha256=source.kernels_sha256,
     )
     folder = engine_folder(run, runtime.name, source.target, gpu)
     for parent in (cache, folder.parent):  # nothing may be left to write there
@@ -214,7 +186,6 @@ def _build_one(
             graph=str(source.graph.absolute()),
             profile=inputs.profile,
             folder="",
-            plugin_kind=inputs.plugin_kind,
         )
         entry, how = build_into(cache, inputs, order, on_step), "built"
     manifest = _place(folder, cache / inputs.key, entry, source)
@@ -255,8 +226,6 @@ def _place(folder: Path, cached: Path, entry: CacheEntry, source: _Source) -> En
         build_s=round(entry.build_s, 3),
         peak_bytes=entry.peak_bytes,
         verifier=table.summary,
-        plugin_kind=inputs.plugin_kind,
-        note=_QUICK_NOTE if inputs.plugin_kind == "quick" else None,
     )
     with atomic_folder(folder, (ENGINE_FILE, TABLE_FILE, MANIFEST_FILE)) as temporary:
         link_or_copy(cached / ENGINE_FILE, temporary / ENGINE_FILE)

@@ -48,14 +48,6 @@ def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of finished builds, shared by runs."
 )
-@click.option(
-    "--plugins",
-    type=click.Choice(["library", "quick"]),
-    default="library",
-    show_default=True,
-    help="quick: TensorRT >= 10.8 keeps the kernels in the engine, which then needs no library "
-    "(untested: needs TensorRT and a GPU).",
-)
 @json_option
 def build(
     run: Path,
@@ -63,17 +55,14 @@ def build(
     gpus: tuple[str, ...],
     targets: tuple[str, ...],
     cache: Path | None,
-    plugins: str,
     as_json: bool,
 ) -> None:
     """Build TensorRT engines and verify every planned layer."""
     from treeq_export.build import BuildOptions, run_build
-    from treeq_export.compile.split_quick_plugins import split_file
     from treeq_export.pipeline import require_result
     from treeq_export.workspace import Workspace
 
-    split = split_file if plugins == "quick" else None
-    options = BuildOptions(runtime=runtime, gpus=gpus, targets=targets, cache=cache, split=split)
+    options = BuildOptions(runtime=runtime, gpus=gpus, targets=targets, cache=cache)
     options.check()
     with Workspace.reopen(run) as workspace, stage_progress() as progress:
         require_result(workspace, "build", "compile")

@@ -58,9 +58,6 @@ class VerifierTable(SealedRecord):
     layers: list[VerifiedLayer]
 
 
-PluginKind = Literal["library", "quick"]
-
-
 class PluginReference(Record):
     """A plugin that has to be registered before an engine is loaded."""
 
@@ -106,9 +103,9 @@ class EngineManifest(SealedRecord):
         plan_sha256: Digest of the plan, as the graph's metadata names it.
         profile: Shapes by input.
         bits: Weight and activation bits by layer; activation 0 is not quantized.
-        plugins: What has to be registered; nothing where plugins are in the engine.
-        plugin_kind: "library", or "quick" where their kernels are in the engine.
-        note: What has not been tested of it; None where there is nothing to say.
+        plugins: Plugins that have to be registered before it is loaded.
+        plugin_kind: A library has the plugins, "library".
+        note: None; kept for readers of older manifests.
         build_s: Seconds of parsing and building.
         peak_bytes: Largest resident size of the process that built it.
         verifier: What the verifier counted.
@@ -131,7 +128,7 @@ class EngineManifest(SealedRecord):
     build_s: float
     peak_bytes: int
     verifier: VerifierSummary
-    plugin_kind: PluginKind = "library"
+    plugin_kind: Literal["library"] = "library"
     note: str | None = None
 
 

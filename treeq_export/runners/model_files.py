@@ -4,9 +4,8 @@ from pathlib import Path
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = f"{MODEL_FILE}.data"
-QUICK_FILE = "model.quick.onnx"  # the graph for quick plugins, made of MODEL_FILE
 # What we write into the folder of a model; whatever else lies there is somebody else's.
-OUR_FILES = (MODEL_FILE, DATA_FILE, QUICK_FILE)
+OUR_FILES = (MODEL_FILE, DATA_FILE)
 
 
 def model_files(path: Path) -> list[Path]:

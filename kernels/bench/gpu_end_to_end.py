@@ -1,6 +1,6 @@
 """DiT-XL/2 end to end on a GPU: our kernels against PyTorch as an engineer would run it.
 
-    python -m treeq_export.bench.gpu_end_to_end --out DIR [--budget-s 540]
+    python kernels/bench/gpu_end_to_end.py --out DIR [--budget-s 540]
 
 A batch of b images with classifier-free guidance is 2 b rows. Contenders, each on its own copy of
 the same random network:
@@ -31,17 +31,10 @@ if "interpreter" in sys.argv:  # before treeq_gpu is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from gpu_models import DIT_XL_2, FORMATS, SMOKE, make_model, quantize_randomly, weight_bytes
 from torch import Tensor
 
 from treeq_export.artefacts import write_json
-from treeq_export.bench.gpu_models import (
-    DIT_XL_2,
-    FORMATS,
-    SMOKE,
-    make_model,
-    quantize_randomly,
-    weight_bytes,
-)
 from treeq_export.bench.gpu_timing import (
     CudaTimer,
     EmulatedTimer,

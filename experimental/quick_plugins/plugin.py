@@ -5,7 +5,7 @@ it never ran, since that module is in no package that can be installed here; onl
 was looked at, with a stand-in for it.
 
 Such a plugin is one PTX kernel, embedded in the engine, without workspace. So a layer becomes
-(compile/split_quick_plugins.py)
+(split.py)
 
     treeq::QuantizeTokens   x -> codes, act_scale
     treeq::QProduct         codes, planes, act_scale, weight_scale, bias, addend -> y
@@ -33,12 +33,11 @@ from typing import Any
 from treeq_gpu import choose, instantiations
 from treeq_gpu.instantiations import DType, Instantiation
 
-from treeq_export.artefacts import sha256_of_file
+from experimental.quick_plugins.ptx import float_bits, reorder_params
 from treeq_export.errors import RunnerError
 from treeq_export.ops import DOMAIN
 from treeq_export.reading import read_text
-from treeq_export.runners.cubin_launcher import MANIFEST, pick_architecture, read_manifest
-from treeq_export.runners.quick_ptx import float_bits, reorder_params
+from treeq_export.runners.cubin_launcher import pick_architecture, read_manifest
 from treeq_export.runners.tensorrt_library import Runtime
 from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
 
@@ -63,7 +62,7 @@ class QuickKernel:
         function: Its symbol.
         ptx: With parameters in TensorRT's order.
         integers: Names of its integers, in order.
-        num_threads: Of a block.
+        num_threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
     """
 
@@ -79,11 +78,11 @@ def load_kernel(folder: Path, architecture: str, instantiation: Instantiation) -
 
     Args:
         folder: The folder.
-        architecture: Such as "sm_89"; PTX of an older one runs too.
-        instantiation: Which.
+        architecture: The GPU's, for example "sm_89"; PTX of an older one runs too.
+        instantiation: The kernel to load.
 
     Raises:
-        RunnerError: It is not there, or cannot be launched by TensorRT.
+        RunnerError: The kernel is missing, or TensorRT cannot launch it.
     """
     for entry in read_manifest(folder):
         if (entry.name, entry.arch) == (instantiation.name, architecture):
@@ -120,7 +119,7 @@ class QuickOp:
         name: "namespace::name".
         tensors: Names of its inputs.
         attributes: Types of its attributes by name.
-        num_outputs: How many tensors it returns.
+        num_outputs: Number of tensors it returns.
     """
 
     name: str
@@ -163,8 +162,8 @@ class QuickPlugins:
     Attributes:
         trt: The module `tensorrt`.
         trtp: The module `tensorrt.plugin`.
-        folder: What `python -m treeq_gpu.ahead` wrote.
-        architecture: The GPU's, such as "sm_89".
+        folder: The folder that `python -m treeq_gpu.ahead` wrote.
+        architecture: The GPU's, for example "sm_89".
     """
 
     trt: Any
@@ -314,7 +313,7 @@ def require_quick_plugins(runtime: Runtime) -> None:
     if runtime.name != "tensorrt" or found < oldest:
         raise RunnerError(
             f"quick plugins: received {runtime.name} {runtime.version}, expected TensorRT >= "
-            f"{OLDEST_TENSORRT}. Install it, or use --plugins library."
+            f"{OLDEST_TENSORRT}. Install it, or build with the plugins of a library."
         )
 
 
@@ -328,23 +327,12 @@ def _quick_kernels() -> Path:
     return Path(folder)
 
 
-def hash_quick_kernels() -> str:
-    """Return the digest of the list of the kernels that engines are to hold.
-
-    Raises:
-        RunnerError: There are none.
-    """
-    folder = _quick_kernels()
-    read_manifest(folder)
-    return sha256_of_file(folder / MANIFEST)
-
-
 def register_quick_plugins(runtime: Runtime, gpu: str) -> None:
     """Register both plugins for a build. Untested: needs TensorRT >= 10.8 and a GPU.
 
     Args:
-        runtime: Where.
-        gpu: What the engine is for, such as "sm_89".
+        runtime: The runtime that gets the plugins.
+        gpu: The GPU that the engine is for, for example "sm_89".
 
     Raises:
         RunnerError: TensorRT is too old, or there are no kernels for the GPU.

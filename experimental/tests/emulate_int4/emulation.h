@@ -1,4 +1,4 @@
-/* CUDA on a processor, as far as kernels/gpu/int4/qlinear_int4.cu goes: the names of ptx.cuh in
+/* CUDA on a processor, as far as experimental/int4/qlinear_int4.cu goes: the names of ptx.cuh in
  * plain C++, and blocks of threads that run as fibers, one at a time.
  *
  * Instructions of a whole warp wait for all of its lanes, then follow the PTX ISA: "Matrix Fragments

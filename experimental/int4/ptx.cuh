@@ -1,6 +1,6 @@
 /* The instructions of qlinear_int4.cu that CUDA C++ has no name for, one wrapper each.
  *
- * tests/kernels/int4/emulation.h has the same names in plain C++, after the PTX ISA's fragment
+ * experimental/tests/emulate_int4/emulation.h has the same names in plain C++, after the PTX ISA's fragment
  * layouts, so that the kernel's source runs on a processor.
  */
 #ifndef TREEQ_INT4_PTX_CUH

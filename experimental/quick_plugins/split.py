@@ -4,7 +4,7 @@ Untested in TensorRT: it needs TensorRT >= 10.8 and a GPU. What is tested is the
 
 Rules, on the finished graph of target `tensorrt`:
 1. A layer becomes QuantizeTokens(x) -> QProduct, which keeps its name and its output. They have the
-   inputs and attributes that runners/tensorrt_quick_plugin.py registers.
+   inputs and attributes that plugin.py registers.
 2. Layers that read one value in one activation format (q, k and v) share a QuantizeTokens.
 3. A missing bias is the weight scale, a missing addend is x; has_bias and has_addend say so.
 4. Monarch branches become standard operators (LowerMonarch).
@@ -17,7 +17,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 from treeq_gpu import choose
 
-from treeq_export import ops
+from experimental.quick_plugins.plugin import CODES_PER_WORD, PRODUCT_OP, QUANTIZE_OP, QuickOp
 from treeq_export.artefacts import atomic_path
 from treeq_export.compile.check_patterns import CheckPatterns
 from treeq_export.compile.fused import input_of
@@ -25,16 +25,11 @@ from treeq_export.compile.lower_monarch import LowerMonarch
 from treeq_export.compile.signature import DOMAIN, QLINEAR, nodes_of
 from treeq_export.errors import CompileError
 from treeq_export.ops import PLUGIN_ATTRIBUTES
+from treeq_export.ops import QLINEAR as QLINEAR_DEFINITION
 from treeq_export.runners.graph_file import read_graph
-from treeq_export.runners.model_files import QUICK_FILE
-from treeq_export.runners.tensorrt_quick_plugin import (
-    CODES_PER_WORD,
-    PRODUCT_OP,
-    QUANTIZE_OP,
-    QuickOp,
-)
 
-_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(ops.QLINEAR.inputs))
+QUICK_FILE = "model.quick.onnx"
+_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(QLINEAR_DEFINITION.inputs))
 Shared = dict[tuple[object, ...], ir.Node]
 
 

@@ -1,8 +1,8 @@
 """The int4 kernel of Ampere and Ada: its sums on a processor, its machine code from nvcc.
 
-The same source is compiled as plain C++ with `int4/emulation.h`, where a warp's instructions follow
-the PTX ISA's fragment layouts, and compared with numpy bit for bit. What remains is whether those
-layouts are the hardware's, and speed: untested, needs a GPU.
+The same source is compiled as plain C++ with `emulate_int4/emulation.h`, where a warp's
+instructions follow the PTX ISA's fragment layouts, and compared with numpy bit for bit. Whether
+those layouts are the hardware's, and the speed, are untested: they need a GPU.
 """
 
 import ctypes
@@ -20,8 +20,10 @@ from tests.kernels.plugin_build import ROOT, run
 from tests.required import skip_or_fail
 from treeq_export.quant.packing import pack
 
-KERNEL = ROOT / "kernels" / "gpu" / "int4" / "qlinear_int4.cu"
-EMULATION = Path(__file__).parent / "int4"
+KERNEL = ROOT / "experimental" / "int4" / "qlinear_int4.cu"
+EMULATION = Path(__file__).parent / "emulate_int4"
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89")
 NUM_MMA = 16  # in the loop over 64 channels: 4 row tiles x 4 column tiles
 NUM_MATRIX_LOADS = 4
@@ -187,7 +189,6 @@ def tool(name: str) -> str:
     return str(found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_machine_code_is_what_was_meant(architecture: str, tmp_path: Path):
     """int4 MMA, no local memory, and registers for two blocks of 256 threads a multiprocessor."""

@@ -22,7 +22,7 @@ def reorder_params(ptx: str, names: Sequence[str], order: Sequence[str]) -> str:
 
     Args:
         ptx: One kernel.
-        names: Its parameters in order; what the PTX has beyond them are scratch pointers.
+        names: The kernel's parameters in order; the PTX may have scratch pointers after them.
         order: The same names as they will be passed.
 
     Raises:
@@ -49,9 +49,5 @@ def reorder_params(ptx: str, names: Sequence[str], order: Sequence[str]) -> str:
 
 
 def float_bits(value: float) -> int:
-    """Return the bits of a float32 as int32: a launcher of integers passes floats so.
-
-    >>> hex(float_bits(1.0)), float_bits(-0.0)
-    ('0x3f800000', -2147483648)
-    """
+    """Return the bits of a float32 as int32: a launcher of integers passes floats so."""
     return struct.unpack("<i", struct.pack("<f", value))[0]

@@ -11,15 +11,21 @@ from treeq_gpu import ahead
 from treeq_gpu.instantiations import DTYPES, qlinear, quantize
 from triton import knobs
 
-from treeq_export.errors import RunnerError
-from treeq_export.ops import QLINEAR
-from treeq_export.runners.quick_ptx import float_bits, reorder_params
-from treeq_export.runners.tensorrt_quick_plugin import (
+from experimental.quick_plugins.plugin import (
     PRODUCT_OP,
     QUANTIZE_OP,
     QuickPlugins,
     load_kernel,
+    register_quick_plugins,
+    require_quick_plugins,
 )
+from experimental.quick_plugins.ptx import float_bits, reorder_params
+from treeq_export.errors import RunnerError
+from treeq_export.ops import QLINEAR
+from treeq_export.runners.tensorrt_library import Runtime
+from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
+
+pytestmark = pytest.mark.slow
 
 ARCHITECTURE = "sm_80"
 QUANTIZE = quantize("token_rms", 64, "fp16")
@@ -223,3 +229,33 @@ def test_types_and_tactics(registered: dict[tuple[str, str], Any]):
         assert {len(column) for column in columns} == {len(DTYPES)}
         assert layout == "LINEAR"
         assert len(tactics[0] if tactics else []) == num_tactics
+
+
+@pytest.mark.parametrize("version", ["10.7.0.23", "9.3"])
+def test_an_old_tensorrt_is_refused(version: str):
+    with pytest.raises(RunnerError, match=rf"received tensorrt {version}, expected .* >= 10\.8"):
+        require_quick_plugins(Runtime("tensorrt", None, version))
+    require_quick_plugins(Runtime("tensorrt", None, "10.8.0.43"))
+    require_quick_plugins(Runtime("tensorrt", None, "11.0.0"))
+
+
+def test_rtx_has_no_quick_plugins():
+    with pytest.raises(RunnerError, match="received tensorrt-rtx 1"):
+        require_quick_plugins(Runtime("tensorrt-rtx", None, "1.7"))
+
+
+def test_kernels_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runtime = Runtime("tensorrt", None, "10.8.0")
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    with pytest.raises(RunnerError, match=r"no GPU kernels.*treeq_gpu\.ahead"):
+        register_quick_plugins(runtime, "sm_80")
+    monkeypatch.setenv(KERNELS_VARIABLE, str(tmp_path))
+    with pytest.raises(RunnerError, match=r"kernels\.json: missing"):
+        register_quick_plugins(runtime, "sm_80")
+    (tmp_path / "kernels.json").write_text('{"kernels": [{"arch": "sm_90"}]}')
+    with pytest.raises(RunnerError, match="kernels for sm_90, but the GPU is sm_80"):
+        register_quick_plugins(runtime, "sm_80")
+
+
+def test_a_float_travels_as_its_bits():
+    assert (hex(float_bits(1.0)), float_bits(-0.0)) == ("0x3f800000", -2147483648)

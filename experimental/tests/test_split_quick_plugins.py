@@ -8,11 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.split_quick_plugins import PASSES, split_file
+from experimental.quick_plugins.plugin import PRODUCT_OP, QUANTIZE_OP
+from experimental.quick_plugins.split import PASSES, split_file
 from treeq_export.compile.targets import lower
 from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.runners.compiled import TENSORRT
-from treeq_export.runners.tensorrt_quick_plugin import PRODUCT_OP, QUANTIZE_OP
+
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., Any]
 KINDS = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}
