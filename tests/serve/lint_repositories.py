@@ -1,9 +1,9 @@
 """A model repository made by hand that lint has nothing to say about, and edits of it.
 
-denoiser      onnxruntime_onnx, one operator of ours with a body, external data, a library
+denoiser      onnxruntime_onnx, one operator of ours with a body, a library
 sampler       python, mode bls
 vae_decoder   python
-pipeline      an ensemble of the decoder
+pipeline      a model of somebody else, wrong in all that lint says of ours
 """
 
 import shutil
@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from onnx import TensorProto, helper
 
+from treeq_export.records.serve import ServeManifest
 from treeq_export.serve.lint import lint_repository
 
 DENOISER, CPU = "denoiser/config.pbtxt", "denoiser/configs/cpu.pbtxt"
 SAMPLER, VAE, ENSEMBLE = "sampler/config.pbtxt", "vae_decoder/config.pbtxt", "pipeline/config.pbtxt"
-GRAPH, DATA = "denoiser/1/model.onnx", "denoiser/1/model.onnx.data"
+GRAPH = "denoiser/1/model.onnx"
 MANIFEST = "manifest.json"
 FINAL_ROOT = Path("/srv/final")
 
@@ -27,11 +28,10 @@ Edit = tuple[str, str | None, str | bytes | None]
 
 PYTHON = "class TritonPythonModel:\n    pass\n"
 LIBRARY = 'model_operations { op_library_filename: "/srv/final/denoiser/lib/libtreeq_ort.so" }\n'
-BATCHING = "dynamic_batching { preferred_batch_size: [4, 8] max_queue_delay_microseconds: 200 }\n"
+BATCHING = "dynamic_batching { max_queue_delay_microseconds: 200 }\n"
 WARMUP_LABELS = 'data_type: TYPE_INT64 dims: [1] input_data_file: "c"'
 LABELS_INPUT = 'name: "class_labels" data_type: TYPE_INT64 dims: [1] reshape { shape: [] }'
 NUM_CLASSES = 'parameters { key: "treeq_num_classes" value { string_value: "10" } }\n'
-STEP_OUTPUT = 'output_map { key: "image" value: "picture" }'
 LATENTS = 'name: "latents" data_type: TYPE_FP32 dims: [4, 2, 2]'
 IMAGE = 'name: "image" data_type: TYPE_UINT8 dims: [16, 16, 3]'
 SAMPLE = 'name: "sample" data_type: TYPE_FP32 dims: [4, 2, 2]'
@@ -84,35 +84,15 @@ def check_wrong(folder: Path, case: Wrong) -> None:
     assert all(message.endswith(".") and "\n" not in message for message in messages)
 
 
-def _external(name: str, location: str, offset: int) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1])
-    tensor.data_location = TensorProto.EXTERNAL
-    entries = {"location": location, "offset": str(offset), "length": "4"}
-    for key, text in entries.items():
-        tensor.external_data.add(key=key, value=text)
-    return tensor
-
-
-def make_graph(
-    *,
-    batch: str | int = "batch",
-    body: bool = True,
-    offset: int = 0,
-    location: str = "model.onnx.data",
-    branch: str = "",
-) -> bytes:
-    """Return a denoiser whose weight is external data; of a branch's constant where it is given."""
-    weight = _external("w", location, offset)
+def make_graph(*, batch: str | int = "batch") -> bytes:
+    """Return a denoiser."""
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("treeq", 1)]
     multiply = helper.make_node("Mul", ["x", "s"], ["y"])
     scale = helper.make_function("treeq", "Scale", ["x", "s"], ["y"], [multiply], opsets)
     value = helper.make_tensor_value_info
-    choice = helper.make_graph([], "empty", [], [value("c", TensorProto.FLOAT, [1])])
-    if branch:
-        choice.node.append(helper.make_node("Constant", [], ["k"], value=_external("k", branch, 0)))
-    unused = helper.make_node("If", ["b"], ["c"], then_branch=choice, else_branch=choice)
     graph = helper.make_graph(
-        [helper.make_node("Scale", ["sample", "w"], ["prediction"], domain="treeq"), unused],
+        [helper.make_node("Scale", ["sample", "w"], ["prediction"], domain="treeq")],
         "denoiser",
         [
             value("sample", TensorProto.FLOAT, [batch, 4, 2, 2]),
@@ -121,13 +101,11 @@ def make_graph(
         ],
         [
             value("prediction", TensorProto.FLOAT, [batch, 4, 2, 2]),
-            value("scale", TensorProto.FLOAT, []),
             value("free", TensorProto.FLOAT, None),
         ],
         [weight],
     )
-    functions = [scale] if body else []
-    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[scale], ir_version=10)
     return model.SerializeToString()
 
 
@@ -160,7 +138,6 @@ FILES: dict[str, str | bytes] = {
     "denoiser/lib/libtreeq_ort.so": "a library",
     "denoiser/warmup/c": bytes(8),
     GRAPH: make_graph(),
-    DATA: bytes(4),
     SAMPLER: f"""name: "sampler"
 backend: "python"
 max_batch_size: 8
@@ -186,21 +163,27 @@ output { name: "image" data_type: TYPE_UINT8 dims: [16, 16, 3] }
 instance_group { count: 1 }
 """,
     "vae_decoder/1/model.py": PYTHON,
-    ENSEMBLE: f"""name: "pipeline"
+    ENSEMBLE: """name: "other"
 platform: "ensemble"
-max_batch_size: 4
-input {{ name: "z" data_type: TYPE_FP32 dims: [4, -1, 2] }}
-output {{ name: "picture" data_type: TYPE_UINT8 dims: [16, 16, 3] }}
-ensemble_scheduling {{
-  step {{
-    model_name: "vae_decoder" model_version: -1
-    input_map {{ key: "latents" value: "z" }}
-    {STEP_OUTPUT}
-  }}
-}}
+output { name: "picture" data_type: TYPE_BF16 label_filename: "none.txt" }
+instance_group { gpus: [0] }
+dynamic_batching { priority_levels: 2 }
 """,
-    "pipeline/1/keep": "",
-    MANIFEST: '{"denoiser": {"profile": {"min": 1, "opt": 2, "max": 8}}}',
+    MANIFEST: ServeManifest(
+        treeq_version="1",
+        name="digits",
+        plan_sha256={},
+        target="ort",
+        mode="bls",
+        backend="onnxruntime",
+        backend_version="1",
+        root=None,
+        gpu=None,
+        denoiser=ServeManifest.Denoiser(profile={"min": 1, "opt": 2, "max": 8}),
+        models={},
+        packages={},
+        files={},
+    ).model_dump_json(indent=2),
     "README.md": "",
 }
 

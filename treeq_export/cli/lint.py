@@ -18,7 +18,7 @@ from treeq_export.errors import ServeError
 def lint(repository: Path, as_json: bool) -> None:
     """Check a Triton model REPOSITORY: configurations and files."""
     from treeq_export.serve.lint import lint_repository
-    from treeq_export.serve.lint_read import count_models
+    from treeq_export.serve.lint.read import count_models
 
     findings = lint_repository(repository)
     rows = [(each.path.as_posix(), each.rule, each.message) for each in findings]

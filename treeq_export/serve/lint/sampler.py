@@ -1,17 +1,11 @@
-"""Rules about how our models belong together: sampler, denoiser, decoder and their variants."""
+"""Rules about the sampler, and how denoiser and decoder belong to it."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from treeq_export.serve.lint_read import (
-    CPU,
-    DENOISER,
-    VAE_DECODER,
-    Config,
-    Remarks,
-    enum_name,
-)
+from treeq_export.serve.inside.settings import DENOISER, SAMPLER, VAE_DECODER
+from treeq_export.serve.lint.read import Config, Remarks, enum_name
 
 _MODES = ("inprocess", "bls")
 _REQUEST_INPUTS = {
@@ -24,8 +18,8 @@ _REQUEST_INPUTS = {
 _NUM_CHANNELS = (1, 3)
 _PREDICTION = "prediction"
 _LABELS = ("TYPE_INT32", "TYPE_INT64")
-# What a bls sampler passes by itself, beside the text inputs.
-_PASSED = ("sample", "timestep", "class_labels", "guidance")
+# Inputs that a bls sampler passes by itself, beside the text inputs.
+_PASSED = {"sample", "timestep", "class_labels", "guidance"}
 
 
 def _is_count(text: str) -> bool:
@@ -46,17 +40,13 @@ _VALUES: dict[str, tuple[Callable[[str], bool], str]] = {
 }
 
 
-def _tensors(config: Config, kind: str) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in getattr(config.message, kind)}
-
-
 def _describe(tensor: Any) -> tuple[str, list[int]]:
     return enum_name(tensor, "data_type"), list(tensor.dims)
 
 
 def sampler_parameters(config: Config) -> Remarks:
     """A sampler says its mode, its model's name, and defaults that clients can read."""
-    if not config.is_sampler:
+    if config.folder.name != SAMPLER:
         return
     mode = config.parameter("treeq_mode")
     if mode not in _MODES:
@@ -74,7 +64,7 @@ def sampler_parameters(config: Config) -> Remarks:
             yield config.remark(
                 f'parameters: received {key} "{value}", expected {expected}. Correct it.'
             )
-    has_label = "label" in _tensors(config, "input")
+    has_label = "label" in config.tensors("input")
     if has_label != (config.parameter("treeq_num_classes") is not None):
         received, missing = "input label", "treeq_num_classes"
         if not has_label:
@@ -87,16 +77,15 @@ def sampler_parameters(config: Config) -> Remarks:
 
 def sampler_inputs(config: Config) -> Remarks:
     """A sampler takes a seed, a label or text, and these have the types that clients send."""
-    if not config.is_sampler:
+    if config.folder.name != SAMPLER:
         return
-    inputs = _tensors(config, "input")
-    text = inputs.keys() - _REQUEST_INPUTS
+    inputs = config.tensors("input")
     if "seed" not in inputs:
         yield config.remark(
             'input "seed": received none, expected TYPE_INT64, dims [1]: an image is made from '
             "its seed. Add it."
         )
-    if ("label" in inputs) == bool(text):
+    if ("label" in inputs) == bool(inputs.keys() - _REQUEST_INPUTS):
         yield config.remark(
             f"input: received {', '.join(sorted(inputs))}, expected either label or the "
             "denoiser's text inputs. Correct the inputs."
@@ -113,22 +102,21 @@ def sampler_inputs(config: Config) -> Remarks:
 
 def sampler_outputs(config: Config) -> Remarks:
     """A sampler returns latents, an image of 8 bits, or both."""
-    if not config.is_sampler:
+    if config.folder.name != SAMPLER:
         return
-    outputs = _tensors(config, "output")
+    outputs = config.tensors("output")
     if not outputs.keys() & {"latents", "image"}:
         yield config.remark(
             f"output: received {', '.join(sorted(outputs)) or 'none'}, expected latents, image or "
             "both. Add one."
         )
-    image = _describe(outputs["image"]) if "image" in outputs else None
-    if image is not None and not (
-        image[0] == "TYPE_UINT8" and len(image[1]) == 3 and image[1][2] in _NUM_CHANNELS
-    ):
-        yield config.remark(
-            f'output "image": received {image[0]}, dims {image[1]}, expected TYPE_UINT8, dims '
-            "[height, width, 1 or 3]: clients write it as a picture. Write that."
-        )
+    if "image" in outputs:
+        kind, dims = _describe(outputs["image"])
+        if kind != "TYPE_UINT8" or len(dims) != 3 or dims[2] not in _NUM_CHANNELS:
+            yield config.remark(
+                f'output "image": received {kind}, dims {dims}, expected TYPE_UINT8, dims '
+                "[height, width, 1 or 3]: clients write it as a picture. Write that."
+            )
     for name, expected in (("latents", "TYPE_FP32"), ("step", "TYPE_INT32")):
         if name in outputs and _describe(outputs[name])[0] != expected:
             yield config.remark(
@@ -137,8 +125,8 @@ def sampler_outputs(config: Config) -> Remarks:
             )
 
 
-def sampler_has_denoiser(config: Config) -> Remarks:
-    """A bls sampler has a denoiser that it can call."""
+def sampler_fits_denoiser(config: Config) -> Remarks:
+    """A bls sampler has a denoiser that takes what it passes and returns a prediction."""
     if config.parameter("treeq_mode") != "bls":
         return
     if DENOISER not in config.folder.repository.folders:
@@ -149,25 +137,17 @@ def sampler_has_denoiser(config: Config) -> Remarks:
     denoiser = config.sibling(DENOISER)
     if denoiser is None:
         return
-    if denoiser.message.max_batch_size < 1:
+    yield from _compare_inputs(config, denoiser.tensors("input"))
+    outputs = denoiser.tensors("output")
+    if _PREDICTION not in outputs:
         yield config.remark(
-            f"parameters: received treeq_mode bls with a {DENOISER} whose max_batch_size is "
-            f"{denoiser.message.max_batch_size}, expected 1 or more: every call would be refused. "
-            "Write it in the denoiser's configuration."
-        )
-    if denoiser.message.model_transaction_policy.decoupled:
-        yield config.remark(
-            f"parameters: received treeq_mode bls with a decoupled {DENOISER}, expected one "
-            "answer to a call. Remove model_transaction_policy there."
+            f"{DENOISER}: received outputs {', '.join(sorted(outputs)) or 'none'}, expected "
+            f'"{_PREDICTION}": a bls sampler asks for it. Name the output so.'
         )
 
 
-def sampler_fits_denoiser(config: Config) -> Remarks:
-    """What a bls sampler passes to the denoiser is what the denoiser takes."""
-    denoiser = config.sibling(DENOISER)
-    if config.parameter("treeq_mode") != "bls" or denoiser is None:
-        return
-    taken = _tensors(denoiser, "input")
+def _compare_inputs(config: Config, taken: dict[str, Any]) -> Remarks:
+    """Compare the inputs that a bls sampler passes with those that the denoiser takes."""
     passed = _passed(config)
     for name, (types, dims) in passed.items():
         if name not in taken:
@@ -184,29 +164,16 @@ def sampler_fits_denoiser(config: Config) -> Remarks:
                 f"expected {' or '.join(types)}{shape}, as the sampler passes it. Make them equal."
             )
     required = {name for name, tensor in taken.items() if not tensor.optional}
-    for name in sorted(required - passed.keys() - ({*_PASSED} - {"class_labels"})):
+    for name in sorted(required - passed.keys() - (_PASSED - {"class_labels"})):
         yield config.remark(
             f'{DENOISER}: received a required input "{name}", expected only what a bls sampler '
             f"passes: {', '.join(passed)}. Add it to the sampler's inputs."
         )
 
 
-def sampler_reads_prediction(config: Config) -> Remarks:
-    """The denoiser returns what a bls sampler asks it for."""
-    denoiser = config.sibling(DENOISER)
-    if config.parameter("treeq_mode") != "bls" or denoiser is None:
-        return
-    outputs = _tensors(denoiser, "output")
-    if _PREDICTION not in outputs:
-        yield config.remark(
-            f"{DENOISER}: received outputs {', '.join(sorted(outputs)) or 'none'}, expected "
-            f'"{_PREDICTION}": a bls sampler asks for it. Name the output so.'
-        )
-
-
 def _passed(config: Config) -> dict[str, tuple[tuple[str, ...], list[int] | None]]:
     """Return the inputs that a bls sampler passes: types, and dims where they are known."""
-    inputs, latents = _tensors(config, "input"), _tensors(config, "output").get("latents")
+    inputs, latents = config.tensors("input"), config.tensors("output").get("latents")
     passed: dict[str, tuple[tuple[str, ...], list[int] | None]] = {
         "sample": (("TYPE_FP32",), None if latents is None else list(latents.dims)),
         "timestep": (("TYPE_FP32",), [1]),
@@ -227,38 +194,4 @@ def sampler_has_decoder(config: Config) -> Remarks:
             f"parameters: received treeq_vae without a model {VAE_DECODER} beside it, expected "
             "one. Add it with `treeq-export serve --vae`, or remove the parameter and the output "
             "image."
-        )
-
-
-def variant_is_same_model(config: Config) -> Remarks:
-    """A variant has the name, inputs, outputs and batch of config.pbtxt: clients see one model."""
-    main = config.folder.config("")
-    if main is None or not config.variant:
-        return
-    for name in ("name", "max_batch_size", "input", "output"):
-        received, expected = getattr(config.message, name), getattr(main.message, name)
-        if received != expected:
-            shown = name in ("name", "max_batch_size")
-            what = f"received {received}, expected {expected}" if shown else "received others"
-            yield config.remark(
-                f"{name}: {what}, as in config.pbtxt: a client has to find the same model. "
-                f"Copy {name} from there."
-            )
-
-
-def variant_is_complete(config: Config) -> Remarks:
-    """Where one model has a variant for machines without a GPU, every model that needs one has."""
-    kinds = {enum_name(group, "kind") for group in config.message.instance_group}
-    if config.variant or "KIND_GPU" not in kinds or config.folder.config(CPU) is not config:
-        return
-    others = [
-        name
-        for name, folder in sorted(config.folder.repository.folders.items())
-        if any(other.variant == CPU for other in folder.configs)
-    ]
-    if others:
-        yield config.remark(
-            f"instance_group: received KIND_GPU without configs/{CPU}.pbtxt, expected one as of "
-            f"{', '.join(others)}: with --model-config-name={CPU} the server takes this file. "
-            "Write one with KIND_CPU."
         )
