@@ -35,29 +35,36 @@ class Format:
     """Bits of weight and activation.
 
     Attributes:
-        name: Such as "w3a3".
-        weight_bits: 2..8.
-        act_bits: 2..8.
-        act_scale: How the activation's scale is found.
+        name: The format's name, for example "w3a3".
+        weight_bits: Bits of a weight, 2..8.
+        act_bits: Bits of an activation, 2..8.
+        act_scale: Kind of the activation's scale.
+        rank: Rank of a low-rank branch; 0 is none.
     """
 
     name: str
     weight_bits: int
     act_bits: int
-    act_scale: ActScale
+    act_scale: ActScale = ActScale.TOKEN_RMS
+    rank: int = 0
+
+    @property
+    def activation(self) -> ActivationFormat:
+        """The activation's format."""
+        return ActivationFormat(bits=self.act_bits, scale=self.act_scale)
 
     @property
     def step(self) -> float:
         """The activation's step."""
-        step = activation_step(ActivationFormat(bits=self.act_bits, scale=self.act_scale))
+        step = activation_step(self.activation)
         assert step is not None
         return step
 
 
 FORMATS = (
-    Format("w2a4", 2, 4, ActScale.TOKEN_RMS),
-    Format("w3a3", 3, 3, ActScale.TOKEN_RMS),
-    Format("w4a4", 4, 4, ActScale.TOKEN_RMS),
+    Format("w2a4", 2, 4),
+    Format("w3a3", 3, 3),
+    Format("w4a4", 4, 4),
     Format("w8a8", 8, 8, ActScale.TOKEN_ABSMAX),
 )
 

@@ -5,21 +5,19 @@ size. Nothing about quality can be read from it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_cases import ROTATION_GROUP, Format
 from torch import Tensor, nn
 
 from treeq_export.model.quantized import put_module
 from treeq_export.model.zoo import DiTDenoiser
-from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, TreePath
-from treeq_export.quant.numerics import activation_step, code_range
-from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
+from treeq_export.quant.numerics import code_range
+from treeq_export.quant.spec import BranchFormat, WeightFormat
 from treeq_export.runners.gpu_layers import GpuQLinear, SharedCodes
 
-ROTATION_GROUP = 128
 DIT_XL_2: dict[str, Any] = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -38,30 +36,7 @@ SMOKE: dict[str, Any] = DIT_XL_2 | {
 }
 
 
-@dataclass(frozen=True)
-class GpuFormat:
-    """What every linear of the blocks becomes.
-
-    Attributes:
-        name: Such as "w3a3_r16".
-        weight_bits: 2..8.
-        act_bits: 2..8.
-        act_scale: How the activation's scale is found.
-        rank: Of a low-rank branch; 0 is none.
-    """
-
-    name: str
-    weight_bits: int
-    act_bits: int
-    act_scale: ActScale = ActScale.TOKEN_RMS
-    rank: int = 0
-
-
-FORMATS = (
-    GpuFormat("w3a3", 3, 3),
-    GpuFormat("w3a3_r16", 3, 3, rank=16),
-    GpuFormat("w4a4", 4, 4),
-)
+FORMATS = (Format("w3a3", 3, 3), Format("w3a3_r16", 3, 3, rank=16), Format("w4a4", 4, 4))
 
 
 def make_model(
@@ -87,7 +62,7 @@ def block_linears(denoiser: DiTDenoiser) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def quantize_randomly(denoiser: DiTDenoiser, fmt: GpuFormat, seed: int = 0) -> DiTDenoiser:
+def quantize_randomly(denoiser: DiTDenoiser, fmt: Format, seed: int = 0) -> DiTDenoiser:
     """Put layers of random codes into a model, and return it."""
     shared = SharedCodes()
     first = next(denoiser.parameters())
@@ -101,14 +76,13 @@ def quantize_randomly(denoiser: DiTDenoiser, fmt: GpuFormat, seed: int = 0) -> D
 def random_layer(
     name: str,
     linear: nn.Linear,
-    fmt: GpuFormat,
+    fmt: Format,
     shared: SharedCodes,
     generator: torch.Generator,
 ) -> GpuQLinear:
     """Return a layer of a linear's shape with random codes."""
     n, k = linear.weight.shape
     device = linear.weight.device
-    activation = ActivationFormat(bits=fmt.act_bits, scale=fmt.act_scale)
     branch = BranchFormat(b_in=1, b_out=1, rank=fmt.rank) if fmt.rank else None
     plan = LayerPlan(
         name=name,
@@ -116,14 +90,12 @@ def random_layer(
         out_features=n,
         tree=TreePath(block=0, position=name, leaf=0),
         weight=WeightFormat(bits=fmt.weight_bits),
-        activation=activation,
+        activation=fmt.activation,
         rotation_group=ROTATION_GROUP,
         branch=branch,
     )
     low, high = -(1 << 31), (1 << 31) - 1
     words = -(-k // 32)
-    step = activation_step(activation)
-    assert step is not None
     spread = (code_range(fmt.weight_bits)[1] + 1) / 3**0.5  # of uniform codes
     tensors: dict[str, Tensor | None] = {
         "planes": torch.randint(
@@ -142,7 +114,7 @@ def random_layer(
         for factor, shape in shapes.items():
             scale = 0.1 / shape[1] ** 0.5
             tensors[factor] = scale * torch.randn(shape, device=device, generator=generator)
-    return GpuQLinear(plan, tensors, step, shared)
+    return GpuQLinear(plan, tensors, fmt.step, shared)
 
 
 def weight_bytes(denoiser: nn.Module) -> int:

@@ -1,33 +1,18 @@
 """Check and time `treeq::QLinear` on a GPU, on the linears of DiT-XL/2.
 
-    python kernels/bench/gpu_qlinear.py --out DIR [--parts DIR] [--budget-s 540]
-
 First the integers are compared with the CPU reference over all shapes, formats and numbers of
 tokens (gpu_check.py); then all contenders (gpu_contenders.py) are timed, one interleaved run per
 shape and number of tokens (bench/gpu_timing.py); then the kernels that ran are read back as SASS.
-Each part is written to --parts as it ends and is not done again, so a run that was cut off goes on;
-DIR/bench.json is what there is so far. `--device interpreter --smoke` runs all of it on small
-shapes in Triton's interpreter without measuring anything, and says so in the record.
 """
 
-import argparse
-import json
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = str(int("interpreter" in sys.argv))  # treeq_gpu reads it
-# The GPU machine has the sources, not the installed package.
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from gpu_cases import (
@@ -43,29 +28,20 @@ from gpu_cases import (
 from gpu_check import check_case, failures, integer_sums
 from gpu_contenders import BASELINES, make_layers, open_contenders
 from gpu_sass import audit_recorded, recorded_kernels
-from gpu_summary import print_summary, summarise
+from gpu_summary import summarise
 from gpu_tensorrt import open_opponents
 from treeq_gpu import choose
 from treeq_gpu.launch import DTYPE_NAMES
 
-from treeq_export.artefacts import write_json
-from treeq_export.bench.gpu_timing import (
-    CudaTimer,
-    EmulatedTimer,
-    Timer,
-    describe_gpu_environment,
-    ratios,
-    time_interleaved,
-)
+from treeq_export.bench.gpu_timing import CudaTimer, EmulatedTimer, ratios, time_interleaved
 
-RECORD_FILE = "bench.json"
 DTYPE = torch.bfloat16
 WARM_PROCESSES = 12
 
 
 @dataclass
-class Session:
-    """One run of this script.
+class Linears:
+    """The linears that are checked and timed.
 
     Attributes:
         device: "cuda" or "cpu" (the interpreter).
@@ -73,8 +49,6 @@ class Session:
         tokens: Numbers of tokens that are timed.
         checked: Numbers of tokens whose integers are compared.
         rounds: Counted rounds.
-        parts: Folder of finished parts.
-        deadline: time.monotonic() after which no part is begun.
     """
 
     device: torch.device
@@ -82,25 +56,11 @@ class Session:
     tokens: Sequence[int]
     checked: Sequence[int]
     rounds: int
-    parts: Path
-    deadline: float
 
     @property
     def emulated(self) -> bool:
         """Whether nothing is measured."""
         return self.device.type == "cpu"
-
-    def timer(self) -> Timer:
-        """Return what times calls here."""
-        return EmulatedTimer() if self.emulated else CudaTimer()
-
-    def jobs(self) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-        """Yield the name of every part and what computes its rows."""
-        for shape in self.shapes:
-            yield f"check_{shape}", lambda shape=shape: self.check(shape)
-        for shape in self.shapes:
-            yield f"time_{shape}", lambda shape=shape: self.time(shape)
-        yield "sass", self.sass
 
     def check(self, shape: str) -> list[dict[str, Any]]:
         """Compare integers with the reference."""
@@ -115,7 +75,7 @@ class Session:
         k, n = self.shapes[shape]
         layers = make_layers(k, n, self.device)
         opponents = open_opponents(k, n, self.device)
-        timer = self.timer()
+        timer = EmulatedTimer() if self.emulated else CudaTimer()
         rows = []
         for m in self.tokens:
             contenders = open_contenders(layers, m, self.device, DTYPE, opponents)
@@ -168,12 +128,12 @@ def make_rows(
     return rows
 
 
-def representatives(session: Session, num_sms: int) -> list[tuple[int, int, int, int]]:
-    """Return (format index, K, N, M) such that every kernel of the session is among them once."""
+def representatives(linears: Linears, num_sms: int) -> list[tuple[int, int, int, int]]:
+    """Return (format index, K, N, M) such that every kernel is among them once."""
     found: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
     for index, fmt in enumerate(FORMATS):
-        for k, n in session.shapes.values():
-            for m in sorted({*session.tokens, *session.checked}):
+        for k, n in linears.shapes.values():
+            for m in sorted({*linears.tokens, *linears.checked}):
                 how = choose.choose_qlinear(
                     m, n, k, fmt.weight_bits, 0, num_sms, DTYPE_NAMES[DTYPE]
                 )
@@ -195,11 +155,11 @@ def warm_one(case: tuple[int, int, int, int]) -> None:
     torch.cuda.synchronize()
 
 
-def warm_up(session: Session) -> float:
+def warm_up(linears: Linears) -> float:
     """Compile all kernels in parallel; return how long that took, in seconds."""
     started = time.monotonic()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    cases = representatives(session, num_sms)
+    cases = representatives(linears, num_sms)
     with ProcessPoolExecutor(
         min(WARM_PROCESSES, len(cases)), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
@@ -207,88 +167,46 @@ def warm_up(session: Session) -> float:
     return time.monotonic() - started
 
 
-def run_parts(session: Session, out: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """Run what is not done yet, and return the record of what there is."""
-    done: dict[str, list[dict[str, Any]]] = {}
-    record: dict[str, Any] = {}
-    for name, compute in session.jobs():
-        path = session.parts / f"{name}.json"
-        if path.is_file():
-            done[name] = json.loads(path.read_bytes())
-        elif time.monotonic() < session.deadline:
-            done[name] = compute()
-            write_json(path, done[name])
-            sys.stderr.write(f"{name}: done\n")
-        record = make_record(session, done, environment)
-        write_json(out / RECORD_FILE, record)
-    return record
-
-
-def make_record(
-    session: Session, done: dict[str, list[dict[str, Any]]], environment: dict[str, Any]
+def measure(
+    device: torch.device, rounds: int, environment: dict[str, Any], *, smoke: bool = False
 ) -> dict[str, Any]:
-    """Return bench.json."""
-    names = [name for name, _ in session.jobs()]
-    checks = [row for name in names if name.startswith("check") for row in done.get(name, [])]
-    rows = [row for name in names if name.startswith("time") for row in done.get(name, [])]
-    return {
-        "emulated": session.emulated,
-        "not_done": [name for name in names if name not in done],
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "shapes": session.shapes,
-        "tokens": list(session.tokens),
-        "rounds": session.rounds,
-        "environment": environment,
-        "integers": {
-            "num_cases": len(checks),
-            "failures": failures(checks),
-            "rows": checks,
-        },
-        "summary": summarise(rows, done.get("sass", [])),
-        "kernels": done.get("sass", []),
-        "rows": rows,
-    }
+    """Check and time everything.
 
+    Args:
+        device: "cuda" or "cpu" (the interpreter).
+        rounds: Counted rounds.
+        environment: Description of the machine.
+        smoke: Whether to take small shapes.
 
-def make_session(arguments: argparse.Namespace) -> Session:
-    """Return the session that the command line asks for."""
-    smoke = arguments.smoke
-    session = Session(
-        device=torch.device("cpu" if arguments.device == "interpreter" else "cuda"),
+    Returns:
+        The record, bench.json.
+    """
+    linears = Linears(
+        device=device,
         shapes=SMOKE_SHAPES if smoke else SHAPES,
         tokens=SMOKE_TOKENS if smoke else TOKENS,
         checked=SMOKE_TOKENS if smoke else CHECKED_TOKENS,
-        rounds=2 if smoke else arguments.rounds,
-        parts=arguments.parts or arguments.out / "parts",
-        deadline=time.monotonic() + arguments.budget_s,
+        rounds=rounds,
     )
-    for folder in (arguments.out, session.parts):
-        folder.mkdir(parents=True, exist_ok=True)
-    return session
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything; return 1 where an integer differs from the reference."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", type=Path, help="folder of finished parts [DIR/parts]")
-    parser.add_argument("--device", choices=("cuda", "interpreter"), default="cuda")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--budget-s", type=float, default=540.0)
-    parser.add_argument("--smoke", action="store_true", help="small shapes, two rounds")
-    arguments = parser.parse_args(argv)
-    session = make_session(arguments)
-    if not session.emulated and not torch.cuda.is_available():
-        sys.stderr.write("gpu_qlinear: no CUDA GPU. Run it on one, or with --device interpreter.\n")
-        return 1
-    environment = describe_gpu_environment()
-    if not session.emulated:
-        environment["compile_s"] = warm_up(session)
-    with torch.no_grad():
-        record = run_parts(session, arguments.out, environment)
-    print_summary(record)
-    return 1 if record["integers"]["failures"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if not linears.emulated:
+        environment = environment | {"compile_s": warm_up(linears)}
+    checks, rows = [], []
+    for shape in linears.shapes:
+        checks += linears.check(shape)
+        sys.stderr.write(f"{shape}: integers compared\n")
+    for shape in linears.shapes:
+        rows += linears.time(shape)
+        sys.stderr.write(f"{shape}: timed\n")
+    kernels = linears.sass()
+    return {
+        "emulated": linears.emulated,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "shapes": linears.shapes,
+        "tokens": list(linears.tokens),
+        "rounds": rounds,
+        "environment": environment,
+        "integers": {"num_cases": len(checks), "failures": failures(checks), "rows": checks},
+        "summary": summarise(rows, kernels),
+        "kernels": kernels,
+        "rows": rows,
+    }

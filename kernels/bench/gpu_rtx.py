@@ -1,31 +1,56 @@
 """Does an engine that TensorRT-RTX built for one GPU load and run on this one?
 
-    python kernels/bench/gpu_rtx.py --engine FOLDER [--engine FOLDER ...] --out DIR
-
-FOLDER is an engine's folder of `treeq-export build`, with inputs.safetensors and
-expected.safetensors in it (gpu_prepare.py writes them), so that what it computes can be compared.
-Each engine runs in a process of its own with a time limit, because a runtime may abort.
+Each engine of a run is compared with ONNX Runtime on the same input, in a process of its own with a
+time limit, because a runtime may abort: `python gpu_rtx.py ENGINE DATA`.
 """
 
-import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "kernels" / "gpu"))
-
-RECORD_FILE = "rtx.json"
-INPUTS, EXPECTED = "inputs.safetensors", "expected.safetensors"
+_INPUTS, _EXPECTED = "inputs.safetensors", "expected.safetensors"
 _TIMEOUT_S = 120
 _NUM_RUNS = 4  # plain, captured, replayed
 
 
-def run_engine(folder: Path) -> dict[str, Any]:
+def measure(run: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """Try every TensorRT-RTX engine of a run; one that does not load is a finding, no failure.
+
+    Args:
+        run: The run folder.
+        environment: Description of the machine.
+
+    Returns:
+        The record, rtx.json.
+    """
+    rows = []
+    for manifest in sorted((run / "engines" / "tensorrt-rtx").glob("*/*/manifest.json")):
+        with tempfile.TemporaryDirectory(prefix="treeq-rtx-") as folder:
+            write_data(run, manifest.parts[-3], Path(folder))
+            rows.append(try_engine(manifest.parent, Path(folder)))
+    return {"environment": environment, "engines": rows}
+
+
+def write_data(run: Path, target: str, folder: Path) -> None:
+    """Write an input and what the compiled graph makes of it on the CPU."""
+    from safetensors.numpy import save_file
+
+    from treeq_export.runners.compiled import open_target
+    from treeq_export.workspace import Workspace
+
+    with Workspace.reopen(run) as workspace, open_target(run, target) as runner:
+        example = workspace.denoiser.make_example_inputs(2, seed=0)
+        inputs = {name: value.numpy() for name, value in example.items()}
+        output = runner.run(inputs)
+    save_file(inputs, folder / _INPUTS)
+    save_file({"output": output.astype("float32")}, folder / _EXPECTED)
+
+
+def run_engine(folder: Path, data: Path) -> dict[str, Any]:
     """Load an engine whatever GPU it was built for, and compare its output."""
     from safetensors.numpy import load_file
 
@@ -34,7 +59,7 @@ def run_engine(folder: Path) -> dict[str, Any]:
     from treeq_export.runners.tensorrt_runner import TensorrtRunner
 
     manifest = read_manifest(folder)
-    inputs, expected = load_file(folder / INPUTS), load_file(folder / EXPECTED)["output"]
+    inputs, expected = load_file(data / _INPUTS), load_file(data / _EXPECTED)["output"]
     runner = TensorrtRunner(folder, "tensorrt-rtx", gpu=manifest.gpu)
     with runner:
         outputs = [runner.run(inputs) for _ in range(_NUM_RUNS)]
@@ -49,12 +74,18 @@ def run_engine(folder: Path) -> dict[str, Any]:
     }
 
 
-def try_engine(folder: Path, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
+def try_engine(folder: Path, data: Path, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
     """Run an engine in a child process; return its result, or how it ended."""
-    command = [sys.executable, str(Path(__file__).absolute()), "--child", str(folder)]
+    command = [sys.executable, str(Path(__file__).absolute()), str(folder), str(data)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"engine": folder.name, "loaded": False, "error": f"no end after {timeout_s:g} s"}
@@ -65,26 +96,5 @@ def try_engine(folder: Path, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
     return {"engine": folder.name, "loaded": False, "error": status}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Try every engine and write the record; what does not load is a finding, no failure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", type=Path, action="append", default=[])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.child is not None:
-        sys.stdout.write(json.dumps(run_engine(arguments.child)) + "\n")
-        return 0
-    from treeq_export.artefacts import write_json
-    from treeq_export.bench.gpu_timing import describe_gpu_environment
-
-    rows = [try_engine(folder) for folder in arguments.engine]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": describe_gpu_environment(), "engines": rows}
-    write_json(arguments.out / RECORD_FILE, record)
-    sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.write(json.dumps(run_engine(Path(sys.argv[1]), Path(sys.argv[2]))) + "\n")

@@ -23,6 +23,8 @@ from treeq_export.bench.gpu_timing import (
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"
+SCRIPT = str(BENCH / "gpu.py")
+SMOKE = ("--device", "interpreter", "--smoke")
 
 
 def run_script(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +180,7 @@ class TestSummary:
         assert summary["mma"]["qlinear_w3_wide"] == "IGMMA"
         integers = {"num_cases": 1, "failures": []}
         record = {"rows": rows, "summary": summary, "integers": integers}
-        module.print_summary(record | {"emulated": False, "not_done": []})
+        module.print_summary(record | {"emulated": False})
         lines = capsys.readouterr().out.splitlines()
         assert "  w3a3 fc1 M=256,512" in lines
         assert "  w4a4 fc1 M=1" in lines
@@ -248,12 +250,10 @@ class TestCheck:
         assert {1, 4096} <= set(cases.CHECKED_TOKENS)
         assert sum(m % 2 for m in cases.CHECKED_TOKENS) > 10
 
-    def test_every_kernel_is_warmed_once(self, bench: Any, tmp_path: Path):
+    def test_every_kernel_is_warmed_once(self, bench: Any):
         module = bench("gpu_qlinear")
-        session = module.Session(
-            torch.device("cpu"), module.SHAPES, module.TOKENS, (3,), 1, tmp_path, 0.0
-        )
-        cases = module.representatives(session, 132)
+        linears = module.Linears(torch.device("cpu"), module.SHAPES, module.TOKENS, (3,), 1)
+        cases = module.representatives(linears, 132)
         assert len(cases) == len(set(cases))
         assert {index for index, *_ in cases} == {0, 1, 2, 3}
         names = {
@@ -273,8 +273,7 @@ class TestCheck:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole linear benchmark in Triton's interpreter, on small shapes."""
     out = tmp_path_factory.mktemp("gpu_qlinear")
-    command = (str(BENCH / "gpu_qlinear.py"), "--device", "interpreter", "--smoke")
-    done = run_script(sys.executable, *command, "--out", str(out))
+    done = run_script(sys.executable, SCRIPT, *SMOKE, "--part", "linears", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "emulated, untimed" in done.stdout
     return out
@@ -284,7 +283,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_emulated_record_is_complete_and_untimed(emulated: Path):
     record = json.loads((emulated / "bench.json").read_bytes())
     assert record["emulated"] is True
-    assert record["not_done"] == []
     assert record["integers"]["failures"] == []
     assert record["integers"]["num_cases"] == 2 * 4 * 2
     targets = {row["target"] for row in record["rows"]}
@@ -296,32 +294,8 @@ def test_the_emulated_record_is_complete_and_untimed(emulated: Path):
     assert {"tensorrt_fp16", "tensorrt_fp8"} <= set(record["summary"]["missing"])
 
 
-@pytest.mark.slow
-def test_a_finished_part_is_not_done_again(emulated: Path, bench: Any, tmp_path: Path):
-    module = bench("gpu_qlinear")
-    session = module.Session(
-        torch.device("cpu"), module.SMOKE_SHAPES, (1,), (1,), 1, emulated / "parts", 0.0
-    )
-    record = module.run_parts(session, tmp_path, {})
-    assert record["not_done"] == []  # though the deadline is over
-    (session.parts / "time_q.json").rename(session.parts / "time_q.kept")
-    try:
-        record = module.run_parts(session, tmp_path, {})
-    finally:
-        (session.parts / "time_q.kept").rename(session.parts / "time_q.json")
-    assert record["not_done"] == ["time_q"]
-    assert json.loads((tmp_path / "bench.json").read_bytes())["not_done"] == ["time_q"]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        (str(BENCH / "gpu_qlinear.py"),),
-        (str(BENCH / "gpu_end_to_end.py"),),
-    ],
-)
-def test_without_a_gpu_it_is_one_line(command: tuple[str, ...], tmp_path: Path):
-    done = run_script(sys.executable, *command, "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="-1")
+def test_without_a_gpu_it_is_one_line(tmp_path: Path):
+    done = run_script(sys.executable, SCRIPT, "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="-1")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "no CUDA GPU" in done.stderr
@@ -331,10 +305,8 @@ def test_without_a_gpu_it_is_one_line(command: tuple[str, ...], tmp_path: Path):
 def test_end_to_end_emulated(tmp_path: Path):
     """One block with our layers at 3 bits, with a branch, and compiled around."""
     only = "eager_bf16,w3a3,w3a3_r16"
-    command = (str(BENCH / "gpu_end_to_end.py"), "--device", "interpreter", "--smoke")
-    done = run_script(
-        sys.executable, *command, "--rounds", "1", "--only", only, "--out", str(tmp_path)
-    )
+    chosen = ("--part", "network", "--only", only)
+    done = run_script(sys.executable, SCRIPT, *SMOKE, *chosen, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "end_to_end.json").read_bytes())
     assert record["emulated"] is True
@@ -346,55 +318,15 @@ def test_end_to_end_emulated(tmp_path: Path):
 
 class TestRtx:
     def test_an_engine_that_cannot_be_opened_is_a_finding(self, bench: Any, tmp_path: Path):
-        row = bench("gpu_rtx").try_engine(tmp_path)
+        row = bench("gpu_rtx").try_engine(tmp_path, tmp_path)
         assert row["loaded"] is False
         assert row["engine"] == tmp_path.name
         assert "status 1" in row["error"]
 
     def test_a_child_that_does_not_end(self, bench: Any, tmp_path: Path):
-        row = bench("gpu_rtx").try_engine(tmp_path, timeout_s=0.01)
+        row = bench("gpu_rtx").try_engine(tmp_path, tmp_path, timeout_s=0.01)
         assert row == {
             "engine": tmp_path.name,
             "loaded": False,
             "error": "no end after 0.01 s",
         }
-
-
-class TestPrepare:
-    def test_parts_make_the_whole(self, bench: Any, tmp_path: Path):
-        data = bytes(range(256)) * 3 + b"x"
-        folders = [tmp_path / str(index) for index in range(2)]
-        bench("gpu_prepare").split(data, folders, "lib.xz")
-        parts = [(folder / f"lib.xz.{i}").read_bytes() for i, folder in enumerate(folders)]
-        assert b"".join(parts) == data
-        assert abs(len(parts[0]) - len(parts[1])) <= 1
-
-    def test_compressing_loses_nothing(self, bench: Any, tmp_path: Path):
-        import lzma
-
-        source = tmp_path / "lib"
-        source.write_bytes(b"abc" * 100_000)
-        assert lzma.decompress(bench("gpu_prepare").compress(source)) == source.read_bytes()
-
-    def test_the_folders_are_ignored_once(self, bench: Any, tmp_path: Path):
-        for _ in range(2):
-            bench("gpu_prepare").ignore(tmp_path, (".whl", ".rtx"))
-        exclude = tmp_path / ".git" / "info" / "exclude"
-        assert exclude.read_text().splitlines() == ["/.whl/", "/.rtx/"]
-
-    def test_wheels_are_those_of_the_versions_here(self, bench: Any, tmp_path: Path):
-        from importlib.metadata import version
-
-        command = bench("gpu_prepare").download_command(tmp_path)
-        assert f"pydantic=={version('pydantic')}" in command
-        assert f"diffusers=={version('diffusers')}" in command
-        assert command[command.index("--python-version") + 1] == "3.12"
-
-
-def test_the_session_s_script_is_valid(tmp_path: Path):
-    script = BENCH / "gpu_session.sh"
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    assert os.access(script, os.X_OK)
-    done = run_script("bash", str(script), "nothing", OUT=str(tmp_path), PYTHON="false")
-    assert done.returncode == 2
-    assert "unknown part nothing" in done.stdout
