@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audit import INTEGER_OPS
+from treeq_export.compile.audits.onnx_runtime import INTEGER_OPS
 from treeq_export.model.layers import discover_linears
 from treeq_export.plan import load_plan, load_tensors
 from treeq_export.recipe import ValidateSection

@@ -173,7 +173,7 @@ class OpDefinition:
 _LINEAR = ("x", "planes", "weight_scale", "bias")
 # y = x W^T + bias + addend. The addend (..., N), such as a Monarch branch, is added in float32.
 QLINEAR = OpDefinition("QLinear", (*_LINEAR, "addend"), 3, LAYER_ATTRIBUTES)
-# A quantized linear with what surrounds it in a Diffusion Transformer, see compile/fused.py.
+# A quantized linear with what surrounds it in a Diffusion Transformer, see compile/graph/fused.py.
 FUSED = OpDefinition(
     "FusedQLinear",
     (

@@ -19,10 +19,10 @@ from treeq_gpu import choose
 
 from experimental.quick_plugins.plugin import CODES_PER_WORD, PRODUCT_OP, QUANTIZE_OP, QuickOp
 from treeq_export.artefacts import atomic_path
-from treeq_export.compile.check_patterns import CheckPatterns
-from treeq_export.compile.fused import input_of
-from treeq_export.compile.lower_monarch import LowerMonarch
-from treeq_export.compile.signature import DOMAIN, QLINEAR, nodes_of
+from treeq_export.compile.graph.fused import input_of
+from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
+from treeq_export.compile.passes.check_patterns import CheckPatterns
+from treeq_export.compile.passes.lower_monarch import LowerMonarch
 from treeq_export.errors import CompileError
 from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.ops import QLINEAR as QLINEAR_DEFINITION

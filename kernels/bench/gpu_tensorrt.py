@@ -25,7 +25,7 @@ from treeq_export.errors import RunnerError, TreeqError
 from treeq_export.runners.tensorrt_library import RuntimeName, load_runtime
 
 if TYPE_CHECKING:
-    from treeq_export.build.layer_list import EngineLayer
+    from treeq_export.engines.layer_list import EngineLayer
 
 FP16, FP8 = "tensorrt_fp16", "tensorrt_fp8"
 NAMES = (FP16, FP8)
@@ -100,8 +100,8 @@ def build(
     Raises:
         RunnerError: The builder refuses it.
     """
-    from treeq_export.build.engine import LAYERS_FILE, BuildOrder, build_engine
-    from treeq_export.build.layer_list import parse_layers
+    from treeq_export.engines.engine import LAYERS_FILE, BuildOrder, build_engine
+    from treeq_export.engines.layer_list import parse_layers
     from treeq_export.records.build import ShapeRange
 
     path = folder / "model.onnx"

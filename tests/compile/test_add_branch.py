@@ -4,8 +4,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.add_branch import ADDEND, AddBranch
-from treeq_export.compile.name_layers import NameLayers
+from treeq_export.compile.passes.add_branch import ADDEND, AddBranch
+from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.ops import QLINEAR
 from treeq_export.runners.compiled import read_layers
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from treeq_export.compile.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.signature import read_signature
+from treeq_export.compile.graph.signature import read_signature
+from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.targets import lower
 from treeq_export.quant.branch import apply_branch
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audit import audit_graph, check_audit, optimized_graph
+from treeq_export.compile.audits.onnx_runtime import audit_graph, check_audit, optimized_graph
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 

@@ -5,9 +5,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile import audit_sums as module
-from treeq_export.compile.audit_sums import audit_sums, check_sums
-from treeq_export.compile.body import SIGNED
+from treeq_export.compile.audits import sums as module
+from treeq_export.compile.audits.sums import audit_sums, check_sums
+from treeq_export.compile.bodies.qlinear import SIGNED
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.records import AuditLayer
@@ -85,7 +85,7 @@ def test_saturated_sums_are_found(
     monkeypatch: pytest.MonkeyPatch, make_layer: Make, make_model: Make, make_plan: Make
 ):
     """What a processor without VNNI gives for INT8 weights of 8 bits."""
-    monkeypatch.setattr("treeq_export.compile.body.zero_points", lambda _: SIGNED)
+    monkeypatch.setattr("treeq_export.compile.bodies.qlinear.zero_points", lambda _: SIGNED)
     model, plan, tensors = lower_all(make_layers(make_layer), "portable", make_model, make_plan)
     monkeypatch.setattr(LayerProbe, "run_products", saturated(LayerProbe.run_products))
     exact = audit_sums(model, "portable", plan, tensors)

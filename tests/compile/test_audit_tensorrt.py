@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audit import check_audit
-from treeq_export.compile.audit_tensorrt import INT8_GEMM, PLUGIN, WEIGHT_ONLY, audit_tensorrt
+from treeq_export.compile.audits.onnx_runtime import check_audit
+from treeq_export.compile.audits.tensorrt import INT8_GEMM, PLUGIN, WEIGHT_ONLY, audit_tensorrt
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS

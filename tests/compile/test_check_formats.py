@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from treeq_export.compile.check_formats import CheckFormats
+from treeq_export.compile.passes.check_formats import CheckFormats
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS

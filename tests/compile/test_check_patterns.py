@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.check_patterns import CheckPatterns
+from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export import __version__
-from treeq_export.compile.audit import check_metadata
-from treeq_export.compile.clean_metadata import CleanMetadata
+from treeq_export.compile.audits.onnx_runtime import check_metadata
+from treeq_export.compile.passes.clean_metadata import CleanMetadata
 from treeq_export.errors import CompileError
 
 Make = Callable[..., Any]

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from tests.required import skip_or_fail
-from treeq_export.compile.audit_sums import extreme_codes
+from treeq_export.compile.audits.sums import extreme_codes
 from treeq_export.compile.targets import lower
 from treeq_export.quant.numerics import accumulate
 from treeq_export.runners import ort_session

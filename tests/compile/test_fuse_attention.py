@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
-from treeq_export.compile.fuse_attention import FuseAttention
+from treeq_export.compile.passes.fuse_attention import FuseAttention
 from treeq_export.runners.ort_runner import OrtRunner
 
 HEADS, SIZE, TOKENS, FACTOR = 2, 32, 5, 32**-0.25

@@ -6,10 +6,10 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
-from treeq_export.compile.fuse_output import FuseOutput
-from treeq_export.compile.fused import GATE, RESIDUAL
-from treeq_export.compile.merge_siblings import MergeSiblings
-from treeq_export.compile.name_layers import NameLayers
+from treeq_export.compile.graph.fused import GATE, RESIDUAL
+from treeq_export.compile.passes.fuse_output import FuseOutput
+from treeq_export.compile.passes.merge_siblings import MergeSiblings
+from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.compile.targets import lower
 from treeq_export.runners.compiled import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner

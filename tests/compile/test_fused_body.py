@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from treeq_export.compile.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.fused import (
+from treeq_export.compile.bodies.fused import FusedForm, make_fused_function
+from treeq_export.compile.graph.fused import (
     BRANCH_L,
     BRANCH_R,
     GATE,
@@ -22,8 +22,8 @@ from treeq_export.compile.fused import (
     RESIDUAL,
     widen,
 )
-from treeq_export.compile.fused_body import FusedForm, make_fused_function
-from treeq_export.compile.signature import QLinearSignature
+from treeq_export.compile.graph.signature import QLinearSignature
+from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.targets import lower
 from treeq_export.ops import ActScale
 from treeq_export.quant.branch import apply_branch

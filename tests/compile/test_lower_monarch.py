@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treeq_export.compile.lower_monarch import LowerMonarch
+from treeq_export.compile.passes.lower_monarch import LowerMonarch
 from treeq_export.quant.branch import apply_branch, dense_branch
 
 Make = Callable[..., Any]

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.body import zero_points
-from treeq_export.compile.lower_qlinear import LowerQLinear
-from treeq_export.compile.signature import read_signature
+from treeq_export.compile.bodies.qlinear import zero_points
+from treeq_export.compile.graph.signature import read_signature
+from treeq_export.compile.passes.lower_qlinear import LowerQLinear
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.quant.numerics import code_range

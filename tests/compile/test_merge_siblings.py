@@ -6,11 +6,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.fuse_branch import FuseBranch
-from treeq_export.compile.fused import BIAS, BRANCH_L, BRANCH_R, PLANES, WEIGHT_SCALE
-from treeq_export.compile.merge_siblings import MergeSiblings
-from treeq_export.compile.name_layers import NameLayers
+from treeq_export.compile.graph.fused import BIAS, BRANCH_L, BRANCH_R, PLANES, WEIGHT_SCALE
+from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
+from treeq_export.compile.passes.fuse_branch import FuseBranch
+from treeq_export.compile.passes.merge_siblings import MergeSiblings
+from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.packing import pack
 from treeq_export.runners.compiled import LayerSite, read_layers

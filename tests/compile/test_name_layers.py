@@ -3,7 +3,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from treeq_export.compile.name_layers import NameLayers
+from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.runners.compiled import LayerSite, read_layers
 
 Make = Callable[..., Any]

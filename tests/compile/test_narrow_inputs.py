@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from treeq_export.compile.narrow_inputs import NarrowInputs
+from treeq_export.compile.passes.narrow_inputs import NarrowInputs
 from treeq_export.runners.ort_runner import OrtRunner
 
 

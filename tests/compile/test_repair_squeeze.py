@@ -2,7 +2,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.repair_squeeze import RepairSqueeze
+from treeq_export.compile.passes.repair_squeeze import RepairSqueeze
 
 
 def make_squeeze(shape: list[int | str | None] | None, axes: list[int] | None) -> ir.Model:

@@ -2,7 +2,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.rewrite_einsum import RewriteEinsum
+from treeq_export.compile.passes.rewrite_einsum import RewriteEinsum
 from treeq_export.runners.ort_runner import OrtRunner
 
 

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from treeq_export.compile.name_layers import NameLayers
-from treeq_export.compile.share_subgraphs import ShareSubgraphs
+from treeq_export.compile.passes.name_layers import NameLayers
+from treeq_export.compile.passes.share_subgraphs import ShareSubgraphs
 from treeq_export.runners.compiled import read_layers
 
 Make = Callable[..., Any]

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 
 from tests.serve.lint_repositories import write_repository
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.build.cache import read_entry
-from treeq_export.build.graph_facts import read_facts
-from treeq_export.build.layer_list import parse_layers
+from treeq_export.engines.cache import read_entry
+from treeq_export.engines.graph_facts import read_facts
+from treeq_export.engines.layer_list import parse_layers
 from treeq_export.errors import PlanError
 from treeq_export.evaluate.samples import sample_or_load
 from treeq_export.evaluate.scores import _load_reference

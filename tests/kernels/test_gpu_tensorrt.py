@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from treeq_export.build.layer_list import EngineLayer
+from treeq_export.engines.layer_list import EngineLayer
 from treeq_export.errors import RunnerError
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.bisect.departure import find_departure, layers_before
 from treeq_export.bisect.record import BisectRecord
-from treeq_export.build.engine import ENGINE_FILE, BuildOrder, build_engine
+from treeq_export.engines.engine import ENGINE_FILE, BuildOrder, build_engine
 from treeq_export.errors import RunnerError
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.records import save_record

@@ -58,7 +58,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Build TensorRT engines and verify every planned layer."""
-    from treeq_export.build import BuildOptions, run_build
+    from treeq_export.engines import BuildOptions, run_build
     from treeq_export.pipeline import require_result
     from treeq_export.workspace import Workspace
 

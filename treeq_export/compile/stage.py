@@ -9,9 +9,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
-from treeq_export.compile.audit import audit_graph, audit_packed, check_audit, check_metadata
-from treeq_export.compile.audit_sums import audit_sums, check_sums
-from treeq_export.compile.audit_tensorrt import audit_tensorrt
+from treeq_export.compile.audits.onnx_runtime import (
+    audit_graph,
+    audit_packed,
+    check_audit,
+    check_metadata,
+)
+from treeq_export.compile.audits.sums import audit_sums, check_sums
+from treeq_export.compile.audits.tensorrt import audit_tensorrt
 from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.targets import FP32, lower

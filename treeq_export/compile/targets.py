@@ -4,29 +4,29 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from treeq_export.compile.add_branch import AddBranch
-from treeq_export.compile.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.add_plugin_bodies import AddPluginBodies
-from treeq_export.compile.check_formats import CheckFormats
-from treeq_export.compile.check_patterns import CheckPatterns
-from treeq_export.compile.clean_metadata import CleanMetadata
-from treeq_export.compile.fuse_attention import FuseAttention
-from treeq_export.compile.fuse_branch import FuseBranch
-from treeq_export.compile.fuse_modulate import FuseModulate
-from treeq_export.compile.fuse_output import FuseOutput
-from treeq_export.compile.half_body import HalfBody
-from treeq_export.compile.lower_monarch import LowerMonarch
-from treeq_export.compile.lower_native import LowerNative
-from treeq_export.compile.lower_qlinear import LowerQLinear
-from treeq_export.compile.lower_weight_only import LowerWeightOnly
-from treeq_export.compile.mark_plugins import MarkPlugins
-from treeq_export.compile.merge_siblings import MergeSiblings
-from treeq_export.compile.merge_transposes import MergeTransposes
-from treeq_export.compile.name_layers import NameLayers
-from treeq_export.compile.narrow_inputs import NarrowInputs
-from treeq_export.compile.repair_squeeze import RepairSqueeze
-from treeq_export.compile.rewrite_einsum import RewriteEinsum
-from treeq_export.compile.share_subgraphs import ShareSubgraphs
+from treeq_export.compile.passes.add_branch import AddBranch
+from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
+from treeq_export.compile.passes.add_plugin_bodies import AddPluginBodies
+from treeq_export.compile.passes.check_formats import CheckFormats
+from treeq_export.compile.passes.check_patterns import CheckPatterns
+from treeq_export.compile.passes.clean_metadata import CleanMetadata
+from treeq_export.compile.passes.fuse_attention import FuseAttention
+from treeq_export.compile.passes.fuse_branch import FuseBranch
+from treeq_export.compile.passes.fuse_modulate import FuseModulate
+from treeq_export.compile.passes.fuse_output import FuseOutput
+from treeq_export.compile.passes.half_body import HalfBody
+from treeq_export.compile.passes.lower_monarch import LowerMonarch
+from treeq_export.compile.passes.lower_native import LowerNative
+from treeq_export.compile.passes.lower_qlinear import LowerQLinear
+from treeq_export.compile.passes.lower_weight_only import LowerWeightOnly
+from treeq_export.compile.passes.mark_plugins import MarkPlugins
+from treeq_export.compile.passes.merge_siblings import MergeSiblings
+from treeq_export.compile.passes.merge_transposes import MergeTransposes
+from treeq_export.compile.passes.name_layers import NameLayers
+from treeq_export.compile.passes.narrow_inputs import NarrowInputs
+from treeq_export.compile.passes.repair_squeeze import RepairSqueeze
+from treeq_export.compile.passes.rewrite_einsum import RewriteEinsum
+from treeq_export.compile.passes.share_subgraphs import ShareSubgraphs
 from treeq_export.runners.compiled import TARGET_KEY, TENSORRT, TENSORRT_NATIVE
 
 FP32 = "fp32"

@@ -150,7 +150,7 @@ def _without_zero_point(quantize: ir.Node, codes: NDArray[Any]) -> NDArray[np.in
 
 
 def _zero_point(quantize: ir.Node) -> ir.TensorProtocol:
-    """Return a QuantizeLinear's zero point, which compile/body.py writes as a Constant."""
+    """Return a QuantizeLinear's zero point, which bodies/qlinear.py writes as a Constant."""
     value = quantize.inputs[2]
     producer = None if value is None else value.producer()
     assert producer is not None

@@ -86,7 +86,7 @@ def read_graph(path: Path) -> ServedGraph:
 
 
 def _dequantizes_int4(node: ir.Node) -> bool:
-    """Whether a node makes floats of an INT4 weight, see compile/lower_weight_only.py."""
+    """Whether a node makes floats of an INT4 weight, see compile/passes/lower_weight_only.py."""
     weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
     return weight is not None and weight.dtype == ir.DataType.INT4
 

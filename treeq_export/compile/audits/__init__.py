@@ -1,0 +1,1 @@
+"""The audits: what each layer of a compiled graph became."""

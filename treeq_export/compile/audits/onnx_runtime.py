@@ -1,0 +1,274 @@
+"""The audit: what did each quantized layer become in the runtime that loads the graph?
+
+ONNX Runtime writes the graph as it would run it. Each layer is found in there by its weight: the
+INT8 initializer with the layer's codes, or UINT8 with 128 added, whatever name constant folding
+gave it. The node that multiplies it has to be one of the integer operators. A layer whose
+activations stay in floating point is also found by the packed codes of MatMulNBits or by its
+dequantized weight. Names and counts in the source graph would prove nothing: the runtime may
+silently fall back to float.
+
+The `ort` target is audited twice: with our custom-op library every layer has to be left as a packed
+node, and without it each kind of function body has to become integer arithmetic as well. One layer
+of each kind stands for the others: at the size of DiT-XL/2 ONNX Runtime would need more than 10 GB
+to unpack all of them at once.
+
+The targets of TensorRT are audited without a runtime, see compile/audits/tensorrt.py.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from treeq_export.compile.graph.fused import packed_nodes
+from treeq_export.errors import CompileError
+from treeq_export.plan import LayerPlan, Plan
+from treeq_export.records import AuditLayer
+from treeq_export.runners.compiled import (
+    PACKED,
+    TENSORRT_TARGETS,
+    read_layers,
+    uses_kernels,
+)
+from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.graph_file import read_graph
+from treeq_export.runners.plain_layer import cut_packed
+from treeq_export.scratch import scratch_folder
+
+# Integer matrix products of ONNX Runtime's CPU provider.
+INTEGER_OPS = frozenset(
+    {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"}
+)
+_MISSING = "not found"
+_UINT8_ZERO = 128  # the only zero point of UINT8 weights, see `zero_points`
+_UINT4_ZERO = 8
+_BLOCK_PRODUCT = "MatMulNBits"
+_REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
+
+
+_WEIGHT_TYPES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT})
+
+
+class Weight(NamedTuple):
+    """A weight's codes (N, K) int8 and scales (N, G) float32."""
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    def float_forms(self) -> Iterator[NDArray[Any]]:
+        """Yield how a product with floating-point activations may store it.
+
+        The dequantized weight (K, N), and MatMulNBits' packing of at most 4 bits: two input
+        channels a byte, the first in its low half, plus 8.
+        """
+        n, k = self.codes.shape
+        groups = self.codes.reshape(n, self.scales.shape[1], -1)
+        yield (groups * self.scales[:, :, None]).reshape(n, k).T
+        if self.codes.min() >= -_UINT4_ZERO and self.codes.max() < _UINT4_ZERO and not k % 2:
+            unsigned = (self.codes + _UINT4_ZERO).astype(np.uint8)
+            yield unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
+
+
+def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> ir.Model:
+    """Return the graph that ONNX Runtime's CPU provider makes of a model.
+
+    Args:
+        path: The model.
+        folder: Where the optimized graph is written; it has to outlive the result.
+        use_kernels: Whether our custom-op library is registered.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    library = find_library(ORT_LIBRARY) if use_kernels else None
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", "optimized.data"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+    )
+    try:
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CompileError(f"{path}: ONNX Runtime refuses it: {reason}") from error
+    return read_graph(folder / "optimized.onnx", error=CompileError, remedy=_REMEDY)
+
+
+def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> list[AuditLayer]:
+    """Say what every quantized layer became in ONNX Runtime.
+
+    Args:
+        path: The compiled model.
+        plan: Its plan.
+        tensors: The plan's tensors, for the codes.
+
+    Returns:
+        One entry per layer, in execution order.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model.
+    """
+    with scratch_folder() as folder:
+        graph = optimized_graph(path, folder).graph
+        consumers = _consumers_by_digest(graph)
+    return [
+        _audit_layer(layer, _weight_of([layer.name], tensors), consumers) for layer in plan.layers
+    ]
+
+
+def audit_packed(
+    path: Path, model: ir.Model, tensors: Mapping[str, NDArray[Any]], plan: Plan
+) -> list[AuditLayer]:
+    """Say what every layer of the `ort` target became, with our kernels and without.
+
+    Args:
+        path: The compiled model.
+        model: The same, loaded.
+        tensors: The plan's tensors, for the codes.
+        plan: Its plan.
+
+    Returns:
+        One entry per layer, in execution order; without our library on this machine, what the
+        function bodies became.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the model.
+    """
+    sites = read_layers(model)
+    nodes = {node.name: node for node in packed_nodes(model)}
+    bodies: dict[tuple[str, ...], AuditLayer] = {}
+    entries: list[AuditLayer] = []
+    for site in sites:
+        key = nodes[site.node].op_identifier()
+        if key not in bodies:
+            names = [other.name for other in sites if other.node == site.node]
+            weight = _weight_of(names, tensors)
+            bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), weight)
+        entries.append(bodies[key].model_copy(update={"name": site.name}))
+    if not uses_kernels(PACKED):
+        return entries
+    with scratch_folder() as folder:
+        optimized = optimized_graph(path, folder, use_kernels=True)
+        left = {node.name: f"{node.domain}::{node.op_type}" for node in packed_nodes(optimized)}
+    return [
+        entry.model_copy(
+            update={
+                "op_type": left.get(site.node, _MISSING),
+                "integer": entry.integer and site.node in left,
+                "without_kernels": entry.op_type,
+            }
+        )
+        for site, entry in zip(sites, entries, strict=True)
+    ]
+
+
+def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight) -> AuditLayer:
+    cut = cut_packed(model, node, as_functions=True)
+    with scratch_folder() as folder:
+        path = folder / "layer.onnx"
+        ir.save(cut, path)
+        consumers = _consumers_by_digest(optimized_graph(path, folder).graph)
+    return _audit_layer(layer, weight, consumers)
+
+
+def check_audit(target: str, audit: list[AuditLayer]) -> None:
+    """Check that every layer with quantized activations became integer arithmetic.
+
+    Raises:
+        CompileError: Names the layers that did not, and what they became.
+    """
+    failed = [entry for entry in audit if not entry.integer and not entry.weight_only]
+    if failed:
+        listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
+        more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+        where, remedy = f"in ONNX Runtime {onnxruntime.__version__}", _REMEDY
+        if target in TENSORRT_TARGETS:
+            where, remedy = "in the compiled file", "Exclude them by search.exclude."
+        raise CompileError(
+            f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
+            f"integer arithmetic {where}: {listed}{more}. {remedy}"
+        )
+
+
+def _describe(entry: AuditLayer) -> str:
+    body = entry.without_kernels
+    return entry.op_type if body is None else f"{entry.op_type}, function body: {body}"
+
+
+def check_metadata(model: ir.Model) -> None:
+    """Check that no local path is left in the graph.
+
+    Raises:
+        CompileError: A node or value still carries metadata of the exporter.
+    """
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    for graph in graphs:
+        nodes = list(graph.all_nodes())
+        outputs = [output for node in nodes for output in node.outputs]
+        for holder in (*graph.inputs, *graph.initializers.values(), *nodes, *outputs):
+            if holder.metadata_props or holder.doc_string:
+                raise CompileError(
+                    f"{holder.name}: carries the exporter's metadata, which holds local paths. "
+                    "Run the CleanMetadata pass on this target."
+                )
+
+
+def _digest(array: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
+    """Return, by digest of every initializer that may be a weight, the operators that read it."""
+    consumers: dict[str, list[str]] = {}
+    for value in graph.initializers.values():
+        if value.dtype in _WEIGHT_TYPES and value.const_value is not None:
+            for use in value.uses():
+                codes = _read_codes(value.const_value.numpy(), use.node)
+                consumers.setdefault(_digest(codes), []).append(use.node.op_type)
+    return consumers
+
+
+def _read_codes(stored: NDArray[Any], reader: ir.Node) -> NDArray[Any]:
+    """Return a weight as `Weight` has it, stored for a reader with a zero point or padded."""
+    if reader.op_type == _BLOCK_PRODUCT and stored.dtype == np.uint8:
+        return stored.reshape(len(stored), -1)[:, : reader.attributes["K"].as_int() // 2]
+    if stored.dtype == np.uint8:
+        return (stored.astype(np.int16) - _UINT8_ZERO).astype(np.int8)
+    return stored
+
+
+def _weight_of(names: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Weight:
+    """Return codes and scales of layers that share a node, one below the other."""
+    codes, scales = (
+        np.concatenate([tensors[f"{name}.{key}"] for name in names])
+        for key in ("codes", "weight_scale")
+    )
+    return Weight(codes, scales)
+
+
+def _audit_layer(
+    layer: LayerPlan, weight: Weight, consumers: Mapping[str, list[str]]
+) -> AuditLayer:
+    ops = consumers.get(_digest(weight.codes.T), [])
+    weight_only = layer.activation.bits is None
+    if weight_only:
+        for array in weight.float_forms():
+            ops = ops + consumers.get(_digest(array), [])
+    return AuditLayer(
+        name=layer.name,
+        op_type=" + ".join(sorted(set(ops))) or _MISSING,
+        integer=bool(ops) and all(op in INTEGER_OPS for op in ops),
+        weight_only=weight_only,
+    )

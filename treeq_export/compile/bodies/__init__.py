@@ -1,0 +1,1 @@
+"""The `treeq` ops in standard ONNX operators: what a pass or a function body writes."""

@@ -1,0 +1,1 @@
+"""What passes, bodies and audits share: finding nodes, putting new ones in their place, sites."""

@@ -1,0 +1,142 @@
+"""Pass `HalfBody`: the float32 graph becomes float16, with casts where the two meet.
+
+Rules:
+1. Graph inputs and outputs keep their types; a Cast stands behind an input and before an output,
+   which keeps its name.
+2. The nodes of compile/graph/float_island.py stay float32.
+3. A `treeq` op reads x, addend and branch factors in float16 and writes float16; its scales and
+   bias stay float32, since they multiply an int32 sum.
+4. Initializers and Constants follow their readers; one that both kinds read is stored twice. Finite
+   numbers beyond float16 (a mask's "minus infinity") become its largest.
+5. Cast and ConstantOfShape to float32 are to float16.
+
+The result is strongly typed: all float inputs of a node have one type.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.graph.float_island import find_float_nodes
+from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+HALF_MAX = float(np.finfo(np.float16).max)
+# Inputs of a QLinear that stay float32: weight_scale and bias.
+_FLOAT_INPUTS = (2, 3)
+# Operators whose output type does not follow from their input's.
+_ANY_TYPE = frozenset({"Cast", "Shape", "Size"})
+
+
+class HalfBody(InPlacePass):
+    """Turn the body to float16; ensures that every node is of one floating-point type."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change the graph in place."""
+        _Halver(model.graph).run()
+        return PassResult(model, True)
+
+
+def half_array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Return a float32 tensor in float16, finite where it was finite."""
+    array = tensor.numpy()
+    finite = np.isfinite(array)
+    clipped = np.clip(array, -HALF_MAX, HALF_MAX)
+    return np.where(finite, clipped, array).astype(np.float16)
+
+
+class _Halver:
+    """One run of the pass: which nodes stay float32, and the twins made so far."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._float_nodes = find_float_nodes(graph)
+        self._twins: dict[ir.Value, ir.Value] = {}
+
+    def run(self) -> None:
+        nodes = list(self._graph)
+        outputs = list(self._graph.outputs)
+        for node in nodes:
+            if node not in self._float_nodes:
+                self._halve(node)
+        for node in nodes:
+            self._connect(node)
+        for output in outputs:
+            self._restore_output(output)
+        self._remove_unread(nodes)
+
+    def _halve(self, node: ir.Node) -> None:
+        """Set a node's own types: outputs and type attributes."""
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT.value:
+            node.attributes.add(ir.AttrInt64("to", HALF.value))
+        elif node.op_type in ("Constant", "ConstantOfShape") and "value" in node.attributes:
+            tensor = node.attributes["value"].as_tensor()
+            if tensor.dtype == FLOAT:
+                node.attributes.add(ir.AttrTensor("value", ir.tensor(half_array(tensor))))
+        for output in node.outputs:
+            if output.dtype == FLOAT:
+                output.type = ir.TensorType(HALF)
+                if output.const_value is not None:
+                    output.const_value = ir.tensor(half_array(output.const_value))
+
+    def _connect(self, node: ir.Node) -> None:
+        """Let each input of a node have the type that the node wants."""
+        for position, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (FLOAT, HALF) or node.op_type in _ANY_TYPE:
+                continue
+            wanted = FLOAT if self._wants_float(node, position) else HALF
+            if value.dtype != wanted:
+                node.replace_input_with(position, self._twin(value))
+
+    def _wants_float(self, node: ir.Node, position: int) -> bool:
+        if node in self._float_nodes:
+            return True
+        is_layer = node.domain == DOMAIN and node.op_type == QLINEAR
+        return is_layer and position in _FLOAT_INPUTS
+
+    def _twin(self, value: ir.Value) -> ir.Value:
+        """Return the same value in the other type: an initializer's copy, or a Cast."""
+        if value not in self._twins:
+            wanted = HALF if value.dtype == FLOAT else FLOAT
+            is_stored = value.is_initializer() and not value.is_graph_input()
+            self._twins[value] = self._store(value) if is_stored else self._cast(value, wanted)
+        return self._twins[value]
+
+    def _store(self, value: ir.Value) -> ir.Value:
+        assert value.const_value is not None
+        name = f"{value.name}/half"
+        twin = ir.val(name, const_value=ir.tensor(half_array(value.const_value), name=name))
+        self._graph.register_initializer(twin)
+        return twin
+
+    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        suffix = "half" if wanted == HALF else "float"
+        name = f"{value.name}/{suffix}"
+        cast = ir.node("Cast", [value], attributes={"to": wanted.value}, name=name)
+        output = cast.outputs[0]
+        output.name, output.shape, output.type = name, value.shape, ir.TensorType(wanted)
+        producer = value.producer()
+        if producer is None:
+            self._graph.insert_before(self._graph[0], cast)
+        else:
+            self._graph.insert_after(producer, cast)
+        return output
+
+    def _restore_output(self, output: ir.Value) -> None:
+        """Put a Cast to float32 before a graph output that became float16."""
+        if output.dtype != HALF:
+            return
+        name = output.name
+        cast = self._cast(output, FLOAT)
+        index = self._graph.outputs.index(output)
+        self._graph.outputs[index] = cast
+        output.name, cast.name = f"{name}/half", name
+
+    def _remove_unread(self, nodes: list[ir.Node]) -> None:
+        """Remove initializers that lost their readers; a twin without rival takes the name."""
+        for value, twin in self._twins.items():
+            if value.is_initializer() and not value.uses() and not value.is_graph_output():
+                assert value.name is not None
+                name = value.name
+                del self._graph.initializers[name]
+                twin.name = name
