@@ -58,6 +58,13 @@ def test_the_recipe_page_is_what_the_models_say():
     assert script.PAGE.read_text() == script.make_page()
 
 
+def test_every_key_of_the_recipe_is_explained():
+    page = load_script("recipe_reference").make_page()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 90
+    assert [key for key, meaning in rows if not meaning.strip()] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
     assert broken_links(ROOT / page) == []

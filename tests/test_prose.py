@@ -18,6 +18,7 @@ SOURCES = [
     for folder in (
         "treeq_export/cli",
         "treeq_export/quant",
+        "treeq_export/recipe",
         "treeq_export/records",
         "samples",
         "docs",

@@ -54,7 +54,13 @@ class ActivationFormat(Spec):
 
 
 class BranchFormat(Spec):
-    """Shape of a Monarch branch: b_out x b_in blocks of rank `rank`; (1, 1, r) is low rank."""
+    """Shape of a Monarch branch: b_out x b_in blocks of rank `rank`; (1, 1, r) is low rank.
+
+    Attributes:
+        b_in: Number of blocks along the input channels.
+        b_out: Number of blocks along the output channels.
+        rank: Rank of each block.
+    """
 
     b_in: Annotated[int, Field(ge=1)]
     b_out: Annotated[int, Field(ge=1)]

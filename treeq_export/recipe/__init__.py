@@ -3,11 +3,16 @@
 Paths are relative to the recipe.
 """
 
+from treeq_export.recipe.fields import Section
 from treeq_export.recipe.load import load_recipe, override_recipe
-from treeq_export.recipe.sections import (
-    BenchSection,
+from treeq_export.recipe.search_section import (
     BranchBudget,
     BudgetSection,
+    SearchSection,
+    strategy_options,
+)
+from treeq_export.recipe.sections import (
+    BenchSection,
     CalibrateSection,
     CompileSection,
     EvaluateSection,
@@ -18,10 +23,7 @@ from treeq_export.recipe.sections import (
     QualityGates,
     Recipe,
     SamplerSection,
-    SearchSection,
-    Section,
     ValidateSection,
-    strategy_options,
 )
 
 __all__ = [

@@ -2,25 +2,22 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from treeq_export.errors import RecipeError
-from treeq_export.ops import MAX_BITS, MIN_BITS
-from treeq_export.quant.spec import Bits, BranchFormat
-
-# Upper ends that no use comes near, so that every number fits what computes with it.
-MAX_COUNT = 10_000_000
-MAX_AXIS = 1 << 16
-MAX_SAMPLER_STEPS = 1000  # of the schedules that models are trained with
-MAX_SEED = 1 << 62  # offsets are added, and generators take 64 bits
-Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Axis = Annotated[int, Field(ge=1, le=MAX_AXIS)]
-NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Threads = Annotated[int, Field(ge=1, le=4096)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Rate = Annotated[float, Field(gt=0, le=1e6, strict=False)]
-Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
-AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
+from treeq_export.recipe.fields import (
+    MAX_AXIS,
+    MAX_COUNT,
+    MAX_SAMPLER_STEPS,
+    Axis,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Target,
+    Threads,
+)
+from treeq_export.recipe.search_section import SearchSection
 
 
 def _check_name(name: str) -> str:
@@ -35,22 +32,18 @@ def _check_square(size: Any) -> Any:
     return size
 
 
-class Section(BaseModel):
-    """Base of all sections: strict types, finite numbers, no unknown keys."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     """Which checkpoint, and how it is called.
 
     Attributes:
         checkpoint: Folder in diffusers layout, or an original DiT `.pt` file.
-        variant: Of the weight files, such as "fp16"; None takes those without one, or the only
-            variant there is.
-        latent_size: Height and width of the latent; None takes the config's sample_size.
-        num_text_tokens: Text tokens of random conditioning (PixArt, SD3, Flux); None is 16.
-        conditioning: Safetensors file with text embeddings, one row per prompt; None is random.
+        variant: Variant of the weight files, such as "fp16". null takes the files without a
+            variant, or the only variant that exists.
+        latent_size: Height and width of the latent. null takes sample_size of the model's config.
+        num_text_tokens: Number of text tokens of random conditioning (PixArt, SD3, Flux). null is
+            16.
+        conditioning: Safetensors file with text embeddings, one row per prompt. null makes random
+            embeddings.
     """
 
     checkpoint: str
@@ -64,10 +57,10 @@ class PipelineScheduler(Section):
     """A diffusers scheduler, as a pipeline configures it.
 
     Attributes:
-        class_name: The class.
-        config: Fields of its scheduler_config.json; others have diffusers' defaults.
-        mu: Shift of a flow with use_dynamic_shifting, which depends on the number of tokens.
-        even_sigmas: Whether the pipeline itself sets sigma to 1, 1 - 1/n, ..., as Flux' does.
+        class_name: Class of the scheduler in diffusers.
+        config: Fields of scheduler_config.json. Other fields have the defaults of diffusers.
+        mu: Shift of a flow with use_dynamic_shifting; it depends on the number of tokens.
+        even_sigmas: Whether the pipeline itself sets sigma to 1, 1 - 1/n, ..., as that of Flux.
     """
 
     class_name: Literal[
@@ -83,12 +76,13 @@ class SamplerSection(Section):
 
     Attributes:
         scheduler: "flow_match_euler" (rectified flow, shift 1), "ddim" (noise prediction), or
-            "pipeline". Where the recipe says nothing it is the one in the checkpoint's
-            scheduler/scheduler_config.json, and flow_match_euler where there is no such file.
-        pipeline_scheduler: What "pipeline" is; read from that file where the recipe has none.
+            "pipeline". A recipe without this key takes the scheduler of the checkpoint's
+            scheduler/scheduler_config.json, or flow_match_euler if that file does not exist.
+        pipeline_scheduler: Scheduler that "pipeline" stands for. null reads it from the
+            checkpoint's scheduler/scheduler_config.json.
         steps: Number of denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        batch_size: Images per forward pass; results do not depend on it.
+        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        batch_size: Images per forward pass. Results do not depend on it.
     """
 
     scheduler: Literal["flow_match_euler", "ddim", "pipeline"] = "flow_match_euler"
@@ -110,115 +104,24 @@ class SamplerSection(Section):
         return self.pipeline_scheduler.model_dump(mode="json")
 
 
-class BudgetSection(Section):
-    """What a searched assignment may cost; every limit that is set has to hold.
-
-    Attributes:
-        weight_bits: Average weight bits, weighted by number of weights.
-        activation_bits: Average activation bits, weighted by number of weights.
-        size_bytes: Packed codes, scales and branches of all quantized layers.
-    """
-
-    weight_bits: AverageBits | None = None
-    activation_bits: AverageBits | None = None
-    size_bytes: Annotated[int, Field(ge=1, le=1 << 60)] | None = None
-
-
-class BranchBudget(Section):
-    """Let the search choose each layer's branch among Monarch shapes of equal parameters.
-
-    Attributes:
-        parameter_fraction: Branch parameters over the layer's weights, an upper limit.
-        grids: Largest number of blocks along each axis; the candidates are powers of two up to it.
-    """
-
-    parameter_fraction: Annotated[float, Field(gt=0, lt=1, strict=False)]
-    grids: Axis = 8
-
-
-class SearchSection(Section):
-    """Which formats the layers get.
-
-    Attributes:
-        strategy: "uniform": the same formats for every layer; "tss": TreeQ's tree-structured
-            search; "integer_programming" and "greedy": baselines of the search.
-        weight_bits: 2..8, of strategy "uniform" without a budget.
-        activation_bits: 2..8, or None to keep activations in floating point; likewise.
-        budget: What the assignment may cost; "uniform" spreads two neighbouring widths evenly.
-        weight_candidates: Weight bits that the search may choose from.
-        activation_candidates: Activation bits, likewise; at most 16 pairs in all.
-        noise: Environmental Noise Guidance, lambda in 0..1: 1 measures every segment on inputs as
-            the quantized layers before it leave them (PTQ), 0 on clean ones (before PEFT or QAT).
-        keep: Configurations that a node keeps.
-        num_samples: Trajectories that inputs are taken from.
-        num_rows: Network inputs (sample and timestep) that every configuration is measured on.
-        num_final_rows: Inputs of other trajectories that "tss" compares its finalists on; 0 takes
-            those that all else is measured on.
-        calibrated_finalists: How many of them are calibrated before the last choice; 0 chooses
-            without, which for large models saves hours.
-        num_probes: Random directions of the prediction along which a segment's error is measured
-            (model/sensitivity.py); 0 takes the mean squared error of its output, as TreeQ does.
-        refine: Least relative gain of a last exchange of bits between leaves on the whole network;
-            None leaves it out.
-        executor: "local", or "ray" for several processes or machines.
-        num_workers: Ray workers.
-        threads: Torch threads of each process; another number may round differently.
-        activation_scale: "auto" is token_rms below 7 bits and token_absmax from 7 on.
-        group_size: Input channels that share a weight scale; None is one scale per channel.
-        rotation_group: Hadamard group: "auto" is, for each layer, the largest power of two up to
-            128 that divides its in_features; a number has to divide those of every layer.
-        branch: Shape of the Monarch branch; None is no branch.
-        branch_budget: Choose each layer's branch by measured output error instead.
-        exclude: Glob patterns of layers that stay in floating point.
-    """
-
-    strategy: Literal["uniform", "tss", "integer_programming", "greedy"] = "uniform"
-    weight_bits: Bits = 4
-    activation_bits: Bits | None = 4
-    budget: BudgetSection | None = None
-    weight_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
-    activation_candidates: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4, 6]
-    noise: Annotated[float, Field(ge=0, le=1, strict=False)] = 1.0
-    keep: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 16
-    num_samples: Positive = 32
-    num_rows: Positive = 128
-    num_final_rows: NonNegative = 256
-    calibrated_finalists: NonNegative = 4
-    num_probes: NonNegative = 16
-    refine: Annotated[float, Field(ge=0, lt=1, strict=False)] | None = 1e-3
-    executor: Literal["local", "ray"] = "local"
-    num_workers: Threads = 2
-    threads: Threads = 1
-    activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
-    group_size: Positive | None = None
-    rotation_group: Positive | Literal["auto"] = "auto"
-    branch: BranchFormat | None = BranchFormat(b_in=1, b_out=1, rank=8)
-    branch_budget: BranchBudget | None = None
-    exclude: list[str] = []
-
-
-def strategy_options(section: SearchSection) -> dict[str, Any]:
-    """Return what a plan records of the search: all that can change it, not where it ran."""
-    return section.model_dump(mode="json", exclude={"executor", "num_workers"})
-
-
 class CalibrateSection(Section):
     """How scales, codes and branches are found.
 
     Attributes:
-        num_samples: Trajectories sampled from the model itself.
-        num_clip_steps: Points of the clipping grid of the weight scales.
-        max_tokens: Tokens per layer that the layers are fitted to.
-        inputs: "quantized" fits the layers in execution order, each to give the full-precision
-            output from what the quantized layers before it and its own activation quantizer leave
-            of its input; "full_precision" fits each to clean inputs.
-        num_rows: Network inputs that "quantized" carries from block to block.
+        num_samples: Trajectories that are sampled from the model itself.
+        num_clip_steps: Clipping ratios that are tried for each weight scale.
+        max_tokens: Tokens to which each layer is fitted.
+        inputs: "quantized" fits the layers in execution order. Each layer is fitted to give the
+            full-precision output from the input that the quantized layers before it leave.
+            "full_precision" fits each layer to clean inputs.
+        num_rows: Network inputs that are carried from block to block for inputs "quantized".
         step: "gaussian" is the best step of a Gaussian; "fitted" scales it for least output error.
-        bias_correction: Let the bias take the mean output error of every channel.
-        rounding: "nearest" rounds the residual weight for least weight error, "gptq" for least
-            output error on the kept tokens; "adaround" goes on from there and trains the codes of
-            each block, and its other tensors, for least error of the block's output.
-        reconstruct_steps: Training steps of each block for "adaround", of sampler.batch_size rows.
+        bias_correction: Whether the bias takes the mean output error of every channel.
+        rounding: "nearest" rounds for least weight error. "gptq" rounds for least output error on
+            the kept tokens. "adaround" starts from the result of "gptq" and trains codes, scales
+            and branches of each block for least error of the block's output.
+        reconstruct_steps: Training steps of each block for rounding "adaround". A step has
+            sampler.batch_size rows.
     """
 
     num_samples: Positive = 64
@@ -251,23 +154,23 @@ class FinetuneSection(Section):
     1.21, so differences of 5 % mean nothing.
 
     Attributes:
-        mode: "none"; "peft": weight codes stay frozen; "qat": they are trained too, by a
-            straight-through estimator.
-        train: What is trained beside QAT's codes, in every layer that has it; activation steps of
-            token_absmax from 7 bits on stay.
+        mode: "none" trains nothing. "peft" trains the tensors of `train` and keeps the codes. "qat"
+            trains the codes too, by a straight-through estimator.
+        train: Tensors that are trained in every layer that has them. Activation steps of
+            token_absmax from 7 bits on are not trained.
         steps: Optimizer steps.
-        batch_size: States per step; guidance doubles the rows.
+        batch_size: States per optimizer step. Guidance doubles the rows.
         num_trajectories: Trajectories that are walked at the same time.
-        on_policy: Fraction of them that follow the quantized model instead of full precision.
+        on_policy: Fraction of the trajectories that follow the quantized model.
         block_weight: Weight of the mean relative error of block outputs in the loss.
-        branch_lr: Learning rate of the branch, relative to each factor's rms.
-        scale_lr: Of the logarithm of weight scales and activation steps.
-        bias_lr: Of biases, relative to the rms row norm of the weight.
-        weight_lr: Of QAT's weights, in units of their step.
-        warmup: Fraction of the steps in which the learning rate rises; then it falls as a cosine.
+        branch_lr: Learning rate of branches, relative to the rms of each factor.
+        scale_lr: Learning rate of the logarithm of weight scales and activation steps.
+        bias_lr: Learning rate of biases, relative to the rms row norm of the weight.
+        weight_lr: Learning rate of weights in mode "qat", in units of their scale.
+        warmup: Fraction of the steps in which the learning rate rises. Then it falls as a cosine.
         clip_norm: Largest norm of the gradient.
-        check_every: Steps between measurements on held-out inputs, when the state is saved too.
-        held_out_rows: Inputs that are held out, from trajectories of another seed.
+        check_every: Steps between two measurements on held-out inputs. Each one saves the state.
+        held_out_rows: Inputs that are held out. They come from trajectories of another seed.
         patience: Measurements without a new best after which training stops.
     """
 
@@ -300,8 +203,8 @@ class CompileSection(Section):
     Attributes:
         targets: "portable" (standard ONNX), "ort" (packed op with a function body), "tensorrt"
             (packed op as a plugin, float16 body), "tensorrt-native" (Q/DQ only, float16 body).
-        external_data: "auto" writes a .data file above 1.5 GB of weights.
-        max_batch: Upper end of the dynamic batch.
+        external_data: Whether weights stand in a .data file. "auto" writes one above 1.5 GB.
+        max_batch: Largest batch that a graph takes.
         opt_batch: Batch that TensorRT engines are tuned for (guidance of one image is two).
     """
 
@@ -321,13 +224,13 @@ class ParityGates(Section):
     """Least parity of every target.
 
     Attributes:
-        min_end_to_end_sqnr_db: Of the network's output.
-        half_margin_db: A float16 body moves codes that lie near a rounding border, more the fewer
-            the bits. Where the reference itself, with all outputs of its modules rounded to
-            float16, does not reach min_end_to_end_sqnr_db, a target with such a body may be this
-            much below the reference so rounded.
-        min_equal_code_fraction: Of every layer on the reference's input.
-        min_layer_sqnr_db: Of every layer on the reference's input.
+        min_end_to_end_sqnr_db: Least SQNR of the network's output, in dB.
+        half_margin_db: Margin of targets with a float16 body, in dB. Rounding to float16 moves
+            codes that lie near a rounding border. So the reference is also run with all module outputs
+            rounded to float16. If that does not reach min_end_to_end_sqnr_db, its SQNR less this
+            margin is the limit.
+        min_equal_code_fraction: Least fraction of equal codes of a layer on the reference's input.
+        min_layer_sqnr_db: Least SQNR of a layer on the reference's input, in dB.
     """
 
     min_end_to_end_sqnr_db: Annotated[float, Field(strict=False)] = 40.0
@@ -340,8 +243,8 @@ class ValidateSection(Section):
     """How parity is measured.
 
     Attributes:
-        batch_size: Images whose inputs are fed to both sides.
-        gates: Limits; one not met ends the run with status 3.
+        batch_size: Images whose inputs are fed to the reference and to each target.
+        gates: Limits of parity. A limit that is not met ends the run with status 3.
     """
 
     batch_size: Axis = 8
@@ -352,9 +255,9 @@ class BenchSection(Section):
     """How speed is measured.
 
     Attributes:
-        batch_sizes: Batches to time (a batch of classifier-free guidance is two images).
-        rounds: Interleaved rounds; each target runs once a round.
-        warmup: Rounds that are not counted.
+        batch_sizes: Batches to time. One image with classifier-free guidance is a batch of two.
+        rounds: Interleaved rounds. Each target runs once in a round.
+        warmup: Rounds before the others that are not counted.
         threads: Threads of every runtime.
     """
 
@@ -365,7 +268,13 @@ class BenchSection(Section):
 
 
 class QualityGates(Section):
-    """Limits of image quality; None is not checked."""
+    """Limits of image quality. A limit of null is not checked.
+
+    Attributes:
+        max_frechet_ratio: Largest Frechet distance, over that of full precision.
+        min_class_accuracy: Least fraction of images that the classifier assigns to their label.
+        min_psnr_db: Least PSNR against the full-precision images, in dB.
+    """
 
     max_frechet_ratio: Annotated[float, Field(gt=0, strict=False)] | None = None
     min_class_accuracy: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
@@ -376,13 +285,14 @@ class EvaluateSection(Section):
     """How image quality is measured.
 
     Attributes:
-        num_samples: Images per seed, for full precision and quantized alike.
-        seeds: One complete measurement each; the report gives the mean.
-        classifier: ONNX file, images -> logits, features; None skips Frechet distance and accuracy.
-        reference: Safetensors file with mean and covariance of real images' features.
-        runner: What produces the quantized images: a compiled target, or "torch" (fake-quantized).
-        baseline: "uniform" also samples what the budget gives without search and finetune.
-        gates: Limits; one not met ends the run with status 3.
+        num_samples: Images per seed, full precision and quantized.
+        seeds: Seeds of the noise. Each seed is a complete measurement; the report gives the mean.
+        classifier: ONNX file, images -> logits, features. null skips Frechet distance and accuracy.
+        reference: Safetensors file with mean and covariance of the features of real images.
+        runner: Producer of the quantized images: a compiled target, or "torch" (fake-quantized).
+        baseline: "uniform" also samples uniform bits at the same budget, without search and
+            training.
+        gates: Limits of quality. A limit that is not met ends the run with status 3.
     """
 
     num_samples: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 100
@@ -395,7 +305,21 @@ class EvaluateSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """A whole recipe.
+
+    Attributes:
+        name: Name of the run in reports and on the server.
+        seed: Seed of everything random.
+        model: Checkpoint, and how the model is called.
+        sampler: Scheduler, steps and guidance.
+        search: Formats of the layers.
+        calibrate: Scales, codes and branches.
+        finetune: Training by distillation.
+        compile: Graphs to write.
+        validate_: Parity and its limits.
+        bench: Speed.
+        evaluate: Image quality and its limits.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check_name)]
     seed: Seed = 0
