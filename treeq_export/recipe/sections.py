@@ -226,9 +226,9 @@ class ParityGates(Section):
     Attributes:
         min_end_to_end_sqnr_db: Least SQNR of the network's output, in dB.
         half_margin_db: Margin of targets with a float16 body, in dB. Rounding to float16 moves
-            codes that lie near a rounding border. So the reference is also run with all module outputs
-            rounded to float16. If that does not reach min_end_to_end_sqnr_db, its SQNR less this
-            margin is the limit.
+            codes that lie near a rounding border. So the reference is also run with all module
+            outputs rounded to float16. If that does not reach min_end_to_end_sqnr_db, its SQNR less
+            this margin is the limit.
         min_equal_code_fraction: Least fraction of equal codes of a layer on the reference's input.
         min_layer_sqnr_db: Least SQNR of a layer on the reference's input, in dB.
     """
