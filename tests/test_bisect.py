@@ -24,7 +24,8 @@ from treeq_export.model.quantized import quantize_model
 from treeq_export.recipe import ValidateSection
 from treeq_export.records import save_record
 from treeq_export.records.build import EngineManifest, ShapeRange, VerifierSummary
-from treeq_export.runners.compiled import LayerSite, load_compiled, model_path, read_layers
+from treeq_export.runners.graph_meta import LayerSite, load_compiled, read_layers
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.tensorrt_library import load_runtime
 from treeq_export.validate import trace_reference

@@ -32,15 +32,11 @@ from treeq_export.records import (
     load_record,
 )
 from treeq_export.runners import graph_file
-from treeq_export.runners.compiled import (
-    TENSORRT_NATIVE,
-    TENSORRT_TARGETS,
-    load_compiled,
-    model_path,
-    read_layers,
-)
+from treeq_export.runners.graph_meta import load_compiled, read_layers
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
 from treeq_export.validate import (
     Trace,
     compare_layer,
@@ -503,7 +499,7 @@ def tensorrt_dit(
 ) -> Any:
     """The compiled tiny DiT with graphs of TensorRT's targets in a folder of their own."""
     run = tmp_path_factory.mktemp("tensorrt")
-    for target in TENSORRT_TARGETS:
+    for target in ENGINES:
         graph = exported_dit_for_validate.clone()
         section = compiled_dit.recipe.compile
         compile_target(run, graph, target, compiled_dit.plan, compiled_dit.tensors, section)
@@ -518,8 +514,8 @@ def exported_dit_for_validate(compiled_dit: Any) -> ir.Model:
 
 def test_tensorrt_targets_say_that_they_are_emulated(tensorrt_dit: Any, tmp_path: Path):
     shutil.copytree(tensorrt_dit.run / "onnx", tmp_path / "onnx")
-    record = validate(tensorrt_dit, tmp_path, list(TENSORRT_TARGETS))
-    for entry, target in zip(record.targets, TENSORRT_TARGETS, strict=True):
+    record = validate(tensorrt_dit, tmp_path, list(ENGINES))
+    for entry, target in zip(record.targets, ENGINES, strict=True):
         assert (entry.target, entry.runtime) == (target, EMULATED)
         assert entry.passed
         assert all(gate.name.startswith(f"{target} (emulated): ") for gate in entry.gates)
@@ -535,7 +531,7 @@ def test_tensorrt_targets_say_that_they_are_emulated(tensorrt_dit: Any, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["code", "scale"])
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_tampering_is_found_in_tensorrt_targets(
     target: str, kind: str, tensorrt_dit: Any, tmp_path: Path
 ):

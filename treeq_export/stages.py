@@ -17,16 +17,12 @@ from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.report import Report, make_report, write_report
-from treeq_export.runners.compiled import (
-    TENSORRT_TARGETS,
-    model_path,
-    open_target,
-    ways_to_run,
-)
-from treeq_export.runners.model_files import model_files
+from treeq_export.runners.compiled import open_target, ways_to_run
+from treeq_export.runners.model_files import model_files, model_path
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
+from treeq_export.targets.names import ENGINES, FP32
 from treeq_export.validate import run_validate
 from treeq_export.workspace import Workspace
 
@@ -123,7 +119,7 @@ def _validate(workspace: Workspace, on_step: OnStep) -> None:
 def _bench(workspace: Workspace, on_step: OnStep) -> None:
     recipe = workspace.recipe
     # On the CPU the targets of TensorRT are emulated, which has no speed worth a name.
-    timed = [target for target in recipe.compile.targets if target not in TENSORRT_TARGETS]
+    timed = [target for target in recipe.compile.targets if target not in ENGINES]
     run_bench(
         workspace.run,
         workspace.denoiser,
@@ -188,7 +184,7 @@ def _report_parts(workspace: Workspace) -> dict[str, Any]:
 
 def _compiled_files(workspace: Workspace) -> list[str]:
     run = workspace.run
-    targets = ("fp32", *workspace.recipe.compile.targets)
+    targets = (FP32, *workspace.recipe.compile.targets)
     files = [file for target in targets for file in model_files(model_path(run, target))]
     return ["compile.json", *(str(file.relative_to(run)) for file in files)]
 

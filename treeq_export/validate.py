@@ -44,20 +44,12 @@ from treeq_export.records import (
     TargetParity,
     save_record,
 )
-from treeq_export.runners.compiled import (
-    TENSORRT_TARGETS,
-    LayerSite,
-    load_compiled,
-    load_layers,
-    model_path,
-    open_target,
-    runner_options,
-    uses_kernels,
-    ways_to_run,
-)
+from treeq_export.runners.compiled import open_target, runner_options, uses_kernels, ways_to_run
 from treeq_export.runners.graph_file import runnable
+from treeq_export.runners.graph_meta import LayerSite, load_compiled, load_layers
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.reference_trace import (
     Trace,
@@ -65,6 +57,7 @@ from treeq_export.runners.reference_trace import (
     measure_half_rounding,
     trace_reference,
 )
+from treeq_export.targets.names import ENGINES
 
 RECORD_FILE = "parity.json"
 
@@ -328,7 +321,7 @@ def run_validate(
         done += 1
         on_step(done / total)
 
-    halves = set(TENSORRT_TARGETS) & set(ways)
+    halves = set(ENGINES) & set(ways)
     rounding = measure_half_rounding(quantized, trace) if halves else None
     overflow = None
     if rounding is not None and not math.isfinite(rounding):

@@ -22,8 +22,9 @@ from rich.console import Console
 from treeq_export.artefacts import write_json
 from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.environment import describe_environment
-from treeq_export.runners.compiled import model_path, open_target, ways_to_run
+from treeq_export.runners.compiled import open_target, ways_to_run
 from treeq_export.runners.cpu_kernels import read_isa
+from treeq_export.runners.model_files import model_path
 
 FP32 = "fp32"
 TARGETS = ("ort", "portable")

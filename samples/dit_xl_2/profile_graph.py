@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from treeq_export.artefacts import write_json
-from treeq_export.runners.compiled import model_path, uses_kernels
+from treeq_export.runners.compiled import uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
+from treeq_export.runners.model_files import model_path
 
 NUM_CALLS = 5
 BATCH = 2

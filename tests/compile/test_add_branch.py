@@ -7,7 +7,7 @@ import pytest
 from treeq_export.compile.passes.add_branch import ADDEND, AddBranch
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.ops import QLINEAR
-from treeq_export.runners.compiled import read_layers
+from treeq_export.runners.graph_meta import read_layers
 
 Make = Callable[..., Any]
 

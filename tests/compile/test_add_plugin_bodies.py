@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from treeq_export.compile.targets import lower
 from treeq_export.ops import PLUGIN_ATTRIBUTES
-from treeq_export.runners.compiled import TENSORRT
+from treeq_export.targets.names import TENSORRT
 
 Make = Callable[..., Any]
 

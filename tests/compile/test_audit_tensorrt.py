@@ -10,7 +10,7 @@ from treeq_export.compile.audits.onnx_runtime import check_audit
 from treeq_export.compile.audits.tensorrt import INT8_GEMM, PLUGIN, WEIGHT_ONLY, audit_tensorrt
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS
+from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 
@@ -38,7 +38,7 @@ def test_kinds(
     check_audit(target, audit)
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_layer_of_other_codes_is_missing(
     target: str, tmp_path: Path, make_layer: Make, make_model: Make, make_plan: Make
 ):

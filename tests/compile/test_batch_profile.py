@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.errors import CompileError, PlanError
 from treeq_export.recipe import CompileSection
-from treeq_export.runners.compiled import PROFILE_KEY, read_profile
+from treeq_export.runners.graph_meta import PROFILE_KEY, read_profile
 
 Make = Callable[..., Any]
 

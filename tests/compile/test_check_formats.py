@@ -9,7 +9,7 @@ import pytest
 from treeq_export.compile.passes.check_formats import CheckFormats
 from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS
+from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 WEIGHT_ONLY = {"act_bits": None, "act_scale": "none"}
@@ -53,7 +53,7 @@ def test_rotation_that_the_kernels_lack(make_layer: Make, make_model: Make):
     lower(make_model(layer), TENSORRT_NATIVE)
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 @pytest.mark.parametrize(
     ("field", "bits"), [("weight_bits", 1), ("weight_bits", 9), ("act_bits", 1), ("act_bits", 9)]
 )
@@ -66,7 +66,7 @@ def test_bits_out_of_range(field: str, bits: int, target: str, make_layer: Make,
         CheckFormats(native=target == TENSORRT_NATIVE)(model)
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 @pytest.mark.parametrize("group_size", [8, 256])
 def test_weight_only_blocks(group_size: int, target: str, make_layer: Make, make_model: Make):
     layer = make_layer(k=512, group_size=group_size, **WEIGHT_ONLY)
@@ -76,7 +76,7 @@ def test_weight_only_blocks(group_size: int, target: str, make_layer: Make, make
 
 
 def test_one_group_of_all_channels_is_a_channel_scale(make_layer: Make, make_model: Make):
-    for target in TENSORRT_TARGETS:
+    for target in ENGINES:
         lower(make_model(make_layer(group_size=64)), target)
 
 

@@ -11,7 +11,7 @@ import pytest
 from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
-from treeq_export.runners.compiled import TENSORRT, TENSORRT_NATIVE, TENSORRT_TARGETS
+from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 K, N = 64, 8
@@ -185,7 +185,7 @@ def test_weight_only_is_accepted():
     hand.accept(hand.op("MatMul", hand.x, weight))
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_both_targets_end_in_the_check(target: str):
     """Function bodies, which TensorRT does not read, come after it."""
     names = [type(rewrite).__name__ for rewrite in PASSES[target]]

@@ -21,8 +21,9 @@ from treeq_export.errors import CompileError
 from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import CompileSection
 from treeq_export.records import CompileRecord, load_record
-from treeq_export.runners.compiled import PLAN_KEY, model_path
 from treeq_export.runners.graph_file import initializer_bytes
+from treeq_export.runners.graph_meta import PLAN_KEY
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]

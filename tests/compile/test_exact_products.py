@@ -18,9 +18,10 @@ from treeq_export.compile.audits.sums import extreme_codes
 from treeq_export.compile.targets import lower
 from treeq_export.quant.numerics import accumulate
 from treeq_export.runners import ort_session
-from treeq_export.runners.compiled import TENSORRT_NATIVE, read_layers
+from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.products import make_product
+from treeq_export.targets.names import TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 # (weight bits, activation bits)

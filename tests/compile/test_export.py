@@ -13,7 +13,7 @@ from treeq_export.errors import CompileError, RunnerError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.compiled import model_path
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.torch_runner import TorchRunner
 

@@ -11,7 +11,7 @@ from treeq_export.compile.passes.fuse_output import FuseOutput
 from treeq_export.compile.passes.merge_siblings import MergeSiblings
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.compile.targets import lower
-from treeq_export.runners.compiled import LayerSite, read_layers
+from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
 
 Make = Callable[..., Any]

@@ -27,7 +27,7 @@ from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.targets import lower
 from treeq_export.ops import ActScale
 from treeq_export.quant.branch import apply_branch
-from treeq_export.runners.compiled import read_layers
+from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner

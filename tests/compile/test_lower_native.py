@@ -8,7 +8,7 @@ import pytest
 from treeq_export.compile.graph.value_types import infer_types
 from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.targets import lower
-from treeq_export.runners.compiled import TENSORRT_NATIVE
+from treeq_export.targets.names import TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 

@@ -12,7 +12,7 @@ from treeq_export.compile.passes.lower_qlinear import LowerQLinear
 from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.quant.numerics import code_range
-from treeq_export.runners.compiled import read_layers
+from treeq_export.runners.graph_meta import read_layers
 
 Make = Callable[..., Any]
 

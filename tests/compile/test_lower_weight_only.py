@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export.compile.targets import lower
-from treeq_export.runners.compiled import TENSORRT_TARGETS
+from treeq_export.targets.names import ENGINES
 
 Make = Callable[..., Any]
 
@@ -16,7 +16,7 @@ def lower_layer(target: str, make_layer: Make, make_model: Make, **options: Any)
     return layer, lower(make_model(layer), target)
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 @pytest.mark.parametrize("group_size", [None, 16, 32])
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_form(bits: int, group_size: int | None, target: str, make_layer: Make, make_model: Make):

@@ -8,7 +8,7 @@ import pytest
 from treeq_export.compile.passes.mark_plugins import MarkPlugins
 from treeq_export.compile.targets import lower
 from treeq_export.ops import DOMAIN, PLUGIN_ATTRIBUTES, PLUGINS
-from treeq_export.runners.compiled import TENSORRT
+from treeq_export.targets.names import TENSORRT
 
 Make = Callable[..., Any]
 KINDS = {

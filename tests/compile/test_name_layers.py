@@ -4,7 +4,7 @@ from typing import Any
 import onnx_ir as ir
 
 from treeq_export.compile.passes.name_layers import NameLayers
-from treeq_export.runners.compiled import LayerSite, read_layers
+from treeq_export.runners.graph_meta import LayerSite, read_layers
 
 Make = Callable[..., Any]
 

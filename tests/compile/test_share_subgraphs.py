@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.compile.passes.share_subgraphs import ShareSubgraphs
-from treeq_export.runners.compiled import read_layers
+from treeq_export.runners.graph_meta import read_layers
 
 Make = Callable[..., Any]
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)

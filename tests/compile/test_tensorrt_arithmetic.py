@@ -16,16 +16,11 @@ from numpy.typing import NDArray
 from treeq_export.compile.targets import lower
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.compiled import (
-    TARGET_KEY,
-    TENSORRT,
-    TENSORRT_NATIVE,
-    TENSORRT_TARGETS,
-    must_keep_int8,
-    read_layers,
-)
+from treeq_export.runners.compiled import must_keep_int8
+from treeq_export.runners.graph_meta import TARGET_KEY, read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 
 Make = Callable[..., Any]
 RMS, ABSMAX, STATIC = "token_rms", "token_absmax", "tensor_static"
@@ -62,7 +57,7 @@ PLUGIN_ONLY: dict[str, dict[str, Any]] = {
         "act_bits": 8,
     },
 }
-CASES = [(target, case) for target in TENSORRT_TARGETS for case in BOTH]
+CASES = [(target, case) for target in ENGINES for case in BOTH]
 CASES += [(TENSORRT, case) for case in PLUGIN_ONLY]
 # The last rounding to float16, relative to the largest output.
 ROUNDING = 2.0**-11
@@ -105,7 +100,7 @@ def test_equals_the_reference(target: str, case: str, make_layer: Make, make_mod
             np.testing.assert_allclose(y, layer.expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_a_branch_is_added(target: str, make_layer: Make, make_branch: Make, make_sum_model: Make):
     """Also for weight-only layers, whose sum stays an Add, and for a grid of blocks."""
     for options in ({}, {"act_bits": None, "act_scale": "none"}):

@@ -16,14 +16,9 @@ from treeq_export.compile.graph.value_types import FLOATS, infer_types
 from treeq_export.compile.stage import compile_target
 from treeq_export.recipe import CompileSection, Recipe, ValidateSection
 from treeq_export.records import EMULATED
-from treeq_export.runners.compiled import (
-    TENSORRT,
-    TENSORRT_NATIVE,
-    TENSORRT_TARGETS,
-    load_compiled,
-    model_path,
-    read_profile,
-)
+from treeq_export.runners.graph_meta import load_compiled, read_profile
+from treeq_export.runners.model_files import model_path
+from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 from treeq_export.validate import run_validate
 
 Make = Callable[..., Any]
@@ -48,7 +43,7 @@ def compiled(request: pytest.FixtureRequest, make_tiny_run: Make) -> Any:
     section = CompileSection(max_batch=8, opt_batch=4)
     records = {
         target: compile_target(tiny.run, exported.clone(), target, tiny.plan, tiny.tensors, section)
-        for target in TENSORRT_TARGETS
+        for target in ENGINES
     }
     return tiny, records
 
@@ -64,7 +59,7 @@ def test_every_layer_is_a_plugin_or_an_int8_gemm(compiled: Any):
 
 def test_graph_is_strongly_typed_and_half(compiled: Any):
     tiny, _ = compiled
-    for target in TENSORRT_TARGETS:
+    for target in ENGINES:
         path = model_path(tiny.run, target)
         onnx.checker.check_model(path, full_check=True)
         model = load_compiled(tiny.run, target)
@@ -107,12 +102,12 @@ def test_parity_on_the_cpu(compiled: Any):
         tiny.denoiser,
         tiny.plan,
         tiny.tensors,
-        list(TENSORRT_TARGETS),
+        list(ENGINES),
         ValidateSection(batch_size=3),
         seed=1,
         on_step=lambda _: None,
     )
-    assert [entry.target for entry in record.targets] == list(TENSORRT_TARGETS)
+    assert [entry.target for entry in record.targets] == list(ENGINES)
     for entry in record.targets:
         assert entry.runtime == EMULATED
         assert [gate.name for gate in entry.gates if not gate.passed] == []
@@ -130,7 +125,7 @@ def test_second_compile_gives_the_same_bytes(compiled: Any, tmp_path: Path):
     tiny, records = compiled
     section = CompileSection(max_batch=8, opt_batch=4)
     exported = tiny.export()
-    for target in TENSORRT_TARGETS:
+    for target in ENGINES:
         again = compile_target(tmp_path, exported.clone(), target, tiny.plan, tiny.tensors, section)
         assert again == records[target]
 
@@ -142,10 +137,10 @@ def test_bench_leaves_them_out_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         {
             "name": "r",
             "model": {"checkpoint": "c"},
-            "compile": {"targets": ["portable", *TENSORRT_TARGETS]},
+            "compile": {"targets": ["portable", *ENGINES]},
         }
     )
     workspace: Any = SimpleNamespace(run=Path("r"), denoiser=None, recipe=recipe, say=None)
     stages._bench(workspace, lambda _: None)
     assert "portable" in timed
-    assert not set(timed) & set(TENSORRT_TARGETS)
+    assert not set(timed) & set(ENGINES)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from treeq_export.engines.engine import BuildOrder, BuildResult, build_engine
 from treeq_export.engines.graph_facts import GraphFacts, read_facts
 from treeq_export.engines.layer_list import EngineLayer, parse_layers
-from treeq_export.runners.compiled import LAYERS_KEY
+from treeq_export.runners.graph_meta import LAYERS_KEY
 
 K, N, ROWS = 64, 32, 16
 

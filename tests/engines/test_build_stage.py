@@ -23,7 +23,7 @@ from treeq_export.plan import load_plan
 from treeq_export.recipe import CompileSection
 from treeq_export.records import load_record
 from treeq_export.records.build import BuildRecord, EngineManifest, VerifierTable
-from treeq_export.runners.compiled import TENSORRT_TARGETS
+from treeq_export.targets.names import ENGINES
 
 GPUS = ("sm_80", "sm_89", "sm_120")
 ENGINE = Path("engines/tensorrt-rtx/tensorrt/sm_89")
@@ -59,7 +59,7 @@ def test_every_quantized_layer_of_six_engines_is_a_plugin_or_an_int8_gemm(copied
     result = invoke(copied_run, "--gpu", ",".join(GPUS), "--json")
     assert result.exit_code == 0, result.stderr
     record = BuildRecord.model_validate_json(result.stdout)
-    expected = [f"engines/tensorrt-rtx/{t}/{gpu}" for t in TENSORRT_TARGETS for gpu in GPUS]
+    expected = [f"engines/tensorrt-rtx/{t}/{gpu}" for t in ENGINES for gpu in GPUS]
     assert [engine.path for engine in record.engines] == expected
     names = [layer.name for layer in load_plan(copied_run).layers]
     for engine in record.engines:

@@ -24,7 +24,7 @@ from tests.required import skip_or_fail
 from treeq_export.compile.stage import run_compile
 from treeq_export.model.quantized import quantize_model
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.compiled import model_path
+from treeq_export.runners.model_files import model_path
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".foreign"

@@ -39,10 +39,10 @@ from treeq_export.records import (
     load_record,
 )
 from treeq_export.records.build import BuildRecord
-from treeq_export.runners.compiled import LayerSite, read_layers, read_profile, write_layers
 from treeq_export.runners.cubin_launcher import read_manifest as read_kernels
 from treeq_export.runners.engine_manifest import read_manifest
 from treeq_export.runners.graph_file import read_graph
+from treeq_export.runners.graph_meta import LayerSite, read_layers, read_profile, write_layers
 from treeq_export.search.journal import Journal
 from treeq_export.search.prepare import Store
 from treeq_export.serve.inside import check_manifest

@@ -16,7 +16,7 @@ from tests.fuzz.inputs import INPUTS, Input, read_whole_graph
 from tests.fuzz.mutate import mutate
 from tests.tiny_models import TinyRun
 from treeq_export.errors import TreeqError
-from treeq_export.runners.compiled import model_path
+from treeq_export.runners.model_files import model_path
 
 SHORT = 12  # damaged files of each input in the quick tier
 LONGEST_S, MOST_BYTES = 30.0, 1 << 30

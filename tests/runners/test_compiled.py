@@ -5,19 +5,16 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export.errors import PlanError
-from treeq_export.runners.compiled import (
+from treeq_export.runners.compiled import runner_options, uses_kernels, ways_to_run
+from treeq_export.runners.graph_meta import (
     LAYERS_KEY,
-    TENSORRT_NATIVE,
-    TENSORRT_TARGETS,
     LayerSite,
     load_compiled,
-    model_path,
     read_layers,
-    runner_options,
-    uses_kernels,
-    ways_to_run,
     write_layers,
 )
+from treeq_export.runners.model_files import model_path
+from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
 
 
 def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
@@ -25,7 +22,7 @@ def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
         assert model_path(tmp_path, target) == tmp_path / "onnx" / target / "model.onnx"
 
 
-@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 @pytest.mark.parametrize("saturates", [False, True])
 def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(
     target: str, saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from treeq_export.compile.targets import lower
 from treeq_export.errors import RunnerError
 from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.quant import numerics
-from treeq_export.runners.compiled import LayerSite, load_compiled, read_layers
+from treeq_export.runners.graph_meta import LayerSite, load_compiled, read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 
 Make = Callable[..., Any]

@@ -126,7 +126,7 @@ def _find_models(
     run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int, say: Say
 ) -> dict[str, Path]:
     """Return the model file of every target but torch_fp32; the peer is made where needed."""
-    from treeq_export.runners.compiled import model_path
+    from treeq_export.runners.model_files import model_path
 
     folders = {target: target for target in targets if target not in (TORCH, FP32, PEER)}
     from_fp32 = [target for target in targets if target in (FP32, PEER)]

@@ -18,9 +18,9 @@ from treeq_export.plan import Plan
 from treeq_export.quant.metrics import max_abs_error, sqnr_db
 from treeq_export.recipe import ParityGates
 from treeq_export.records import LayerParity, TargetParity
-from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.cuda_runner import CudaRunner, GpuProbe
 from treeq_export.runners.gpu_layers import GpuQLinear
+from treeq_export.runners.graph_meta import LayerSite
 from treeq_export.validate import Trace, compare_layer, make_gates
 
 CUDA = "cuda"

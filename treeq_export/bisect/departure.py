@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.graph_meta import LayerSite
 
 
 def layers_before(model: ir.Model, sites: Sequence[LayerSite]) -> list[int]:

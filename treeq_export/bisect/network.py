@@ -23,8 +23,8 @@ from treeq_export.engines.engine import ENGINE_FILE, BuildOrder, build_engine
 from treeq_export.errors import RunnerError
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.records import save_record
-from treeq_export.runners.compiled import LayerSite, load_layers
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
+from treeq_export.runners.graph_meta import LayerSite, load_layers
 from treeq_export.runners.tensorrt_runner import TensorrtRunner
 from treeq_export.scratch import scratch_folder
 from treeq_export.validate import Trace

@@ -13,13 +13,11 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
 from treeq_export.recipe import ParityGates
 from treeq_export.records import LayerParity
-from treeq_export.runners.compiled import (
-    TENSORRT_TARGETS,
-    load_layers,
-    uses_kernels,
-)
+from treeq_export.runners.compiled import uses_kernels
+from treeq_export.runners.graph_meta import load_layers
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.targets.names import ENGINES
 from treeq_export.validate import Trace, compare_layer, run_with_layers
 
 
@@ -89,5 +87,5 @@ def compare_compiled(
             full,
             trace,
             inside.get(site.output),
-            half=target in TENSORRT_TARGETS,
+            half=target in ENGINES,
         )

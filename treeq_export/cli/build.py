@@ -15,6 +15,7 @@ from treeq_export.cli.console import (
     say,
     stage_progress,
 )
+from treeq_export.targets.names import ENGINES
 
 
 def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def _split(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     default="",
     callback=_split,
     metavar="TARGET[,TARGET...]",
-    help="Targets to build: tensorrt, tensorrt-native  [default: all that are compiled]",
+    help=f"Targets to build: {', '.join(ENGINES)}  [default: all that are compiled]",
 )
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of finished builds, shared by runs."

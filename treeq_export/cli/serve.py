@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from treeq_export.cli.console import json_option, main, run_option, say, stage_progress
+from treeq_export.targets.names import ENGINES, GRAPHS, ORT
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -15,8 +16,8 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=_FOLDER, help="Folder of the repository  [default: DIR/triton]")
 @click.option(
     "--target",
-    type=click.Choice(["ort", "portable", "tensorrt", "tensorrt-native"]),
-    default="ort",
+    type=click.Choice([*GRAPHS, *ENGINES]),
+    default=ORT,
     show_default=True,
     help="Compiled graph to serve, or the engine that was built from it.",
 )

@@ -9,7 +9,7 @@ import json
 import onnx_ir as ir
 
 from treeq_export.errors import CompileError
-from treeq_export.runners.compiled import PROFILE_KEY
+from treeq_export.runners.graph_meta import PROFILE_KEY
 
 _MIN_BATCH = 1
 

@@ -19,7 +19,7 @@ from treeq_export.compile.audits.sums import audit_sums, check_sums
 from treeq_export.compile.audits.tensorrt import audit_tensorrt
 from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.compile.export import export_graph
-from treeq_export.compile.targets import FP32, lower
+from treeq_export.compile.targets import lower
 from treeq_export.environment import read_cpu
 from treeq_export.errors import CompileError
 from treeq_export.model.quantized import quantize_model
@@ -27,14 +27,16 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, plan_to_json
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
-from treeq_export.runners.compiled import (
-    PACKED,
-    PLAN_KEY,
-    TENSORRT_TARGETS,
+from treeq_export.runners.graph_file import initializer_bytes
+from treeq_export.runners.graph_meta import PLAN_KEY
+from treeq_export.runners.model_files import (
+    DATA_FILE,
+    MODEL_FILE,
+    OUR_FILES,
+    model_files,
     model_path,
 )
-from treeq_export.runners.graph_file import initializer_bytes
-from treeq_export.runners.model_files import DATA_FILE, MODEL_FILE, OUR_FILES, model_files
+from treeq_export.targets.names import ENGINES, FP32, ORT
 
 RECORD_FILE = "compile.json"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
@@ -90,7 +92,7 @@ def compile_target(
             processor or a format that the target does not have, or local paths are left.
     """
     model = lower(graph, target)
-    if target in TENSORRT_TARGETS:
+    if target in ENGINES:
         write_batch_profile(model, section.opt_batch, section.max_batch)
     model.metadata_props[PLAN_KEY] = hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
     check_metadata(model)
@@ -98,9 +100,9 @@ def compile_target(
     audit: list[AuditLayer] = []
     with atomic_folder(final.parent, OUR_FILES) as folder:
         save_model(model, folder / MODEL_FILE, section.external_data)
-        if target == PACKED:
+        if target == ORT:
             audit = audit_packed(folder / MODEL_FILE, model, tensors, plan)
-        elif target in TENSORRT_TARGETS:
+        elif target in ENGINES:
             audit = audit_tensorrt(folder / MODEL_FILE, plan, tensors)
         elif target != FP32:
             audit = audit_graph(folder / MODEL_FILE, plan, tensors)

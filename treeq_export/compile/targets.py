@@ -27,9 +27,8 @@ from treeq_export.compile.passes.narrow_inputs import NarrowInputs
 from treeq_export.compile.passes.repair_squeeze import RepairSqueeze
 from treeq_export.compile.passes.rewrite_einsum import RewriteEinsum
 from treeq_export.compile.passes.share_subgraphs import ShareSubgraphs
-from treeq_export.runners.compiled import TARGET_KEY, TENSORRT, TENSORRT_NATIVE
-
-FP32 = "fp32"
+from treeq_export.runners.graph_meta import TARGET_KEY
+from treeq_export.targets.names import FP32, TENSORRT, TENSORRT_NATIVE
 
 PASSES: dict[str, tuple[InPlacePass, ...]] = {
     # The unquantized graph of the same exporter: what speed and size are compared with.

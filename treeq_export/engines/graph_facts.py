@@ -16,8 +16,8 @@ import onnx_ir as ir
 from treeq_export.errors import CompileError
 from treeq_export.ops import DOMAIN, MONARCH, PLUGIN_VERSION, PLUGINS, QLINEAR
 from treeq_export.records.build import PluginReference, ShapeRange
-from treeq_export.runners.compiled import PLAN_KEY, read_layers, read_profile
 from treeq_export.runners.graph_file import read_graph
+from treeq_export.runners.graph_meta import PLAN_KEY, read_layers, read_profile
 
 WEIGHT_SUFFIX = ".weight_quantized"
 _BRANCH_SUFFIX = "/branch"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export.errors import RecipeError, RunnerError
-from treeq_export.runners.compiled import TENSORRT_TARGETS
 from treeq_export.runners.engine_manifest import own_gpu
 from treeq_export.runners.tensorrt_library import RUNTIMES, RuntimeName
+from treeq_export.targets.names import ENGINES
 
 # What TensorRT-RTX 1.7 can be told to build for on any machine.
 RTX_GPUS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
@@ -45,9 +45,9 @@ class BuildOptions:
                 f"--runtime: received {self.runtime}, expected one of {', '.join(RUNTIMES)}."
             )
         for target in self.targets:
-            if target not in TENSORRT_TARGETS:
+            if target not in ENGINES:
                 raise RecipeError(
-                    f"--target: received {target}, expected one of {', '.join(TENSORRT_TARGETS)}."
+                    f"--target: received {target}, expected one of {', '.join(ENGINES)}."
                 )
         if not self.gpus:
             raise RecipeError("--gpu: received nothing, expected such as sm_89 or sm_80,sm_89.")

@@ -28,10 +28,11 @@ from treeq_export.reading import read_record, read_text
 from treeq_export.recipe import CompileSection
 from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
-from treeq_export.runners.compiled import TENSORRT_TARGETS, model_path
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
+from treeq_export.runners.model_files import model_path
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.sealed import Say, say_nothing
+from treeq_export.targets.names import ENGINES
 
 RECORD_FILE = "build.json"
 ENGINES_FOLDER = "engines"
@@ -108,11 +109,11 @@ def run_build(
 
 
 def _choose_targets(run: Path, options: BuildOptions) -> tuple[str, ...]:
-    compiled = tuple(name for name in TENSORRT_TARGETS if model_path(run, name).is_file())
+    compiled = tuple(name for name in ENGINES if model_path(run, name).is_file())
     targets = options.targets or compiled
     missing = [target for target in targets if target not in compiled]
     if missing or not targets:
-        names = ", ".join(missing or TENSORRT_TARGETS)
+        names = ", ".join(missing or ENGINES)
         raise PlanError(
             f"{run}: {names} is not compiled. Add it to compile.targets in the recipe and run "
             f"`treeq-export run RECIPE --out {run}`, or `treeq-export compile --run {run}` where "

@@ -22,8 +22,7 @@ from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, TENSORS_FILE
 from treeq_export.reading import load_safetensors
-from treeq_export.runners.compiled import model_path
-from treeq_export.runners.model_files import model_files
+from treeq_export.runners.model_files import model_files, model_path
 from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
 
 _TENSOR = "samples"

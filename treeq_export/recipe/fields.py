@@ -1,6 +1,6 @@
 """Types of a recipe's fields, with their ranges, and the base of its sections."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +17,6 @@ NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Rate = Annotated[float, Field(gt=0, le=1e6, strict=False)]
-Target = Literal["portable", "ort", "tensorrt", "tensorrt-native"]
 AverageBits = Annotated[float, Field(ge=MIN_BITS, le=MAX_BITS, strict=False)]
 
 

@@ -14,10 +14,10 @@ from treeq_export.recipe.fields import (
     Rate,
     Section,
     Seed,
-    Target,
     Threads,
 )
 from treeq_export.recipe.search_section import SearchSection
+from treeq_export.targets.names import GraphName, TargetName
 
 
 def _check_name(name: str) -> str:
@@ -208,7 +208,7 @@ class CompileSection(Section):
         opt_batch: Batch that TensorRT engines are tuned for (guidance of one image is two).
     """
 
-    targets: Annotated[list[Target], Field(min_length=1)] = ["portable", "ort"]
+    targets: Annotated[list[TargetName], Field(min_length=1)] = ["portable", "ort"]
     external_data: Literal["auto", "always", "never"] = "auto"
     max_batch: Annotated[int, Field(ge=2, le=MAX_AXIS)] = 256
     opt_batch: Axis = 2
@@ -299,7 +299,7 @@ class EvaluateSection(Section):
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=1000)] = [0]
     classifier: str | None = None
     reference: str | None = None
-    runner: Literal["portable", "ort", "torch"] = "portable"
+    runner: Literal[GraphName, "torch"] = "portable"
     baseline: Literal["uniform"] | None = None
     gates: QualityGates = QualityGates()
 

@@ -20,8 +20,7 @@ from treeq_export.records import (
     SearchRecord,
     load_record,
 )
-
-FP32 = "fp32"
+from treeq_export.targets.names import FP32
 
 # The section of report.json that a stage fills.
 STAGE_OF_SECTION = {"parity": "validate", "quality": "evaluate", "bench": "bench"}

@@ -26,11 +26,12 @@ from treeq_export.recipe import Recipe
 from treeq_export.records import AuditLayer, TargetParity
 from treeq_export.report import figures, quantities, search_figures
 from treeq_export.report.branches import tabulate_branches
-from treeq_export.report.evidence import FP32, STAGE_OF_SECTION, Evidence, judge
+from treeq_export.report.evidence import STAGE_OF_SECTION, Evidence, judge
 from treeq_export.report.heatmap import lay_out_bits
 from treeq_export.report.summary import Report, baseline_speedups, sort_worst_first
 from treeq_export.report.tiles import describe_speedup, make_tiles
 from treeq_export.report.tree import draw_tree
+from treeq_export.targets.names import FP32
 
 TEMPLATE = "template.html.j2"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

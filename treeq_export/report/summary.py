@@ -30,7 +30,8 @@ from treeq_export.records import (
     SearchRecord,
     Speedup,
 )
-from treeq_export.report.evidence import FP32, Evidence
+from treeq_export.report.evidence import Evidence
+from treeq_export.targets.names import FP32
 
 REPORT_FILE = "report.json"
 HTML_FILE = "report.html"

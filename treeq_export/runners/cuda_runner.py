@@ -15,13 +15,13 @@ from torch import Tensor
 from treeq_export.errors import RunnerError
 from treeq_export.model.quantized import quantized_layers
 from treeq_export.model.zoo import Denoiser
-from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.gpu_layers import (
     GpuQLinear,
     channel_order,
     gpu_layers,
     make_gpu_model,
 )
+from treeq_export.runners.graph_meta import LayerSite
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FLOAT32_INPUTS = ("timestep",)  # the embedding of 0..1000 is computed in float32

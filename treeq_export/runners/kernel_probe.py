@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
-from treeq_export.runners.compiled import LayerSite
 from treeq_export.runners.cpu_kernels import CpuQLinear
+from treeq_export.runners.graph_meta import LayerSite
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.plain_layer import (
     INPUT,

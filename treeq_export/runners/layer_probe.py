@@ -22,7 +22,8 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from treeq_export.errors import RunnerError
 from treeq_export.ops import PLUGIN_ATTRIBUTES
-from treeq_export.runners.compiled import TARGET_KEY, LayerSite, must_keep_int8
+from treeq_export.runners.compiled import must_keep_int8
+from treeq_export.runners.graph_meta import TARGET_KEY, LayerSite
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.plain_layer import (
     INPUT,

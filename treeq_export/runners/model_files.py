@@ -1,4 +1,4 @@
-"""Which files are a compiled model."""
+"""Which files are a compiled model, and where they lie in a run folder."""
 
 from pathlib import Path
 
@@ -6,6 +6,12 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = f"{MODEL_FILE}.data"
 # What we write into the folder of a model; whatever else lies there is somebody else's.
 OUR_FILES = (MODEL_FILE, DATA_FILE)
+BODY = "_body"  # ends the name of a way to run a target without our kernels
+
+
+def model_path(run: Path, target: str) -> Path:
+    """Return DIR/onnx/<target>/model.onnx, the same for all ways to run a target."""
+    return run / "onnx" / target.removesuffix(BODY) / MODEL_FILE
 
 
 def model_files(path: Path) -> list[Path]:

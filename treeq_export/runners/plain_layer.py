@@ -22,7 +22,7 @@ from treeq_export.ops import (
     LayerFormat,
     OpDefinition,
 )
-from treeq_export.runners.compiled import LayerSite
+from treeq_export.runners.graph_meta import LayerSite
 
 INPUT, OUTPUT = "x", "y"
 # Attributes of a FusedQLinear: overloads of the functions of its parts.

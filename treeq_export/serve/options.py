@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from treeq_export.errors import ServeError
-from treeq_export.runners.compiled import PACKED, TENSORRT_TARGETS
 from treeq_export.serve.inside.check_manifest import find_unfit
+from treeq_export.targets.names import ENGINES, ORT
 
 Backend = Literal["onnxruntime", "tensorrt", "python"]
 Mode = Literal["inprocess", "bls"]
 RuntimeChoice = Literal["tensorrt", "tensorrt-rtx"]
-ONNX_TARGETS = (PACKED, "portable")
 MOST_DELAY_US = 200
 USUAL_BATCH = 16
 
@@ -40,7 +39,7 @@ class ServeOptions:
         add_version: Add the next version to a repository that is there.
     """
 
-    target: str = PACKED
+    target: str = ORT
     backend: Backend | None = None
     mode: Mode = "inprocess"
     runtime: RuntimeChoice = "tensorrt"
@@ -60,7 +59,7 @@ class ServeOptions:
     @property
     def is_engine(self) -> bool:
         """Whether an engine is served, not a graph."""
-        return self.target in TENSORRT_TARGETS
+        return self.target in ENGINES
 
     @property
     def chosen_backend(self) -> Backend:
@@ -86,7 +85,7 @@ class ServeOptions:
         if backend == "tensorrt" and not self.is_engine:
             raise ServeError(
                 f"--backend tensorrt: target {self.target} is no engine. "
-                f"Choose --target {' or '.join(TENSORRT_TARGETS)}."
+                f"Choose --target {' or '.join(ENGINES)}."
             )
         if backend == "tensorrt" and self.runtime == "tensorrt-rtx":
             raise ServeError(

@@ -11,10 +11,10 @@ from treeq_export.model.denoise import is_pixels
 from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
-from treeq_export.runners.compiled import model_path, runner_options, uses_kernels
+from treeq_export.runners.compiled import runner_options, uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, read_manifest
-from treeq_export.runners.model_files import DATA_FILE, model_files
+from treeq_export.runners.model_files import DATA_FILE, model_files, model_path
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
 from treeq_export.serve.inside.settings import (

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from treeq_export.errors import ServeError
 from treeq_export.runners import graph_file
-from treeq_export.runners.compiled import PLAN_KEY
+from treeq_export.runners.graph_meta import PLAN_KEY
 
 # ONNX's name: Triton's data_type, numpy's name. Triton has no type for anything below 8 bits.
 _TYPES = {

@@ -29,16 +29,13 @@ from treeq_export.compile.graph.fused import packed_nodes
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import (
-    PACKED,
-    TENSORRT_TARGETS,
-    read_layers,
-    uses_kernels,
-)
+from treeq_export.runners.compiled import uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.graph_file import read_graph
+from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.plain_layer import cut_packed
 from treeq_export.scratch import scratch_folder
+from treeq_export.targets.names import ENGINES, ORT
 
 # Integer matrix products of ONNX Runtime's CPU provider.
 INTEGER_OPS = frozenset(
@@ -157,7 +154,7 @@ def audit_packed(
             weight = _weight_of(names, tensors)
             bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), weight)
         entries.append(bodies[key].model_copy(update={"name": site.name}))
-    if not uses_kernels(PACKED):
+    if not uses_kernels(ORT):
         return entries
     with scratch_folder() as folder:
         optimized = optimized_graph(path, folder, use_kernels=True)
@@ -194,7 +191,7 @@ def check_audit(target: str, audit: list[AuditLayer]) -> None:
         listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
         more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
         where, remedy = f"in ONNX Runtime {onnxruntime.__version__}", _REMEDY
-        if target in TENSORRT_TARGETS:
+        if target in ENGINES:
             where, remedy = "in the compiled file", "Exclude them by search.exclude."
         raise CompileError(
             f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "

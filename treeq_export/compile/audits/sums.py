@@ -23,8 +23,9 @@ from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.numerics import accumulate, code_range
 from treeq_export.quant.packing import pack
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import read_layers, uses_kernels
+from treeq_export.runners.compiled import uses_kernels
 from treeq_export.runners.cpu_kernels import CpuQLinear
+from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 
 ROWS = 8

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from treeq_export import ops
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
-from treeq_export.runners.compiled import read_layers, write_layers
+from treeq_export.runners.graph_meta import read_layers, write_layers
 
 FUSED = ops.FUSED.name
 MAX_OUTPUTS = 3

@@ -14,7 +14,7 @@ Rules:
 Weight-only layers are lowered before (LowerWeightOnly).
 
 TensorRT takes INT8 with the zero point 0 only. ONNX Runtime, which emulates the target, multiplies
-that with saturation on x86 without VNNI if weights have 8 bits; runners/compiled.py keeps it from
+that with saturation on x86 without VNNI if weights have 8 bits; targets keep it from
 that by a session option.
 """
 

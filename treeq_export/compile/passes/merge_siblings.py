@@ -35,7 +35,7 @@ from treeq_export.compile.graph.fused import (
     widen,
 )
 from treeq_export.compile.passes.lower_qlinear import add_initializer
-from treeq_export.runners.compiled import read_layers, write_layers
+from treeq_export.runners.graph_meta import read_layers, write_layers
 
 _TILE = 32
 # How the siblings' arrays are joined: axis of the output channels.

@@ -12,11 +12,11 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from treeq_export.compile.graph.signature import DOMAIN, MONARCH, QLINEAR, layer_name, nodes_of
-from treeq_export.runners.compiled import LayerSite, write_layers
+from treeq_export.runners.graph_meta import LayerSite, write_layers
 
 
 class NameLayers(InPlacePass):
-    """Name the layers; ensures that `runners.compiled.read_layers` finds them."""
+    """Name the layers; ensures that `graph_meta.read_layers` finds them."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the model in place."""

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from treeq_export.compile.graph.fused import packed_nodes
 from treeq_export.compile.graph.signature import DOMAIN
-from treeq_export.runners.compiled import read_layers, write_layers
+from treeq_export.runners.graph_meta import read_layers, write_layers
 
 _MARK = "share_subgraphs"  # makes a node unlike all others for the time of the pass
 
