@@ -13,6 +13,13 @@ from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
+from treeq_export.targets.table import target_named
+
+
+def lower(model: ir.Model, target: str) -> ir.Model:
+    """Apply a target's passes to an exported graph, in place, and return it."""
+    return target_named(target).lower(model)
+
 
 SMALL: dict[str, Any] = {
     "weight_bits": 3,

@@ -24,10 +24,10 @@ from onnxruntime import quantization
 from onnxruntime.quantization import quantize_static, shape_inference
 
 from tests.commands import measure_nothing
-from treeq_export.bench import memory, memory_child, run_bench, timing
+from treeq_export.bench import memory, memory_child, timing
 from treeq_export.bench.memory import measure_memory
 from treeq_export.bench.peer import make_int8_peer, model_files
-from treeq_export.bench.stage import compare_rows
+from treeq_export.bench.stage import compare_rows, run_bench
 from treeq_export.bench.timing import compare_times, round_order, time_rounds, wait_until_idle
 from treeq_export.environment import describe_environment, read_cpu, read_peak_bytes, warn_if_busy
 from treeq_export.errors import OutOfMemoryError, OutputError, PlanError, RunnerError, TreeqError

@@ -14,11 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.hand_layers import lower
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.bisect import bisect_network, find_departure, layers_before, run_bisect
-from treeq_export.bisect.network import cut_prefix, run_as_engine
+from treeq_export.bisect.departure import find_departure, layers_before
+from treeq_export.bisect.network import bisect_network, cut_prefix, run_as_engine
+from treeq_export.bisect.run import run_bisect
 from treeq_export.cli import main
-from treeq_export.compile.targets import lower
 from treeq_export.errors import PlanError, RunnerError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.recipe import ValidateSection
@@ -27,8 +28,8 @@ from treeq_export.records.build import EngineManifest, ShapeRange, VerifierSumma
 from treeq_export.runners.graph_meta import LayerSite, load_compiled, read_layers
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.reference_trace import trace_reference
 from treeq_export.runners.tensorrt_library import load_runtime
-from treeq_export.validate import trace_reference
 
 Make = Callable[..., Any]
 WAYS = ["portable", "ort", "ort_body"]
@@ -38,7 +39,7 @@ SCALE = {"portable": f"{BROKEN}.weight_quantized_scale", "ort": f"model.{BROKEN}
 
 def break_layer(run: Path, target: str, name: str, change: Callable[[Any], Any]) -> None:
     """Rewrite one initializer of a compiled graph."""
-    path = model_path(run, target)
+    path = model_path(run, target.removesuffix("_body"))
     model = ir.serde.deserialize_model(onnx.load(path))
     value = model.graph.initializers[name]
     assert value.const_value is not None

@@ -30,7 +30,6 @@ from treeq_export.evaluate.samples import (
     make_fingerprint,
     sample_or_load,
 )
-from treeq_export.evaluate.sampling import Runner
 from treeq_export.evaluate.scores import Judge, open_judge, score
 from treeq_export.evaluate.stage import Baseline, apply_gates, mean_scores
 from treeq_export.model.checkpoint import load_model, open_checkpoint
@@ -44,6 +43,7 @@ from treeq_export.recipe import (
     SamplerSection,
 )
 from treeq_export.records import QualityRecord, QualityScores, load_record
+from treeq_export.runners.protocols import Runner
 from treeq_export.runners.torch_runner import TorchRunner
 
 PIXELS = (1, 4, 4)

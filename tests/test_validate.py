@@ -15,8 +15,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from tests.hand_layers import lower
 from treeq_export.compile.stage import compile_target
-from treeq_export.compile.targets import lower
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import quantize_model, quantized_layers
@@ -36,17 +36,19 @@ from treeq_export.runners.graph_meta import load_compiled, read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.reference_trace import (
+    Trace,
+    find_half_overflow,
+    measure_half_rounding,
+    trace_reference,
+)
 from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
 from treeq_export.validate import (
-    Trace,
     compare_layer,
-    find_half_overflow,
     make_gates,
-    measure_half_rounding,
     reference_codes,
     run_validate,
     sums_equal,
-    trace_reference,
 )
 
 Make = Callable[..., Any]
@@ -583,7 +585,7 @@ def test_an_overflow_of_float16_is_named_with_what_helps(compiled_dit: Any):
     handle.remove()
     assert found == "transformer_blocks.1.ff.net.2"
     layers = [make_parity("a")]
-    gate = make_gates("t", math.nan, layers, ParityGates(), math.nan, found)[0]
+    gate = make_gates("t (emulated)", math.nan, layers, ParityGates(), math.nan, found)[0]
     assert not gate.passed
     assert gate.name == (
         "t (emulated): end-to-end sqnr_db (float16 overflows from transformer_blocks.1.ff.net.2 "

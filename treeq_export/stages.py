@@ -17,12 +17,12 @@ from treeq_export.model.quantized import quantize_model
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.report import Report, make_report, write_report
-from treeq_export.runners.compiled import open_target, ways_to_run
 from treeq_export.runners.model_files import model_files, model_path
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
-from treeq_export.targets.names import ENGINES, FP32
+from treeq_export.targets.names import FP32
+from treeq_export.targets.table import different_ways, open_way
 from treeq_export.validate import run_validate
 from treeq_export.workspace import Workspace
 
@@ -109,7 +109,7 @@ def _validate(workspace: Workspace, on_step: OnStep) -> None:
         workspace.denoiser,
         workspace.plan,
         workspace.tensors,
-        list(workspace.recipe.compile.targets),
+        workspace.recipe.compile.targets,
         workspace.recipe.validate_,
         workspace.recipe.seed,
         on_step,
@@ -118,13 +118,12 @@ def _validate(workspace: Workspace, on_step: OnStep) -> None:
 
 def _bench(workspace: Workspace, on_step: OnStep) -> None:
     recipe = workspace.recipe
-    # On the CPU the targets of TensorRT are emulated, which has no speed worth a name.
-    timed = [target for target in recipe.compile.targets if target not in ENGINES]
+    timed = [way.name for way in different_ways(recipe.compile.targets) if not way.emulated]
     run_bench(
         workspace.run,
         workspace.denoiser,
         recipe.bench,
-        targets=["torch_fp32", "ort_fp32", "ort_int8", *ways_to_run(timed)],
+        targets=["torch_fp32", "ort_fp32", "ort_int8", *timed],
         seed=recipe.seed,
         on_step=on_step,
         model=recipe.model,
@@ -145,7 +144,7 @@ def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
             quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
             runner = stack.enter_context(TorchRunner(quantized))
         else:
-            runner = stack.enter_context(open_target(workspace.run, name))
+            runner = stack.enter_context(open_way(workspace.run, name))
         run_evaluate(
             workspace.run,
             workspace.denoiser,

@@ -7,11 +7,11 @@ quant/numerics.py. For each layer of each target:
                        layers is in it; with it the activation codes, and the int32 sums
     propagated error   the layer's output inside the whole network
 
-The targets of TensorRT have a float16 body. Their layers are fed the reference's input rounded to
-float16, and compared with the reference on the same rounded input: what rounding it costs belongs
-to the layers before. End to end they are held to what the reference itself reaches when the outputs
-of its modules are rounded so: at few bits that rounding moves codes. Here ONNX Runtime runs them on
-the CPU, which the record says: it proves the graph, and an engine only as far as TensorRT obeys it.
+The layers of a float16 body are fed the reference's input rounded to float16, and compared with
+the reference on the same rounded input: what rounding it costs belongs to the layers before. End to
+end such a body is held to what the reference itself reaches when the outputs of its modules are
+rounded so: at few bits that rounding moves codes. The record says where ONNX Runtime emulates a
+target: that proves the graph, and an engine only as far as TensorRT obeys it.
 
 A code flips where x' / s_x lies so close to a rounding border that another order of summation in
 the rotation or the rms moves it across; equal-code fractions just below 1 are these. Given equal
@@ -19,7 +19,7 @@ codes the int32 sums have to be equal bit for bit.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from treeq_export.model.qlinear import QLinear
-from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
+from treeq_export.model.quantized import linear_of, quantized_layers
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
 from treeq_export.quant.metrics import equal_code_fraction, max_abs_error, sqnr_db
@@ -44,20 +44,17 @@ from treeq_export.records import (
     TargetParity,
     save_record,
 )
-from treeq_export.runners.compiled import open_target, runner_options, uses_kernels, ways_to_run
 from treeq_export.runners.graph_file import runnable
 from treeq_export.runners.graph_meta import LayerSite, load_compiled, load_layers
-from treeq_export.runners.kernel_probe import KernelProbe
-from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.model_files import model_path
-from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.protocols import Probe
 from treeq_export.runners.reference_trace import (
+    Reference,
     Trace,
-    find_half_overflow,
-    measure_half_rounding,
-    trace_reference,
+    make_reference,
 )
-from treeq_export.targets.names import ENGINES
+from treeq_export.runners.ways import Way
+from treeq_export.targets.table import different_ways
 
 RECORD_FILE = "parity.json"
 
@@ -87,7 +84,7 @@ def sums_equal(layer: QLinear, codes: Array, sums: Array) -> bool:
 
 
 def compare_layer(
-    probe: LayerProbe | KernelProbe,
+    probe: Probe,
     layer: QLinear,
     full: nn.Linear,
     trace: Trace,
@@ -105,8 +102,7 @@ def compare_layer(
             became part of a fused node.
         half: Whether the target holds activations in float16.
     """
-    name = probe.site.name
-    x, inside = trace.layer_inputs[name], trace.layer_outputs[name]
+    x, inside = trace.layer_inputs[probe.name], trace.layer_outputs[probe.name]
     y = inside
     if half:
         x = x.astype(np.float16).astype(np.float32)
@@ -122,39 +118,69 @@ def compare_layer(
     with torch.no_grad():
         full_y = full(torch.from_numpy(x)).numpy()
     return LayerParity(
-        name=name,
+        name=probe.name,
         sqnr_db=sqnr_db(y, received),
         max_abs_error=max_abs_error(y, received),
         equal_code_fraction=fraction,
         accumulators_equal=equal,
-        propagated_sqnr_db=_propagated_sqnr(inside, propagated),
+        propagated_sqnr_db=(
+            None if propagated is None else sqnr_db(inside, propagated.astype(np.float32))
+        ),
         quantization_sqnr_db=sqnr_db(full_y, y),
     )
 
 
-def _propagated_sqnr(y: Array, received: Array | None) -> float | None:
-    return None if received is None else sqnr_db(y, received.astype(np.float32))
+def compare_layers(
+    reference: Reference, probes: Iterable[Probe], inside: Mapping[str, Array], half: bool = False
+) -> Iterator[LayerParity]:
+    """Yield the comparison of every layer, as it is asked for.
+
+    Args:
+        reference: The reference.
+        probes: The target's layers, in execution order.
+        inside: Outputs inside the target's whole network by layer name, as far as they exist.
+        half: Whether the target holds activations in float16.
+    """
+    layers = quantized_layers(reference.quantized)
+    for probe in probes:
+        full = linear_of(reference.denoiser, reference.plan.layer(probe.name))
+        propagated = inside.get(probe.name)
+        yield compare_layer(probe, layers[probe.name], full, reference.trace, propagated, half)
 
 
-def run_with_layers(
-    run: Path, target: str, sites: list[LayerSite], trace: Trace
-) -> Mapping[str, Array]:
-    """Run a target's whole network and return every layer's output by value name."""
-    model = load_compiled(run, target)
+def compare_compiled(
+    run: Path, way: Way, reference: Reference, model: ir.Model, sites: Sequence[LayerSite]
+) -> Iterator[LayerParity]:
+    """Yield the comparison of every layer of a compiled graph, in execution order.
+
+    Args:
+        run: The run folder.
+        way: How the graph is run.
+        reference: The reference.
+        model: The compiled graph.
+        sites: The graph's layers.
+    """
+    inside = _run_inside(run, way, sites, reference.trace)
+    probes = (way.probe(model, site) for site in sites)
+    yield from compare_layers(reference, probes, inside, way.half)
+
+
+def _run_inside(run: Path, way: Way, sites: Sequence[LayerSite], trace: Trace) -> dict[str, Array]:
+    """Run a whole graph and return the output of every layer that has one, by layer name."""
+    model = load_compiled(run, way.target)
     values = ir.convenience.create_value_mapping(model.graph)
     present = {value.name for value in model.graph.outputs}
-    for site in sites:
-        if site.output and site.output not in present:
-            model.graph.outputs.append(values[site.output])
-    options = runner_options(model_path(run, target), target)
-    with runnable(model, run) as source, OrtRunner(source, **options) as runner:
-        return runner.run_all(trace.inputs)
+    seen = [site for site in sites if site.output]
+    model.graph.outputs.extend(values[site.output] for site in seen if site.output not in present)
+    with runnable(model, run) as source, way.open(source) as runner:
+        outputs = runner.run_all(trace.inputs)
+    return {site.name: outputs[site.output] for site in seen}
 
 
 def make_gates(
-    target: str,
+    name: str,
     sqnr: float,
-    layers: list[LayerParity],
+    layers: Sequence[LayerParity],
     limits: ParityGates,
     half_rounding_db: float | None = None,
     overflow: str | None = None,
@@ -162,52 +188,50 @@ def make_gates(
     """Return the parity gates of one target; layer gates name the worst layer.
 
     Args:
-        target: Its name.
-        sqnr: End to end, dB.
-        layers: Its layers.
-        limits: The recipe's.
+        name: What the gates call the target.
+        sqnr: SQNR of the network's output, dB.
+        layers: The target's layers.
+        limits: The recipe's limits.
         half_rounding_db: What `measure_half_rounding` gave, for a target with a float16 body.
         overflow: The module from which on float16 cannot hold the values; None where it can.
     """
     least = limits.min_end_to_end_sqnr_db
     if half_rounding_db is not None:
-        target = f"{target} (emulated)"
         least = min(least, half_rounding_db - limits.half_margin_db)
-    name = f"{target}: end-to-end sqnr_db"
+    end_to_end = "end-to-end sqnr_db"
     if overflow is not None:
-        name += f" (float16 overflows from {overflow} on; use target ort or portable)"
-    gates = [GateResult.of(name, sqnr, least, at_least=True)]
+        end_to_end += f" (float16 overflows from {overflow} on; use target ort or portable)"
     worst = min(layers, key=lambda layer: _nan_is_least(layer.sqnr_db))
-    gates.append(
-        GateResult.of(
-            f"{target}: own sqnr_db of the worst layer ({worst.name})",
-            worst.sqnr_db,
-            limits.min_layer_sqnr_db,
-            at_least=True,
-        )
-    )
-    coded = [layer for layer in layers if layer.equal_code_fraction is not None]
+    own = f"own sqnr_db of the worst layer ({worst.name})"
+    gates: list[tuple[str, float, float]] = [
+        (end_to_end, sqnr, least),
+        (own, worst.sqnr_db, limits.min_layer_sqnr_db),
+    ]
+    coded = {
+        layer.name: layer.equal_code_fraction
+        for layer in layers
+        if layer.equal_code_fraction is not None
+    }
     if coded:
-        worst = min(coded, key=lambda layer: _nan_is_least(layer.equal_code_fraction or 0.0))
-        gates.append(
-            GateResult.of(
-                f"{target}: equal codes of the worst layer ({worst.name})",
-                worst.equal_code_fraction or 0.0,
-                limits.min_equal_code_fraction,
-                at_least=True,
-            )
-        )
-        unequal = [layer.name for layer in coded if layer.accumulators_equal is not True]
+        worst_name = min(coded, key=lambda layer: _nan_is_least(coded[layer]))
+        unequal = [
+            layer.name
+            for layer in layers
+            if layer.name in coded and layer.accumulators_equal is not True
+        ]
         named = f" (not {unequal[0]})" if unequal else ""
-        gates.append(
-            GateResult.of(
-                f"{target}: layers with equal int32 sums{named}",
-                len(coded) - len(unequal),
-                len(coded),
-                at_least=True,
-            )
-        )
-    return gates
+        gates += [
+            (
+                f"equal codes of the worst layer ({worst_name})",
+                coded[worst_name],
+                limits.min_equal_code_fraction,
+            ),
+            (f"layers with equal int32 sums{named}", len(coded) - len(unequal), len(coded)),
+        ]
+    return [
+        GateResult.of(f"{name}: {what}", measured, limit, at_least=True)
+        for what, measured, limit in gates
+    ]
 
 
 def _nan_is_least(value: float) -> float:
@@ -215,71 +239,53 @@ def _nan_is_least(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def compare_target(
-    run: Path,
-    target: str,
-    denoiser: Denoiser,
-    quantized: Denoiser,
-    plan: Plan,
-    trace: Trace,
+def judge(
+    reference: Reference,
+    way: Way,
+    output: Array,
+    layers: list[LayerParity],
     limits: ParityGates,
-    on_layer: Callable[[], None],
-    half_rounding_db: float | None,
-    overflow: str | None = None,
 ) -> TargetParity:
-    """Compare one compiled target with the reference.
+    """Judge what a target computed.
 
     Args:
-        run: The run folder.
-        target: As `ways_to_run` names it.
-        denoiser: The full-precision model.
-        quantized: The reference.
-        plan: Its plan.
-        trace: What the reference computed.
-        limits: The recipe's gates.
-        on_layer: Called after every layer.
-        half_rounding_db: See `make_gates`; None for a float32 body.
-        overflow: See `make_gates`.
-
-    Returns:
-        What was measured.
-
-    Raises:
-        PlanError: The target is missing, or was compiled from another plan's layers.
+        reference: The reference.
+        way: How the target was run.
+        output: The network's output.
+        layers: The comparisons of the layers.
+        limits: The recipe's limits.
     """
-    model, sites = load_layers(run, target, [layer.name for layer in plan.layers])
-    with open_target(run, target) as runner:
-        output = runner.run(trace.inputs)
-    inside = run_with_layers(run, target, sites, trace)
-    references = quantized_layers(quantized)
-    make_probe = KernelProbe if uses_kernels(target) else LayerProbe
-    layers = []
-    for site in sites:
-        full = linear_of(denoiser, plan.layer(site.name))
-        probe = make_probe(model, site)
-        propagated = inside.get(site.output)
-        layers.append(
-            compare_layer(
-                probe,
-                references[site.name],
-                full,
-                trace,
-                propagated,
-                half=half_rounding_db is not None,
-            )
-        )
-        on_layer()
-    sqnr = sqnr_db(trace.output, output)
-    gates = make_gates(target, sqnr, layers, limits, half_rounding_db, overflow)
+    expected = reference.trace.output
+    sqnr = sqnr_db(expected, output)
+    name = f"{way.name} (emulated)" if way.emulated else way.name
+    rounding = reference.half_rounding_db if way.half else None
+    overflow = reference.half_overflow if way.half else None
+    gates = make_gates(name, sqnr, layers, limits, rounding, overflow)
     return TargetParity(
-        target=target,
-        runtime=ORT_CPU if half_rounding_db is None else EMULATED,
+        target=way.name,
+        runtime=EMULATED if way.emulated else ORT_CPU,
         passed=all(gate.passed for gate in gates),
         sqnr_db=sqnr,
-        max_abs_error=max_abs_error(trace.output, output),
+        max_abs_error=max_abs_error(expected, output),
         layers=layers,
         gates=gates,
     )
+
+
+def count_steps(
+    layers: Iterable[LayerParity], before: int, total: int, on_step: Callable[[float], None]
+) -> Iterator[LayerParity]:
+    """Yield comparisons and tell after each which fraction of all is done.
+
+    Args:
+        layers: The comparisons.
+        before: How many were made before.
+        total: How many there will be in all.
+        on_step: Called with the fraction done, 0..1.
+    """
+    for index, layer in enumerate(layers, start=before + 1):
+        on_step(index / total)
+        yield layer
 
 
 def run_validate(
@@ -287,7 +293,7 @@ def run_validate(
     denoiser: Denoiser,
     plan: Plan,
     tensors: Mapping[str, Array],
-    targets: list[str],
+    targets: Iterable[str],
     section: ValidateSection,
     seed: int,
     on_step: Callable[[float], None],
@@ -298,8 +304,8 @@ def run_validate(
         run: The run folder.
         denoiser: The full-precision model.
         plan: The calibrated plan.
-        tensors: Its tensors.
-        targets: Compiled targets; "ort" is compared with our kernels and without them.
+        tensors: The plan's tensors.
+        targets: Compiled targets; each is compared in every way that differs here.
         section: The recipe's validate section.
         seed: Seed of the inputs.
         on_step: Called with the fraction done, 0..1.
@@ -310,40 +316,17 @@ def run_validate(
     Raises:
         PlanError: A target is missing or of another plan.
     """
-    quantized = quantize_model(denoiser, plan, tensors)
-    inputs = denoiser.make_example_inputs(section.batch_size, seed)
-    trace = trace_reference(quantized, inputs)
-    ways = ways_to_run(targets)
-    total, done = len(ways) * len(plan.layers), 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_step(done / total)
-
-    halves = set(ENGINES) & set(ways)
-    rounding = measure_half_rounding(quantized, trace) if halves else None
-    overflow = None
-    if rounding is not None and not math.isfinite(rounding):
-        overflow = find_half_overflow(quantized, trace)
-    record = ParityRecord(
-        batch_size=section.batch_size,
-        seed=seed,
-        targets=[
-            compare_target(
-                run,
-                target,
-                denoiser,
-                quantized,
-                plan,
-                trace,
-                section.gates,
-                count,
-                rounding if target in halves else None,
-                overflow if target in halves else None,
-            )
-            for target in ways
-        ],
-    )
+    reference = make_reference(denoiser, plan, tensors, section.batch_size, seed)
+    ways = different_ways(targets)
+    num = len(plan.layers)
+    entries: list[TargetParity] = []
+    for index, way in enumerate(ways):
+        model, sites = load_layers(run, way.target, reference.trace.layer_inputs)
+        with way.open(model_path(run, way.target)) as runner:
+            output = runner.run(reference.trace.inputs)
+        compared = compare_compiled(run, way, reference, model, sites)
+        layers = list(count_steps(compared, index * num, len(ways) * num, on_step))
+        entries.append(judge(reference, way, output, layers, section.gates))
+    record = ParityRecord(batch_size=section.batch_size, seed=seed, targets=entries)
     save_record(run / RECORD_FILE, record)
     return record

@@ -10,7 +10,7 @@ import pytest
 
 from experimental.quick_plugins.plugin import PRODUCT_OP, QUANTIZE_OP
 from experimental.quick_plugins.split import PASSES, split_file
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.targets.names import TENSORRT
 

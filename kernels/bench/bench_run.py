@@ -22,9 +22,9 @@ from rich.console import Console
 from treeq_export.artefacts import write_json
 from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.environment import describe_environment
-from treeq_export.runners.compiled import open_target, ways_to_run
 from treeq_export.runners.cpu_kernels import read_isa
 from treeq_export.runners.model_files import model_path
+from treeq_export.targets.table import different_ways, open_way
 
 FP32 = "fp32"
 TARGETS = ("ort", "portable")
@@ -83,8 +83,8 @@ def main() -> None:
     rows = []
     with ExitStack() as stack:
         runners = {
-            name: stack.enter_context(open_target(arguments.run, name, threads=1))
-            for name in ways_to_run(names)
+            way.name: stack.enter_context(open_way(arguments.run, way.name, threads=1))
+            for way in different_ways(names)
         }
         for batch in arguments.batches or [2, 32]:
             inputs = make_inputs(model_path(arguments.run, FP32), batch, seed=1)

@@ -61,7 +61,7 @@ from treeq_export.model.zoo import make_denoiser
 from treeq_export.plan import PLAN_FILE
 from treeq_export.records import Record
 from treeq_export.records.loadtest import LoadTestRecord, describe_errors
-from treeq_export.runners.compiled import open_target
+from treeq_export.targets.table import open_way
 from treeq_export.workspace import Workspace
 
 RECORD_FILE, FIGURE_FILE = "serving.json", "serving.png"
@@ -249,7 +249,7 @@ def open_direct(options: argparse.Namespace) -> Iterator[Callable[[], NDArray[np
         checkpoint, recipe = workspace.checkpoint, workspace.recipe
         denoiser = make_denoiser(build_model(checkpoint), checkpoint, recipe.model)
     conditioning = {LABELS: torch.tensor([LABEL])}
-    with open_target(options.run, options.target, threads=options.threads) as runner:
+    with open_way(options.run, options.target, threads=options.threads) as runner:
         yield lambda: sample(
             lambda inputs: torch.from_numpy(runner.run(inputs)),
             denoiser,

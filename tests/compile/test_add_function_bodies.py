@@ -7,9 +7,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.graph.signature import read_signature
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.targets import lower
 from treeq_export.quant.branch import apply_branch
 
 Make = Callable[..., Any]

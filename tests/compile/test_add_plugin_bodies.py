@@ -4,7 +4,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.targets.names import TENSORRT
 

@@ -7,8 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audits.onnx_runtime import audit_graph, check_audit, optimized_graph
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
+from treeq_export.compile.audits.onnx_runtime import (
+    AUDIT_RUNTIME,
+    audit_graph,
+    optimized_graph,
+)
 from treeq_export.errors import CompileError
 
 Make = Callable[..., Any]
@@ -65,7 +69,7 @@ def test_siblings_of_one_input_all_become_integer(
     assert [entry.name for entry in audit] == [*NAMES, "blocks.0.d"]
     assert {entry.op_type for entry in audit} == {"MatMulIntegerToFloat"}
     assert all(entry.integer for entry in audit)
-    check_audit(target, audit)
+    AUDIT_RUNTIME.check(target, audit)
     ops = Counter(node.op_type for node in optimized_graph(path, tmp_path).graph)
     assert ops["MatMulIntegerToFloat"] == 4
     assert ops["DequantizeLinear"] == ops["Gemm"] == 0
@@ -88,7 +92,7 @@ def test_groups_and_equal_weights_are_found(
         [both] * 3,
         ["MatMulInteger", "MatMulIntegerToFloat", "MatMulIntegerToFloat"],
     )
-    check_audit(target, audit)
+    AUDIT_RUNTIME.check(target, audit)
 
 
 def test_float_layer_is_named(tmp_path: Path, make_layer: Make, make_model: Make, make_plan: Make):
@@ -98,7 +102,7 @@ def test_float_layer_is_named(tmp_path: Path, make_layer: Make, make_model: Make
     audit = audit_graph(save(model, tmp_path), *make_plan(*layers))
     assert [entry.integer for entry in audit] == [True, False, True]
     with pytest.raises(CompileError, match="target portable: 1 of 3") as caught:
-        check_audit("portable", audit)
+        AUDIT_RUNTIME.check("portable", audit)
     message = str(caught.value)
     assert f"blocks.0.b ({audit[1].op_type})" in message
     assert "blocks.0.a" not in message
@@ -124,7 +128,7 @@ def test_every_reader_of_the_weight_counts(
     audit = audit_graph(save(model, tmp_path), *make_plan(layer))
     assert [entry.op_type for entry in audit] == ["Gather + MatMulIntegerToFloat"]
     with pytest.raises(CompileError, match=r"blocks\.0\.a \(Gather \+ MatMulIntegerToFloat\)"):
-        check_audit("portable", audit)
+        AUDIT_RUNTIME.check("portable", audit)
 
 
 def test_missing_layer_is_named(
@@ -135,7 +139,7 @@ def test_missing_layer_is_named(
     audit = audit_graph(path, *make_plan(*layers))
     assert [entry.op_type for entry in audit][2] == "not found"
     with pytest.raises(CompileError, match=r"blocks\.0\.c \(not found\)\."):
-        check_audit("ort", audit)
+        AUDIT_RUNTIME.check("ort", audit)
 
 
 def test_weight_that_nothing_multiplies_is_missing(
@@ -194,7 +198,7 @@ def test_weight_only_layers_may_be_float(
     assert [entry.integer for entry in audit] == [False, True]
     expected = {"MatMul", "Gemm", "FusedMatMul"} if op_type == "float" else {op_type}
     assert audit[0].op_type in expected
-    check_audit(target, audit)
+    AUDIT_RUNTIME.check(target, audit)
 
 
 def test_many_failures_are_counted(
@@ -204,7 +208,7 @@ def test_many_failures_are_counted(
     path = save(lower(make_model(layers[0]), "portable"), tmp_path)
     audit = audit_graph(path, *make_plan(*layers))
     with pytest.raises(CompileError) as caught:
-        check_audit("portable", audit)
+        AUDIT_RUNTIME.check("portable", audit)
     message = str(caught.value)
     assert "10 of 11 quantized layers" in message
     assert "blocks.8.a (not found) and 2 more." in message

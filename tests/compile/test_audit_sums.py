@@ -5,17 +5,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audits import sums as module
+from tests.hand_layers import lower
 from treeq_export.compile.audits.sums import audit_sums, check_sums
 from treeq_export.compile.bodies.qlinear import SIGNED
-from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import uses_kernels
+from treeq_export.runners.cpu_kernels import CpuQLinear
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.targets.table import TARGETS as ALL_TARGETS
+from treeq_export.targets.table import different_ways, way_named
 
 Make = Callable[..., Any]
-TARGETS = sorted(set(PASSES) - {"fp32"})
+TARGETS = sorted(target.name for target in ALL_TARGETS if target.audit is not None)
 
 
 def make_layers(make_layer: Make) -> list[Any]:
@@ -44,14 +45,17 @@ def test_every_target_is_exact(
         make_layer(name="c", act_bits=None, act_scale="none", rank=rank, seed=3),
     ]
     model, plan, tensors = lower_all(layers, target, make_model, make_plan)
-    assert audit_sums(model, target, plan, tensors) == {"a": True, "b": True}
+    assert audit_sums(model, different_ways([target]), plan, tensors) == {
+        "a": True,
+        "b": True,
+    }
 
 
 def test_groups(make_layer: Make, make_model: Make, make_plan: Make):
     layers = [make_layer(name="a", weight_bits=8, act_bits=8, group_size=16)]
     for target in ("portable", "ort"):
         model, plan, tensors = lower_all(layers, target, make_model, make_plan)
-        assert audit_sums(model, target, plan, tensors) == {"a": True}
+        assert audit_sums(model, different_ways([target]), plan, tensors) == {"a": True}
 
 
 def test_sums_beyond_float32_are_compared_as_rounded(
@@ -61,7 +65,7 @@ def test_sums_beyond_float32_are_compared_as_rounded(
     layer.codes[:] = -127
     model, plan, tensors = lower_all([layer], "portable", make_model, make_plan)
     assert 127 * 128 * 2048 > 2**24
-    assert audit_sums(model, "portable", plan, tensors) == {"a": True}
+    assert audit_sums(model, different_ways(["portable"]), plan, tensors) == {"a": True}
 
 
 @pytest.mark.parametrize("which", ["worst", "other"])
@@ -76,7 +80,7 @@ def test_the_worst_layer_of_a_kind_stands_for_it(
     name = "b" if which == "worst" else "a"
     tensors[f"{name}.codes"] = tensors[f"{name}.codes"].copy()
     tensors[f"{name}.codes"][0, 0] ^= 1
-    exact = audit_sums(model, "portable", plan, tensors)
+    exact = audit_sums(model, different_ways(["portable"]), plan, tensors)
     wrong = which == "worst"
     assert exact == {"a": not wrong, "b": not wrong, "c": True}
 
@@ -88,7 +92,7 @@ def test_saturated_sums_are_found(
     monkeypatch.setattr("treeq_export.compile.bodies.qlinear.zero_points", lambda _: SIGNED)
     model, plan, tensors = lower_all(make_layers(make_layer), "portable", make_model, make_plan)
     monkeypatch.setattr(LayerProbe, "run_products", saturated(LayerProbe.run_products))
-    exact = audit_sums(model, "portable", plan, tensors)
+    exact = audit_sums(model, different_ways(["portable"]), plan, tensors)
     assert exact == {"a": False, "b": False, "c": True}
 
 
@@ -97,19 +101,21 @@ def saturated(run: Any) -> Any:
     return lambda probe, codes: np.clip(run(probe, codes), -32768, 32767)
 
 
-@pytest.mark.skipif(not uses_kernels("ort"), reason="our custom-op library is not installed")
+@pytest.mark.skipif(
+    not way_named("ort").uses_kernels, reason="our custom-op library is not installed"
+)
 def test_kernels_are_checked_too(
     monkeypatch: pytest.MonkeyPatch, make_layer: Make, make_model: Make, make_plan: Make
 ):
     model, plan, tensors = lower_all(make_layers(make_layer), "ort", make_model, make_plan)
-    inspect = module.CpuQLinear.inspect
+    inspect = CpuQLinear.inspect
 
     def off_by_one(*given: Any) -> Any:
         codes, scales, sums = inspect(*given)
         return codes, scales, sums + 1
 
-    monkeypatch.setattr(module.CpuQLinear, "inspect", off_by_one)
-    assert set(audit_sums(model, "ort", plan, tensors).values()) == {False}
+    monkeypatch.setattr(CpuQLinear, "inspect", off_by_one)
+    assert set(audit_sums(model, different_ways(["ort"]), plan, tensors).values()) == {False}
 
 
 def test_error_names_the_processor(make_layer: Make, make_plan: Make):

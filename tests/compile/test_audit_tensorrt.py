@@ -6,9 +6,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.audits.onnx_runtime import check_audit
-from treeq_export.compile.audits.tensorrt import INT8_GEMM, PLUGIN, WEIGHT_ONLY, audit_tensorrt
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
+from treeq_export.compile.audits.tensorrt import (
+    AUDIT_FILE,
+    INT8_GEMM,
+    PLUGIN,
+    WEIGHT_ONLY,
+    audit_tensorrt,
+)
 from treeq_export.errors import CompileError
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 
@@ -35,7 +40,7 @@ def test_kinds(
     assert [entry.op_type for entry in audit] == [kind, kind, WEIGHT_ONLY]
     assert [entry.integer for entry in audit] == [True, True, False]
     assert [entry.weight_only for entry in audit] == [False, False, True]
-    check_audit(target, audit)
+    AUDIT_FILE.check(target, audit)
 
 
 @pytest.mark.parametrize("target", ENGINES)
@@ -50,7 +55,7 @@ def test_layer_of_other_codes_is_missing(
     with pytest.raises(
         CompileError, match=r"1 of 1 .* in the compiled file: blocks\.0\.fc \(not found\)"
     ):
-        check_audit(target, audit)
+        AUDIT_FILE.check(target, audit)
 
 
 def test_node_without_plugin_attributes_is_named(
@@ -64,7 +69,7 @@ def test_node_without_plugin_attributes_is_named(
     audit = audit_tensorrt(save(model, tmp_path), *make_plan(layer))
     assert [entry.op_type for entry in audit] == ["QLinear without plugin attributes"]
     with pytest.raises(CompileError, match=r"blocks\.0\.fc \(QLinear without plugin attributes\)"):
-        check_audit(TENSORRT, audit)
+        AUDIT_FILE.check(TENSORRT, audit)
 
 
 @pytest.mark.parametrize("tamper", ["activation", "scale"])
@@ -86,4 +91,4 @@ def test_float_products_are_named(
     expected = WEIGHT_ONLY if tamper == "activation" else "float gemm"
     assert entry.op_type == expected
     with pytest.raises(CompileError, match=rf"blocks\.0\.fc \({expected}\)"):
-        check_audit(TENSORRT_NATIVE, [entry])
+        AUDIT_FILE.check(TENSORRT_NATIVE, [entry])

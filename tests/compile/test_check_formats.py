@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.passes.check_formats import CheckFormats
-from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 

@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.passes.check_patterns import CheckPatterns
-from treeq_export.compile.targets import PASSES, lower
 from treeq_export.errors import CompileError
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
+from treeq_export.targets.table import target_named
 
 Make = Callable[..., Any]
 K, N = 64, 8
@@ -105,7 +106,7 @@ def test_float16_around_an_int8_gemm(where: str):
 def test_lowering_of_half_scales_is_refused(make_layer: Make, make_model: Make):
     """The whole list of passes, with the scales turned to float16 by hand before the check."""
     model = make_model(make_layer())
-    for rewrite in PASSES[TENSORRT_NATIVE][:-1]:
+    for rewrite in target_named(TENSORRT_NATIVE).passes[:-1]:
         rewrite(model)
     scale = model.graph.initializers["blocks.0.fc.weight_quantized_scale"]
     scale.const_value = ir.tensor(scale.const_value.numpy().astype(np.float16), name=scale.name)
@@ -188,7 +189,7 @@ def test_weight_only_is_accepted():
 @pytest.mark.parametrize("target", ENGINES)
 def test_both_targets_end_in_the_check(target: str):
     """Function bodies, which TensorRT does not read, come after it."""
-    names = [type(rewrite).__name__ for rewrite in PASSES[target]]
+    names = [type(rewrite).__name__ for rewrite in target_named(target).passes]
     behind = names[names.index("CheckPatterns") + 1 :]
     assert behind == (["AddPluginBodies"] if target == TENSORRT else [])
 

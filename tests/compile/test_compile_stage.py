@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.stage import (
@@ -16,7 +17,6 @@ from treeq_export.compile.stage import (
     run_compile,
     save_model,
 )
-from treeq_export.compile.targets import lower
 from treeq_export.errors import CompileError
 from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import CompileSection
@@ -25,6 +25,7 @@ from treeq_export.runners.graph_file import initializer_bytes
 from treeq_export.runners.graph_meta import PLAN_KEY
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.targets.target import Target
 
 Make = Callable[..., Any]
 TARGETS = ["portable", "ort"]
@@ -162,11 +163,13 @@ def test_failed_audit_leaves_the_old_graph(
 def test_leftover_metadata_stops_before_anything_is_written(
     compiled_dit: Any, exported_dit: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def lower_and_litter(model: ir.Model, target: str) -> ir.Model:
-        lower(model, target).graph[0].metadata_props["stack_trace"] = "/home/somebody/x.py"
+    lower_cleanly = Target.lower
+
+    def lower_and_litter(target: Target, model: ir.Model) -> ir.Model:
+        lower_cleanly(target, model).graph[0].metadata_props["stack_trace"] = "/home/somebody/x.py"
         return model
 
-    monkeypatch.setattr("treeq_export.compile.stage.lower", lower_and_litter)
+    monkeypatch.setattr(Target, "lower", lower_and_litter)
     with pytest.raises(CompileError, match="local paths"):
         compile_again(compiled_dit, exported_dit, tmp_path, "portable")
     assert not list(tmp_path.iterdir())
@@ -232,7 +235,6 @@ def test_steps_rise_to_one(make_tiny_run: Make, monkeypatch: pytest.MonkeyPatch)
     empty = make_large(1)
     empty.graph.initializers.clear()
     monkeypatch.setattr("treeq_export.compile.stage.export_graph", lambda *_: empty.clone())
-    monkeypatch.setattr("treeq_export.compile.stage.audit_graph", lambda *_: [])
     steps: list[float] = []
     run_compile(tiny.run, tiny.denoiser, tiny.plan, tiny.tensors, recipe, steps.append)
     assert steps == sorted(steps)

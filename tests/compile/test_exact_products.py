@@ -13,15 +13,16 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from tests.hand_layers import lower
 from tests.required import skip_or_fail
 from treeq_export.compile.audits.sums import extreme_codes
-from treeq_export.compile.targets import lower
 from treeq_export.quant.numerics import accumulate
 from treeq_export.runners import ort_session
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.products import make_product
 from treeq_export.targets.names import TENSORRT_NATIVE
+from treeq_export.targets.table import target_named
 
 Make = Callable[..., Any]
 # (weight bits, activation bits)
@@ -48,7 +49,9 @@ def make_probe(
     )
     layer.codes = extreme_codes(weight_bits, *layer.codes.shape, seed=1)
     model = lower(make_model(layer), target)
-    return layer, LayerProbe(model, read_layers(model)[0])
+    probe = target_named(target).ways[-1].probe(model, read_layers(model)[0])
+    assert isinstance(probe, LayerProbe)
+    return layer, probe
 
 
 @pytest.mark.parametrize(("form", "weight_bits", "act_bits"), CASES)

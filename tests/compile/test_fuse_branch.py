@@ -5,10 +5,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.graph.fused import BIAS, BRANCH_L, BRANCH_R, X
 from treeq_export.compile.passes.fuse_branch import FuseBranch
 from treeq_export.compile.passes.name_layers import NameLayers
-from treeq_export.compile.targets import lower
 from treeq_export.quant.branch import apply_branch
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner

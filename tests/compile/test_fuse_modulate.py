@@ -6,12 +6,12 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
+from tests.hand_layers import lower
 from treeq_export.compile.graph.fused import NORM_SCALE, NORM_SHIFT, X
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.passes.fuse_modulate import FuseModulate
 from treeq_export.compile.passes.merge_siblings import MergeSiblings
 from treeq_export.compile.passes.name_layers import NameLayers
-from treeq_export.compile.targets import lower
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from tests.hand_layers import lower
 from treeq_export.compile.bodies.fused import FusedForm, make_fused_function
 from treeq_export.compile.graph.fused import (
     BRANCH_L,
@@ -24,7 +25,6 @@ from treeq_export.compile.graph.fused import (
 )
 from treeq_export.compile.graph.signature import QLinearSignature
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
-from treeq_export.compile.targets import lower
 from treeq_export.ops import ActScale
 from treeq_export.quant.branch import apply_branch
 from treeq_export.runners.graph_meta import read_layers

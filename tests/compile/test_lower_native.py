@@ -5,9 +5,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.graph.value_types import infer_types
 from treeq_export.compile.passes.check_patterns import CheckPatterns
-from treeq_export.compile.targets import lower
 from treeq_export.targets.names import TENSORRT_NATIVE
 
 Make = Callable[..., Any]

@@ -5,7 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.targets.names import ENGINES
 
 Make = Callable[..., Any]

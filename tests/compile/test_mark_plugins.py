@@ -5,8 +5,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.hand_layers import lower
 from treeq_export.compile.passes.mark_plugins import MarkPlugins
-from treeq_export.compile.targets import lower
 from treeq_export.ops import DOMAIN, PLUGIN_ATTRIBUTES, PLUGINS
 from treeq_export.targets.names import TENSORRT
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe

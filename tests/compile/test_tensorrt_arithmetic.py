@@ -13,14 +13,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.compiled import must_keep_int8
 from treeq_export.runners.graph_meta import TARGET_KEY, read_layers
-from treeq_export.runners.layer_probe import LayerProbe
-from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
+from treeq_export.targets.table import way_named
 
 Make = Callable[..., Any]
 RMS, ABSMAX, STATIC = "token_rms", "token_absmax", "tensor_static"
@@ -69,8 +67,7 @@ def run_whole(model: ir.Model, x: NDArray[Any]) -> NDArray[Any]:
     """Run the checked model as validate does: weight-only products in full precision."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    keep_int8 = must_keep_int8(model.metadata_props[TARGET_KEY])
-    with OrtRunner(proto.SerializeToString(), use_kernels=False, keep_int8=keep_int8) as runner:
+    with way_named(model.metadata_props[TARGET_KEY]).open(proto.SerializeToString()) as runner:
         return runner.run({"x": x})
 
 
@@ -79,7 +76,7 @@ def test_equals_the_reference(target: str, case: str, make_layer: Make, make_mod
     layer = make_layer(**(BOTH | PLUGIN_ONLY)[case])
     layer.x = layer.x.astype(np.float16).astype(np.float32)
     model = lower(make_model(layer), target)
-    probe = LayerProbe(model, read_layers(model)[0])
+    probe = way_named(target).probe(model, read_layers(model)[0])
     output, codes = probe.run_output(layer.x)
     sums = probe.run_accumulators(layer.x)
     weight_only = layer.activation.bits is None
@@ -108,7 +105,7 @@ def test_a_branch_is_added(target: str, make_layer: Make, make_branch: Make, mak
         layer.x = layer.x.astype(np.float16).astype(np.float32)
         model = lower(make_sum_model(layer, branch), target)
         expected = layer.expected + apply_branch(layer.x, branch.R, branch.L)
-        output, _ = LayerProbe(model, read_layers(model)[0]).run_output(layer.x)
+        output, _ = way_named(target).probe(model, read_layers(model)[0]).run_output(layer.x)
         for y in (output, run_whole(model, layer.x)):
             assert sqnr_db(expected, y) > LEAST_HALF_PRODUCT_DB
 

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from treeq_export.bisect.cuda import validate_cuda
+from treeq_export.bisect.cuda import CUDA, compare_cuda
 from treeq_export.model.quantized import quantize_model
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.recipe import ParityGates
 from treeq_export.runners.cuda_device import CudaDevice
 from treeq_export.runners.cuda_runner import CudaRunner
-from treeq_export.validate import trace_reference
+from treeq_export.runners.reference_trace import make_reference
+from treeq_export.runners.ways import Way
+from treeq_export.validate import judge
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., Any]
@@ -32,11 +34,13 @@ def quantized(tiny: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_layer_equals_the_reference(dtype: str, tiny: Any, quantized: Any):
-    trace = trace_reference(quantized, tiny.denoiser.make_example_inputs(3, 5))
+    reference = make_reference(tiny.denoiser, tiny.plan, tiny.tensors, 3, 5)
     # bfloat16 inside the network flips codes: only the layers' own errors are bounded then.
     limits = ParityGates(min_end_to_end_sqnr_db=30.0 if dtype == "float16" else 10.0)
-    with CudaRunner(quantized, dtype=dtype) as runner:
-        parity = validate_cuda(runner, tiny.denoiser, quantized, tiny.plan, trace, limits)
+    with CudaRunner(reference.quantized, dtype=dtype) as runner:
+        output = runner.run(reference.trace.inputs)
+        layers = list(compare_cuda(runner, reference))
+    parity = judge(reference, Way(CUDA, CUDA), output, layers, limits)
     assert parity.passed, parity.gates
     assert all(layer.accumulators_equal for layer in parity.layers)
     assert all(layer.sqnr_db > 100 for layer in parity.layers)

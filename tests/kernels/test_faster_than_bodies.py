@@ -18,8 +18,8 @@ import onnx_ir as ir
 import pytest
 
 from tests.emulate.without_avx512 import environment, missing
+from tests.hand_layers import lower
 from tests.kernels.test_cpu_qlinear import AVAILABLE
-from treeq_export.compile.targets import lower
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

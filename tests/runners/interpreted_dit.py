@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import torch
 
-from treeq_export.bisect.cuda import validate_cuda
+from treeq_export.bisect.cuda import CUDA, compare_cuda
 from treeq_export.model.layers import discover_linears
 from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
 from treeq_export.model.zoo import Denoiser, DiTDenoiser
@@ -34,7 +34,9 @@ from treeq_export.recipe import ParityGates
 from treeq_export.runners.cuda_runner import CudaRunner
 from treeq_export.runners.gpu_layers import GpuQLinear
 from treeq_export.runners.gpu_ops import load_launch
-from treeq_export.validate import trace_reference
+from treeq_export.runners.reference_trace import Reference, trace_reference
+from treeq_export.runners.ways import Way
+from treeq_export.validate import judge
 
 # Weight bits, group, activation bits, scale, rotation, branch (b_in, b_out, rank).
 FORMATS: list[tuple[Any, ...]] = [
@@ -158,6 +160,7 @@ def main() -> None:
     quantized = quantize_model(denoiser, plan, tensors)
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
     trace = trace_reference(quantized, denoiser.make_example_inputs(2, 3))
+    reference = Reference(denoiser, quantized, plan, trace)
     results: dict[str, Any] = {"layers": [layer.name for layer in plan.layers]}
     for dtype in sys.argv[1:]:
         captured: list[Any] = []
@@ -167,7 +170,9 @@ def main() -> None:
             return call
 
         with CudaRunner(quantized, dtype=dtype, device="cpu", capture=capture) as runner:
-            parity = validate_cuda(runner, denoiser, quantized, plan, trace, ParityGates())
+            output = runner.run(trace.inputs)
+            layers = list(compare_cuda(runner, reference))
+            parity = judge(reference, Way(CUDA, CUDA), output, layers, ParityGates())
             first = runner.run(trace.inputs)
             num = count_quantizations(lambda runner=runner: runner.run(trace.inputs))
             kernels = [m for m in runner.model.modules() if isinstance(m, GpuQLinear)]

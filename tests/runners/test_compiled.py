@@ -5,7 +5,6 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export.errors import PlanError
-from treeq_export.runners.compiled import runner_options, uses_kernels, ways_to_run
 from treeq_export.runners.graph_meta import (
     LAYERS_KEY,
     LayerSite,
@@ -15,6 +14,7 @@ from treeq_export.runners.graph_meta import (
 )
 from treeq_export.runners.model_files import model_path
 from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
+from treeq_export.targets.table import different_ways, way_named
 
 
 def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
@@ -28,11 +28,12 @@ def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(
     target: str, saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Their types are others. INT8 by INT8 stays only where ONNX Runtime would saturate it."""
-    monkeypatch.setattr("treeq_export.runners.compiled.products_saturate", lambda: saturates)
+    monkeypatch.setattr("treeq_export.runners.ways.products_saturate", lambda: saturates)
     model_path(tmp_path, target).parent.mkdir(parents=True)
-    assert not uses_kernels(target)
-    assert ways_to_run([target]) == [target]
-    assert runner_options(model_path(tmp_path, target), target) == {
+    way = way_named(target)
+    assert not way.uses_kernels
+    assert different_ways([target]) == [way]
+    assert way.options(model_path(tmp_path, target)) == {
         "use_kernels": False,
         "fold_constants": True,
         "keep_int8": saturates and target == TENSORRT_NATIVE,

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from treeq_export.compile.targets import lower
+from tests.hand_layers import lower
 from treeq_export.errors import RunnerError
 from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.quant import numerics

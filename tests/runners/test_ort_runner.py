@@ -12,9 +12,9 @@ import torch
 from treeq_export.doctor import examine
 from treeq_export.environment import default_threads
 from treeq_export.errors import RunnerError
-from treeq_export.runners.compiled import open_target, runner_options, uses_kernels, ways_to_run
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.targets.table import different_ways, open_way, way_named
 
 Make = Callable[..., Any]
 
@@ -166,18 +166,22 @@ def test_a_library_that_is_not_ours_is_refused(
         OrtRunner(two_outputs).__enter__()
 
 
+def names_of_ways() -> list[str]:
+    return [way.name for way in different_ways(["portable", "ort"])]
+
+
 def test_without_the_library_bodies_run(
     compiled_dit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TREEQ_LIBRARIES", str(tmp_path))
-    assert not uses_kernels("ort")
-    assert ways_to_run(["portable", "ort"]) == ["portable", "ort"]
+    assert not way_named("ort").uses_kernels
+    assert names_of_ways() == ["portable", "ort"]
     inputs = compiled_dit.denoiser.make_example_inputs(2, 0)
-    with open_target(compiled_dit.run, "ort") as runner:
+    with open_way(compiled_dit.run, "ort") as runner:
         y = runner.run(inputs)
     monkeypatch.delenv("TREEQ_LIBRARIES")
-    assert ways_to_run(["portable", "ort"]) == ["portable", "ort", "ort_body"]
-    with open_target(compiled_dit.run, "ort_body") as runner:
+    assert names_of_ways() == ["portable", "ort", "ort_body"]
+    with open_way(compiled_dit.run, "ort_body") as runner:
         np.testing.assert_array_equal(runner.run(inputs), y)
 
 
@@ -188,7 +192,7 @@ def test_large_packed_models_are_not_folded_without_kernels(
     path.write_bytes(bytes(10))
 
     def folds(target: str) -> tuple[bool, bool]:
-        options = runner_options(path, target)
+        options = way_named(target).options(path)
         assert options["keep_int8"] is False  # of the emulation of TensorRT only
         return options["use_kernels"], options["fold_constants"]
 

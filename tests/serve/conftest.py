@@ -25,7 +25,7 @@ from treeq_export.records.build import (
     ShapeRange,
     VerifierSummary,
 )
-from treeq_export.runners.compiled import open_target
+from treeq_export.targets.table import open_way
 from treeq_export.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def expect(served_run: Path) -> Callable[..., NDArray[np.float32]]:
     def sample_one(
         label: int, seed: int, target: str = "ort", **fields: Any
     ) -> NDArray[np.float32]:
-        with open_target(served_run, target, threads=1) as runner:
+        with open_way(served_run, target, threads=1) as runner:
             return sample(
                 lambda inputs: torch.from_numpy(runner.run(inputs)),
                 denoiser,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from treeq_export.cli import main
 from treeq_export.model.denoise import denoise, make_noise, make_scheduler
-from treeq_export.runners.compiled import open_target
+from treeq_export.targets.table import open_way
 
 FINAL = 1
 
@@ -301,7 +301,7 @@ class TestBls:
         expect: Callable[..., Any],
     ) -> None:
         seen: list[dict[str, tuple[int, ...]]] = []
-        with open_target(served_run, "ort", threads=1) as runner:
+        with open_way(served_run, "ort", threads=1) as runner:
 
             def call(model: str, inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
                 assert model == "denoiser"
@@ -347,7 +347,7 @@ def test_previews_are_the_clean_samples_on_the_way(
     assert [flags for _, flags in request.sender.sent] == [0, 0, FINAL]
     assert [int(arrays["step"][0, 0]) for arrays in responses] == [2, 4, 5]
     clean = []
-    with open_target(served_run, "ort", threads=1) as runner:
+    with open_way(served_run, "ort", threads=1) as runner:
         last = denoise(
             lambda inputs: torch.from_numpy(runner.run(inputs)),
             make_noise((1, 8, 8), 1, 2),
@@ -373,7 +373,7 @@ class TestDenoiser:
         bounds = [(0, 2), (2, 3), (3, 11)]
         requests = [Request(**{n: a[low:high] for n, a in inputs.items()}) for low, high in bounds]
         responses = load(repository, "denoiser").execute(requests)
-        with open_target(served_run, "ort", threads=1) as runner:
+        with open_way(served_run, "ort", threads=1) as runner:
             expected = runner.run(inputs)
         for (low, high), response in zip(bounds, responses, strict=True):
             assert np.array_equal(response.arrays()["prediction"], expected[low:high])

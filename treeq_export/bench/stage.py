@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -13,14 +13,15 @@ from treeq_export.bench.peer import make_int8_peer
 from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.environment import describe_environment, warn_if_busy
 from treeq_export.errors import PlanError, RunnerError
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
+from treeq_export.runners.model_files import model_path
+from treeq_export.runners.torch_runner import TorchRunner
+from treeq_export.runners.ways import Way
 from treeq_export.sealed import Say, say_nothing
-
-# The processes of bench.memory import this package too, and one runtime only: what needs PyTorch,
-# ONNX or ONNX Runtime is imported where it is used.
-if TYPE_CHECKING:
-    from treeq_export.model.zoo import Denoiser
+from treeq_export.targets import names
+from treeq_export.targets.table import way_named
 
 BENCH_FILE = "bench.json"
 TORCH = "torch_fp32"
@@ -33,7 +34,7 @@ Inputs = dict[str, NDArray[Any]]
 
 def run_bench(
     run: Path,
-    denoiser: "Denoiser",
+    denoiser: Denoiser,
     section: BenchSection,
     *,
     targets: Sequence[str],
@@ -123,35 +124,35 @@ def compare_rows(rows: Sequence[BenchRow], seed: int) -> list[Speedup]:
 
 
 def _find_models(
-    run: Path, denoiser: "Denoiser", targets: Sequence[str], seed: int, say: Say
+    run: Path, denoiser: Denoiser, targets: Sequence[str], seed: int, say: Say
 ) -> dict[str, Path]:
     """Return the model file of every target but torch_fp32; the peer is made where needed."""
-    from treeq_export.runners.model_files import model_path
-
-    folders = {target: target for target in targets if target not in (TORCH, FP32, PEER)}
-    from_fp32 = [target for target in targets if target in (FP32, PEER)]
-    if from_fp32:
-        folders[FP32] = "fp32"
     paths: dict[str, Path] = {}
-    for target, folder in folders.items():
-        path = model_path(run.absolute(), folder)
+    for target in targets:
+        if target == TORCH:
+            continue
+        path = model_path(run.absolute(), _way_of(target).target)
         if not path.is_file():
             raise PlanError(
-                f"{path}: missing; target {from_fp32[0] if target == FP32 else target} needs it. "
+                f"{path}: missing; target {target} needs it. "
                 f"Run `treeq-export compile --run {run}` first."
             )
         paths[target] = path
-    if PEER in targets:
+    if PEER in paths:
         calibration = [
             _example_inputs(denoiser, 2, seed + batch) for batch in range(NUM_CALIBRATION_BATCHES)
         ]
-        paths[PEER] = make_int8_peer(
-            paths[FP32], model_path(run.absolute(), PEER).parent, calibration, say
-        )
+        folder = model_path(run.absolute(), PEER).parent
+        paths[PEER] = make_int8_peer(paths[PEER], folder, calibration, say)
     return paths
 
 
-def _example_inputs(denoiser: "Denoiser", batch: int, seed: int) -> Inputs:
+def _way_of(target: str) -> Way:
+    """Return how a target is run: the peer, too, is the graph of full precision to begin with."""
+    return Way(target, names.FP32) if target in (FP32, PEER) else way_named(target)
+
+
+def _example_inputs(denoiser: Denoiser, batch: int, seed: int) -> Inputs:
     return {
         name: value.numpy() for name, value in denoiser.make_example_inputs(batch, seed).items()
     }
@@ -169,17 +170,11 @@ def _make_progress(total: int, on_step: Callable[[float], None]) -> Callable[[],
 
 
 def _open(
-    target: str, paths: Mapping[str, Path], denoiser: "Denoiser", threads: int
+    target: str, paths: Mapping[str, Path], denoiser: Denoiser, threads: int
 ) -> AbstractContextManager[Any]:
     if target == TORCH:
-        from treeq_export.runners.torch_runner import TorchRunner
-
         return TorchRunner(denoiser, threads=threads)
-    from treeq_export.runners.compiled import runner_options
-    from treeq_export.runners.ort_runner import OrtRunner
-
-    path = paths[target]
-    return OrtRunner(path, threads=threads, spin=True, **runner_options(path, target))
+    return _way_of(target).open(paths[target], threads=threads, spin=True)
 
 
 def _time_batch(
@@ -214,8 +209,6 @@ def _describe_load(
     target: str, paths: Mapping[str, Path], model: ModelSection | None
 ) -> dict[str, Any] | None:
     if target != TORCH:
-        from treeq_export.runners.compiled import runner_options
-
         path = paths[target]
-        return {"onnx": str(path), "options": runner_options(path, target)}
+        return {"onnx": str(path), "options": _way_of(target).options(path)}
     return None if model is None else {"torch": model.model_dump(mode="json")}

@@ -18,16 +18,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.bisect.departure import find_departure, layers_before
-from treeq_export.bisect.record import BisectRecord
+from treeq_export.bisect.own import BisectRecord
 from treeq_export.engines.engine import ENGINE_FILE, BuildOrder, build_engine
 from treeq_export.errors import RunnerError
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.records import save_record
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.graph_meta import LayerSite, load_layers
+from treeq_export.runners.reference_trace import Trace
 from treeq_export.runners.tensorrt_runner import TensorrtRunner
 from treeq_export.scratch import scratch_folder
-from treeq_export.validate import Trace
 
 ENGINES = "engines/"
 

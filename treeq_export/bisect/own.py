@@ -4,34 +4,44 @@ Every layer is fed with the reference's input, so a fault is found where it is a
 layers' outputs inside the network say besides where an error first becomes visible there.
 """
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
-from treeq_export.bisect.record import BisectRecord
-from treeq_export.model.quantized import linear_of, quantized_layers
-from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan
 from treeq_export.recipe import ParityGates
-from treeq_export.records import LayerParity
-from treeq_export.runners.compiled import uses_kernels
-from treeq_export.runners.graph_meta import load_layers
-from treeq_export.runners.kernel_probe import KernelProbe
-from treeq_export.runners.layer_probe import LayerProbe
-from treeq_export.targets.names import ENGINES
-from treeq_export.validate import Trace, compare_layer, run_with_layers
+from treeq_export.records import LayerParity, Record
 
 
-def reasons_of(layer: LayerParity, limits: ParityGates) -> list[str]:
-    """Return what is out of bounds in one layer; nan never is within."""
-    reasons = []
-    if not layer.sqnr_db >= limits.min_layer_sqnr_db:
-        reasons.append(f"own sqnr {layer.sqnr_db:.1f} dB < {limits.min_layer_sqnr_db:g} dB")
-    fraction = layer.equal_code_fraction
-    if fraction is not None and not fraction >= limits.min_equal_code_fraction:
-        reasons.append(f"equal codes {fraction:.6f} < {limits.min_equal_code_fraction:g}")
-    if layer.accumulators_equal is False:
-        reasons.append("int32 sums differ for equal codes")
-    return reasons
+class BisectRecord(Record):
+    """Result of bisect.
+
+    Attributes:
+        target: The target that was compared with the reference.
+        layer: The first layer out of bounds; None where all are within.
+        reasons: The bounds that this layer misses, with value and limit.
+        parity: That layer's comparison; None where only the whole network could be run.
+        departed: The first layer whose output inside the network is too far from the
+            reference's; None where none exists up to `layer`, or outputs inside are not known.
+        num_examined: Layers that were looked at.
+        num_layers: Layers of the plan.
+        min_sqnr_db: Least SQNR of a layer that counts as within bounds.
+    """
+
+    target: str
+    layer: str | None
+    reasons: list[str]
+    parity: LayerParity | None
+    departed: str | None
+    num_examined: int
+    num_layers: int
+    min_sqnr_db: float
+
+    def sentence(self) -> str:
+        """Return the result in words."""
+        if self.layer is None:
+            return f"{self.target}: all {self.num_layers} layers are within bounds."
+        return (
+            f"{self.target}: {self.layer} is the first layer out of bounds "
+            f"({self.num_examined} of {self.num_layers}): {'; '.join(self.reasons)}."
+        )
 
 
 def find_first_fault(
@@ -42,16 +52,17 @@ def find_first_fault(
     Args:
         target: Name for the record.
         layers: Comparisons in execution order, made as they are asked for.
-        num_layers: How many there are.
+        num_layers: Number of all layers.
         limits: The bounds; inside the network `min_layer_sqnr_db` holds too.
     """
+    least = limits.min_layer_sqnr_db
     found, reasons, departed, examined = None, [], None, 0
     for layer in layers:
         examined += 1
         inside = layer.propagated_sqnr_db
-        if departed is None and inside is not None and not inside >= limits.min_layer_sqnr_db:
+        if departed is None and inside is not None and not inside >= least:
             departed = layer.name
-        reasons = reasons_of(layer, limits)
+        reasons = _reasons_of(layer, limits)
         if reasons:
             found = layer
             break
@@ -63,29 +74,18 @@ def find_first_fault(
         departed=departed,
         num_examined=examined,
         num_layers=num_layers,
-        min_sqnr_db=limits.min_layer_sqnr_db,
+        min_sqnr_db=least,
     )
 
 
-def compare_compiled(
-    run: Path, target: str, denoiser: Denoiser, quantized: Denoiser, plan: Plan, trace: Trace
-) -> Iterator[LayerParity]:
-    """Yield the comparison of every layer of a compiled graph, in execution order.
-
-    Raises:
-        PlanError: The target is missing, or was compiled from another plan's layers.
-    """
-    model, sites = load_layers(run, target, [layer.name for layer in plan.layers])
-    inside = run_with_layers(run, target, sites, trace)
-    references = quantized_layers(quantized)
-    make_probe = KernelProbe if uses_kernels(target) else LayerProbe
-    for site in sites:
-        full = linear_of(denoiser, plan.layer(site.name))
-        yield compare_layer(
-            make_probe(model, site),
-            references[site.name],
-            full,
-            trace,
-            inside.get(site.output),
-            half=target in ENGINES,
-        )
+def _reasons_of(layer: LayerParity, limits: ParityGates) -> list[str]:
+    """Return what is out of bounds in one layer; nan never is within."""
+    reasons: list[str] = []
+    if not layer.sqnr_db >= limits.min_layer_sqnr_db:
+        reasons.append(f"own sqnr {layer.sqnr_db:.1f} dB < {limits.min_layer_sqnr_db:g} dB")
+    fraction = layer.equal_code_fraction
+    if fraction is not None and not fraction >= limits.min_equal_code_fraction:
+        reasons.append(f"equal codes {fraction:.6f} < {limits.min_equal_code_fraction:g}")
+    if layer.accumulators_equal is False:
+        reasons.append("int32 sums differ for equal codes")
+    return reasons

@@ -1,6 +1,6 @@
 """Bisect of any target: which way it can be looked into."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from treeq_export.bisect.cuda import CUDA, compare_cuda
 from treeq_export.bisect.network import ENGINES, bisect_engine
-from treeq_export.bisect.own import compare_compiled, find_first_fault
-from treeq_export.bisect.record import BisectRecord
-from treeq_export.model.quantized import quantize_model
+from treeq_export.bisect.own import BisectRecord, find_first_fault
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
 from treeq_export.recipe import ValidateSection
-from treeq_export.records import LayerParity
 from treeq_export.runners.cuda_runner import CudaRunner
-from treeq_export.validate import trace_reference
+from treeq_export.runners.graph_meta import load_layers
+from treeq_export.runners.reference_trace import make_reference
+from treeq_export.targets.table import way_named
+from treeq_export.validate import compare_compiled, count_steps
 
 
 def run_bisect(
@@ -38,7 +38,7 @@ def run_bisect(
         run: The run folder.
         denoiser: The full-precision model.
         plan: The calibrated plan.
-        tensors: Its tensors.
+        tensors: The plan's tensors.
         target: A compiled target; "ort_body"; "cuda" for the Triton kernels in PyTorch; or an
             engine's folder in the run, "engines/<runtime>/<target>/<gpu>".
         section: The recipe's validate section: batch size and limits.
@@ -53,23 +53,16 @@ def run_bisect(
     limits = section.gates
     if min_sqnr_db is not None:
         limits = limits.model_copy(update={"min_layer_sqnr_db": min_sqnr_db})
-    quantized = quantize_model(denoiser, plan, tensors)
-    trace = trace_reference(quantized, denoiser.make_example_inputs(section.batch_size, seed))
-    num = len(plan.layers)
+    reference = make_reference(denoiser, plan, tensors, section.batch_size, seed)
+    trace, num = reference.trace, len(plan.layers)
     if target.startswith(ENGINES):
         return bisect_engine(run, target, trace, limits.min_layer_sqnr_db, on_step)
     with ExitStack() as stack:
         if target == CUDA:
-            runner = stack.enter_context(CudaRunner(quantized, use_graphs=False))
-            layers = compare_cuda(runner, denoiser, quantized, plan, trace)
+            runner = stack.enter_context(CudaRunner(reference.quantized, use_graphs=False))
+            layers = compare_cuda(runner, reference)
         else:
-            layers = compare_compiled(run, target, denoiser, quantized, plan, trace)
-        return find_first_fault(target, _counted(layers, num, on_step), num, limits)
-
-
-def _counted(
-    layers: Iterable[LayerParity], num: int, on_step: Callable[[float], None]
-) -> Iterator[LayerParity]:
-    for index, layer in enumerate(layers):
-        on_step((index + 1) / num)
-        yield layer
+            way = way_named(target)
+            graph = load_layers(run, way.target, trace.layer_inputs)
+            layers = compare_compiled(run, way, reference, *graph)
+        return find_first_fault(target, count_steps(layers, 0, num, on_step), num, limits)

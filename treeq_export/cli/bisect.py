@@ -29,8 +29,8 @@ def bisect(run: Path, target: str, threshold_db: float | None, as_json: bool) ->
 
     Exit status 3 if such a layer exists.
     """
-    from treeq_export.bisect import run_bisect
     from treeq_export.bisect.cuda import CUDA
+    from treeq_export.bisect.run import run_bisect
     from treeq_export.pipeline import require_result
     from treeq_export.workspace import Workspace
 

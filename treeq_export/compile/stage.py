@@ -9,17 +9,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_folder, sha256_of_file
-from treeq_export.compile.audits.onnx_runtime import (
-    audit_graph,
-    audit_packed,
-    check_audit,
-    check_metadata,
-)
+from treeq_export.compile.audits.onnx_runtime import check_metadata
 from treeq_export.compile.audits.sums import audit_sums, check_sums
-from treeq_export.compile.audits.tensorrt import audit_tensorrt
 from treeq_export.compile.batch_profile import write_batch_profile
 from treeq_export.compile.export import export_graph
-from treeq_export.compile.targets import lower
 from treeq_export.environment import read_cpu
 from treeq_export.errors import CompileError
 from treeq_export.model.quantized import quantize_model
@@ -36,7 +29,8 @@ from treeq_export.runners.model_files import (
     model_files,
     model_path,
 )
-from treeq_export.targets.names import ENGINES, FP32, ORT
+from treeq_export.targets.names import FP32
+from treeq_export.targets.table import target_named
 
 RECORD_FILE = "compile.json"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
@@ -91,8 +85,9 @@ def compile_target(
         CompileError: A layer did not become integer arithmetic, has sums that are not exact on this
             processor or a format that the target does not have, or local paths are left.
     """
-    model = lower(graph, target)
-    if target in ENGINES:
+    kind = target_named(target)
+    model = kind.lower(graph)
+    if kind.is_engine:
         write_batch_profile(model, section.opt_batch, section.max_batch)
     model.metadata_props[PLAN_KEY] = hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
     check_metadata(model)
@@ -100,15 +95,10 @@ def compile_target(
     audit: list[AuditLayer] = []
     with atomic_folder(final.parent, OUR_FILES) as folder:
         save_model(model, folder / MODEL_FILE, section.external_data)
-        if target == ORT:
-            audit = audit_packed(folder / MODEL_FILE, model, tensors, plan)
-        elif target in ENGINES:
-            audit = audit_tensorrt(folder / MODEL_FILE, plan, tensors)
-        elif target != FP32:
-            audit = audit_graph(folder / MODEL_FILE, plan, tensors)
-        check_audit(target, audit)
-        if target != FP32:
-            exact = audit_sums(model, target, plan, tensors)
+        if kind.audit is not None:
+            audit = kind.audit.read(folder / MODEL_FILE, plan, tensors)
+            kind.audit.check(target, audit)
+            exact = audit_sums(model, kind.different_ways, plan, tensors)
             audit = [
                 entry.model_copy(update={"exact_sums": exact.get(entry.name)}) for entry in audit
             ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treeq_export.evaluate.sampling import Runner
 from treeq_export.model.trajectories import Rows, collect_rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
+from treeq_export.runners.protocols import Runner
 
 SEED_OFFSET = 1000  # calibration and search sample with the recipe's seed itself
 MOST_SAMPLES = 64

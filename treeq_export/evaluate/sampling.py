@@ -7,7 +7,6 @@ one. All start from equal noise and equal conditioning.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from treeq_export.evaluate.samples import (
 from treeq_export.model.sampler import Run, sample
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
+from treeq_export.runners.protocols import Runner
 from treeq_export.sealed import Say, say_nothing
 
 FP = "fp"
@@ -33,14 +33,6 @@ LABELS = "class_labels"
 Images = dict[str, NDArray[np.float32]]
 
 _FULL_PRECISION = "torch (full precision)"
-
-
-class Runner(Protocol):
-    """What produces the quantized outputs: an entered `OrtRunner` or `TorchRunner`."""
-
-    def run(self, inputs: Mapping[str, Any]) -> NDArray[np.float32]:
-        """Return the raw network output for inputs by name."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from treeq_export.evaluate.sampling import (
     LABELS,
     QUANTIZED,
     Images,
-    Runner,
     Sampling,
     make_full_precision,
     make_quantized,
@@ -32,6 +31,7 @@ from treeq_export.records import (
     SeedQuality,
     save_record,
 )
+from treeq_export.runners.protocols import Runner
 from treeq_export.sealed import Say, say_nothing
 
 QUALITY_FILE = "quality.json"

@@ -21,7 +21,6 @@ from treeq_export.runners.gpu_layers import (
     gpu_layers,
     make_gpu_model,
 )
-from treeq_export.runners.graph_meta import LayerSite
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FLOAT32_INPUTS = ("timestep",)  # the embedding of 0..1000 is computed in float32
@@ -209,7 +208,7 @@ class GpuProbe:
     """
 
     def __init__(self, layer: GpuQLinear, dtype: torch.dtype = torch.float32) -> None:
-        self.site = LayerSite(layer.plan.name, "", "")
+        self.name = layer.plan.name
         self._layer = layer
         self._dtype = dtype
 

@@ -5,6 +5,7 @@ codes and the int32 sums, which no node gives out, come from the same kernels th
 made from the same initializers.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import RunnerError
+from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.runners.cpu_kernels import CpuQLinear
 from treeq_export.runners.graph_meta import LayerSite
 from treeq_export.runners.ort_runner import OrtRunner
@@ -37,7 +39,7 @@ class KernelProbe:
     """
 
     def __init__(self, model: ir.Model, site: LayerSite) -> None:
-        self.site = site
+        self.name, self._site = site.name, site
         node = find_packed_node(model, site)
         if node is None:
             raise RunnerError(f"{site.name}: no treeq node in the graph. Compile again.")
@@ -52,7 +54,7 @@ class KernelProbe:
         """
         serialized = ir.to_proto(self._model).SerializeToString()
         with OrtRunner(serialized, threads=1) as runner:
-            y = own_channels(self.site, runner.run({INPUT: x}))
+            y = own_channels(self._site, runner.run({INPUT: x}))
         return y, None if self._is_weight_only() else self._inspect(x)[0].reshape(x.shape)
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
@@ -63,17 +65,37 @@ class KernelProbe:
         """
         if self._is_weight_only():
             return None
-        sums = own_channels(self.site, self._inspect(x)[1])
+        sums = own_channels(self._site, self._inspect(x)[1])
         return sums.reshape(*x.shape[:-1], *sums.shape[1:])
+
+    def run_products(self, codes: NDArray[np.int8]) -> NDArray[np.int32]:
+        """Return q_x q_w^T of given codes as (M, G, N).
+
+        With the static step 1 and without a rotation an x is its own codes.
+
+        Args:
+            codes: (M, K), one row a token.
+        """
+        plain = replace(
+            read_format(self._node),
+            act_scale=ActScale.TENSOR_STATIC,
+            act_step=1.0,
+            rotation_group=1,
+        )
+        with self._open(plain) as layer:
+            return own_channels(self._site, layer.inspect(codes.astype(np.float32))[2])
 
     def _is_weight_only(self) -> bool:
         return not read_format(self._node).act_bits
 
     def _inspect(self, x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
-        arrays = (_initializer(self._node, name) for name in ("planes", "weight_scale"))
-        with CpuQLinear(read_format(self._node), *arrays, name=self.site.name) as layer:
+        with self._open(read_format(self._node)) as layer:
             codes, _, sums = layer.inspect(x.reshape(-1, x.shape[-1]))
         return codes, sums
+
+    def _open(self, layer_format: LayerFormat) -> CpuQLinear:
+        arrays = (_initializer(self._node, name) for name in ("planes", "weight_scale"))
+        return CpuQLinear(layer_format, *arrays, name=self.name)
 
 
 def _initializer(node: ir.Node, name: str) -> NDArray[Any]:

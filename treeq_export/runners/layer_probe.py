@@ -22,8 +22,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from treeq_export.errors import RunnerError
 from treeq_export.ops import PLUGIN_ATTRIBUTES
-from treeq_export.runners.compiled import must_keep_int8
-from treeq_export.runners.graph_meta import TARGET_KEY, LayerSite
+from treeq_export.runners.graph_meta import LayerSite
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.plain_layer import (
     INPUT,
@@ -44,12 +43,13 @@ class LayerProbe:
     Args:
         model: The compiled graph.
         site: The layer's place in it.
+        keep_int8: Whether INT8 activations of Q/DQ stay INT8, see `open_session`.
     """
 
-    def __init__(self, model: ir.Model, site: LayerSite) -> None:
-        self.site = site
+    def __init__(self, model: ir.Model, site: LayerSite, *, keep_int8: bool = False) -> None:
+        self.name, self._site = site.name, site
         self._model = model
-        self._keep_int8 = must_keep_int8(model.metadata_props.get(TARGET_KEY, ""))
+        self._keep_int8 = keep_int8
 
     def run_output(self, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Return y (..., N) and the codes (..., K) int8, None for weight-only layers.
@@ -64,7 +64,7 @@ class LayerProbe:
         results = self._run(model, x)
         y = results[OUTPUT].astype(np.float32)
         codes = None if quantize is None else _without_zero_point(quantize, results[_CODES])
-        return own_channels(self.site, y), codes
+        return own_channels(self._site, y), codes
 
     def run_accumulators(self, x: NDArray[np.float32]) -> NDArray[Any] | None:
         """Return q_x q_w^T as (..., G, N), None for weight-only layers.
@@ -75,7 +75,7 @@ class LayerProbe:
         model = self._cut()
         if _find(model, "QuantizeLinear") is None:
             return None
-        _reduce_to_sums(model, self.site.name)
+        _reduce_to_sums(model, self.name)
         return self._run_sums(model, x)
 
     def run_products(self, codes: NDArray[np.int8]) -> NDArray[Any]:
@@ -106,21 +106,21 @@ class LayerProbe:
         model = self._cut()
         quantize = _find(model, "QuantizeLinear")
         if quantize is None:
-            raise RunnerError(f"{self.site.name}: has no activation codes.")
+            raise RunnerError(f"{self.name}: has no activation codes.")
         shape = model.graph.inputs[0].shape
         assert shape is not None
         free = ir.Shape([*[None] * (len(shape) - 1), shape[-1]])
         x = ir.Value(name=INPUT, shape=free, type=ir.TensorType(ir.DataType.FLOAT))
         quantize.replace_input_with(0, x)
         model.graph.inputs[:] = [x]
-        _reduce_to_sums(model, self.site.name)
+        _reduce_to_sums(model, self.name)
         return model
 
     def _run_sums(self, model: ir.Model, x: NDArray[np.float32]) -> NDArray[Any]:
         grouped = _find(model, "MatMulInteger") is not None
         sums = self._run(model, x)[_SUMS]
         sums = np.swapaxes(sums, -3, -2) if grouped else sums[..., None, :]
-        return own_channels(self.site, sums)
+        return own_channels(self._site, sums)
 
     def _run(self, model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         source = model.graph.inputs[0]
@@ -131,10 +131,10 @@ class LayerProbe:
             return runner.run_all({source.name: x.astype(np.float16) if half else x})
 
     def _cut(self) -> ir.Model:
-        node = find_packed_node(self._model, self.site)
+        node = find_packed_node(self._model, self._site)
         if node is None or PLUGIN_ATTRIBUTES.keys() <= node.attributes.keys():
             # Where the branch is an input of the node, both values of the site are in the graph.
-            model = cut_lowered(self._model, self.site)
+            model = cut_lowered(self._model, self._site)
         else:
             model = cut_packed(self._model, node, as_functions=True)
         InlinePass()(model)

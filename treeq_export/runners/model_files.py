@@ -6,12 +6,11 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = f"{MODEL_FILE}.data"
 # What we write into the folder of a model; whatever else lies there is somebody else's.
 OUR_FILES = (MODEL_FILE, DATA_FILE)
-BODY = "_body"  # ends the name of a way to run a target without our kernels
 
 
 def model_path(run: Path, target: str) -> Path:
-    """Return DIR/onnx/<target>/model.onnx, the same for all ways to run a target."""
-    return run / "onnx" / target.removesuffix(BODY) / MODEL_FILE
+    """Return DIR/onnx/<target>/model.onnx, of a target or the peer."""
+    return run / "onnx" / target / MODEL_FILE
 
 
 def model_files(path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Literal
 from treeq_export.errors import ServeError
 from treeq_export.serve.inside.check_manifest import find_unfit
 from treeq_export.targets.names import ENGINES, ORT
+from treeq_export.targets.table import target_named
 
 Backend = Literal["onnxruntime", "tensorrt", "python"]
 Mode = Literal["inprocess", "bls"]
@@ -59,7 +60,7 @@ class ServeOptions:
     @property
     def is_engine(self) -> bool:
         """Whether an engine is served, not a graph."""
-        return self.target in ENGINES
+        return target_named(self.target).is_engine
 
     @property
     def chosen_backend(self) -> Backend:

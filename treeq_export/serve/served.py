@@ -11,7 +11,6 @@ from treeq_export.model.denoise import is_pixels
 from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
-from treeq_export.runners.compiled import runner_options, uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, read_manifest
 from treeq_export.runners.model_files import DATA_FILE, model_files, model_path
@@ -28,6 +27,7 @@ from treeq_export.serve.inside.settings import (
 from treeq_export.serve.options import USUAL_BATCH, ServeOptions
 from treeq_export.serve.tensors import ServedGraph, read_graph
 from treeq_export.serve.vae import Vae, open_vae
+from treeq_export.targets.table import way_named
 
 ENGINES_FOLDER = "engines"
 _OWN_INPUTS = ("sample", "timestep")
@@ -181,7 +181,7 @@ def gather(
                 max_batch=max_batch,
                 gpu=None if engine is None else engine.gpu,
                 threads=options.threads,
-                fold_constants=runner_options(graph_file, options.target)["fold_constants"],
+                fold_constants=way_named(options.target).options(graph_file)["fold_constants"],
             ),
             has_vae=vae is not None,
         ),
@@ -293,7 +293,7 @@ def _read_profile(engine: EngineManifest | None, recipe: Recipe) -> dict[str, in
 def _find_library(options: ServeOptions, engine: EngineManifest | None) -> Path | None:
     """Return the library that the denoiser's backend has to load."""
     if engine is None:
-        library = find_library(ORT_LIBRARY) if uses_kernels(options.target) else None
+        library = find_library(ORT_LIBRARY) if way_named(options.target).uses_kernels else None
         if library is not None:
             check_version(library)
         return library

@@ -11,6 +11,7 @@ TargetName = Literal[GraphName, EngineName]
 GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
+PORTABLE: GraphName = "portable"
 ORT: GraphName = "ort"
 TENSORRT: EngineName = "tensorrt"
 TENSORRT_NATIVE: EngineName = "tensorrt-native"

@@ -16,7 +16,8 @@ The targets of TensorRT are audited without a runtime, see compile/audits/tensor
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +30,11 @@ from treeq_export.compile.graph.fused import packed_nodes
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import uses_kernels
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.plain_layer import cut_packed
 from treeq_export.scratch import scratch_folder
-from treeq_export.targets.names import ENGINES, ORT
 
 # Integer matrix products of ONNX Runtime's CPU provider.
 INTEGER_OPS = frozenset(
@@ -46,6 +45,36 @@ _UINT8_ZERO = 128  # the only zero point of UINT8 weights, see `zero_points`
 _UINT4_ZERO = 8
 _BLOCK_PRODUCT = "MatMulNBits"
 _REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How the quantized layers of a written file are found and judged.
+
+    Attributes:
+        read: Says what every layer became, from the file, the plan and the plan's tensors.
+        where: The place where that was seen, for the error.
+        remedy: What the user can do, for the error.
+    """
+
+    read: Callable[[Path, Plan, Mapping[str, NDArray[Any]]], list[AuditLayer]]
+    where: str = f"in ONNX Runtime {onnxruntime.__version__}"
+    remedy: str = _REMEDY
+
+    def check(self, target: str, audit: Sequence[AuditLayer]) -> None:
+        """Check that every layer with quantized activations became integer arithmetic.
+
+        Raises:
+            CompileError: Names the layers that did not, and what they became.
+        """
+        failed = [entry for entry in audit if not entry.integer and not entry.weight_only]
+        if failed:
+            listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
+            more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+            raise CompileError(
+                f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
+                f"integer arithmetic {self.where}: {listed}{more}. {self.remedy}"
+            )
 
 
 _WEIGHT_TYPES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT})
@@ -125,16 +154,13 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     ]
 
 
-def audit_packed(
-    path: Path, model: ir.Model, tensors: Mapping[str, NDArray[Any]], plan: Plan
-) -> list[AuditLayer]:
+def audit_packed(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> list[AuditLayer]:
     """Say what every layer of the `ort` target became, with our kernels and without.
 
     Args:
         path: The compiled model.
-        model: The same, loaded.
+        plan: The plan.
         tensors: The plan's tensors, for the codes.
-        plan: Its plan.
 
     Returns:
         One entry per layer, in execution order; without our library on this machine, what the
@@ -143,6 +169,7 @@ def audit_packed(
     Raises:
         CompileError: ONNX Runtime refuses the model.
     """
+    model = read_graph(path, error=CompileError, remedy=_REMEDY)
     sites = read_layers(model)
     nodes = {node.name: node for node in packed_nodes(model)}
     bodies: dict[tuple[str, ...], AuditLayer] = {}
@@ -154,7 +181,7 @@ def audit_packed(
             weight = _weight_of(names, tensors)
             bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), weight)
         entries.append(bodies[key].model_copy(update={"name": site.name}))
-    if not uses_kernels(ORT):
+    if find_library(ORT_LIBRARY) is None:
         return entries
     with scratch_folder() as folder:
         optimized = optimized_graph(path, folder, use_kernels=True)
@@ -180,28 +207,13 @@ def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight
     return _audit_layer(layer, weight, consumers)
 
 
-def check_audit(target: str, audit: list[AuditLayer]) -> None:
-    """Check that every layer with quantized activations became integer arithmetic.
-
-    Raises:
-        CompileError: Names the layers that did not, and what they became.
-    """
-    failed = [entry for entry in audit if not entry.integer and not entry.weight_only]
-    if failed:
-        listed = ", ".join(f"{entry.name} ({_describe(entry)})" for entry in failed[:8])
-        more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
-        where, remedy = f"in ONNX Runtime {onnxruntime.__version__}", _REMEDY
-        if target in ENGINES:
-            where, remedy = "in the compiled file", "Exclude them by search.exclude."
-        raise CompileError(
-            f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
-            f"integer arithmetic {where}: {listed}{more}. {remedy}"
-        )
-
-
 def _describe(entry: AuditLayer) -> str:
     body = entry.without_kernels
     return entry.op_type if body is None else f"{entry.op_type}, function body: {body}"
+
+
+AUDIT_RUNTIME = Audit(audit_graph)
+AUDIT_PACKED = Audit(audit_packed)
 
 
 def check_metadata(model: ir.Model) -> None:

@@ -5,12 +5,11 @@ layers of the compiled file are run on codes at the ends of their range, and on 
 their int32 sums have to be those of quant/numerics.py. One layer of each kind (bits and groups)
 stands for the others: the one whose neighbouring weights add up to most.
 
-A target of TensorRT is run by the runtime that emulates it, the `ort` target by its function bodies
-and, where our library is installed, by our kernels.
+A target is run in every way that differs on this machine: one of TensorRT by the runtime that
+emulates it, a packed one by its function bodies and, where our library is installed, our kernels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from treeq_export.errors import CompileError
-from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.numerics import accumulate, code_range
-from treeq_export.quant.packing import pack
 from treeq_export.records import AuditLayer
-from treeq_export.runners.compiled import uses_kernels
-from treeq_export.runners.cpu_kernels import CpuQLinear
 from treeq_export.runners.graph_meta import read_layers
+from treeq_export.runners.kernel_probe import KernelProbe
 from treeq_export.runners.layer_probe import LayerProbe
+from treeq_export.runners.ways import Way
 
 ROWS = 8
 Kind = tuple[int, int | None, int | None]
@@ -56,14 +53,14 @@ def extreme_codes(bits: int, rows: int, columns: int, seed: int = 0) -> NDArray[
 
 
 def audit_sums(
-    model: ir.Model, target: str, plan: Plan, tensors: Mapping[str, NDArray[Any]]
+    model: ir.Model, ways: Sequence[Way], plan: Plan, tensors: Mapping[str, NDArray[Any]]
 ) -> dict[str, bool]:
     """Say which layers' kinds have exact sums here.
 
     Args:
         model: The compiled model.
-        target: Its target.
-        plan: Its plan.
+        ways: The ways to run it.
+        plan: The plan.
         tensors: The plan's tensors, for codes and scales.
 
     Returns:
@@ -73,10 +70,8 @@ def audit_sums(
     exact: dict[str, bool] = {}
     for layers in _by_kind(layer for layer in plan.layers if layer.name in sites).values():
         worst = max(layers, key=lambda layer: _largest_pair(tensors[f"{layer.name}.codes"]))
-        probe = LayerProbe(model, sites[worst.name])
-        passed = all(_sums_are_exact(worst, tensors, probe))
-        if uses_kernels(target):
-            passed = passed and _kernel_sums_are_exact(worst, tensors)
+        probes = [way.probe(model, sites[worst.name]) for way in ways]
+        passed = all(all(_sums_are_exact(worst, tensors, probe)) for probe in probes)
         exact.update({layer.name: passed for layer in layers})
     return exact
 
@@ -123,33 +118,17 @@ def _largest_pair(codes: NDArray[np.int8]) -> tuple[int, int]:
 
 
 def _sums_are_exact(
-    layer: LayerPlan, tensors: Mapping[str, NDArray[Any]], probe: LayerProbe
+    layer: LayerPlan, tensors: Mapping[str, NDArray[Any]], probe: KernelProbe | LayerProbe
 ) -> Iterator[bool]:
     """Yield whether sums are exact, of one row, which takes another way in some kernels, and all.
 
-    A sum beyond 2^24 comes back rounded to float32.
+    A sum beyond 2^24 may come back rounded to float32.
     """
     weight, num_groups = _weight_of(layer, tensors)
     for rows in (1, ROWS):
         codes = _codes_of(layer)[-rows:]
         sums = probe.run_products(codes)
         yield np.array_equal(sums, accumulate(codes, weight, num_groups).astype(sums.dtype))
-
-
-def _kernel_sums_are_exact(layer: LayerPlan, tensors: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether our kernels' sums are; with the static step 1 and no rotation x is its own codes."""
-    weight, num_groups = _weight_of(layer, tensors)
-    plain = layer.layer_format(step=1.0)
-    kernel = CpuQLinear(
-        replace(plain, act_scale=ActScale.TENSOR_STATIC, rotation_group=1),
-        pack(weight, layer.weight.bits),
-        tensors[f"{layer.name}.weight_scale"],
-        name=layer.name,
-    )
-    codes = _codes_of(layer)
-    with kernel:
-        _, _, sums = kernel.inspect(codes.astype(np.float32))
-    return np.array_equal(sums, accumulate(codes, weight, num_groups))
 
 
 def _weight_of(

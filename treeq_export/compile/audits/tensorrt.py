@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from treeq_export.compile.audits.onnx_runtime import Audit
 from treeq_export.compile.graph.signature import QLINEAR, nodes_of
 from treeq_export.compile.passes.fuse_modulate import producer_of
 from treeq_export.errors import CompileError
@@ -49,6 +50,9 @@ def audit_tensorrt(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) 
     for digest, kind in _read_kinds(model):
         found.setdefault(digest, set()).add(kind)
     return [_audit_layer(layer, tensors[f"{layer.name}.codes"], found) for layer in plan.layers]
+
+
+AUDIT_FILE = Audit(audit_tensorrt, "in the compiled file", "Exclude them by search.exclude.")
 
 
 def _audit_layer(
