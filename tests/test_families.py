@@ -12,7 +12,7 @@ from treeq_export.plan import load_plan, load_tensors
 from treeq_export.recipe import ValidateSection
 from treeq_export.records import CompileRecord, load_record
 from treeq_export.runners.graph_meta import load_compiled, read_layers
-from treeq_export.validate import run_validate
+from treeq_export.validate.stage import run_validate
 
 # All are W4A4 with a rank-4 branch; each also has one form that the others have not.
 SEARCH: dict[str, dict[str, Any]] = {

@@ -43,13 +43,9 @@ from treeq_export.runners.reference_trace import (
     trace_reference,
 )
 from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
-from treeq_export.validate import (
-    compare_layer,
-    make_gates,
-    reference_codes,
-    run_validate,
-    sums_equal,
-)
+from treeq_export.validate.compare import compare_layer, reference_codes, sums_equal
+from treeq_export.validate.gates import make_gates
+from treeq_export.validate.stage import run_validate
 
 Make = Callable[..., Any]
 TARGETS = ["portable", "ort"]

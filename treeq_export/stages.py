@@ -23,7 +23,7 @@ from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
 from treeq_export.search.stage import run_search
 from treeq_export.targets.names import FP32
 from treeq_export.targets.table import different_ways, open_way
-from treeq_export.validate import run_validate
+from treeq_export.validate.stage import run_validate
 from treeq_export.workspace import Workspace
 
 OnStep = Callable[[float], None]

@@ -19,7 +19,7 @@ from treeq_export.records import EMULATED
 from treeq_export.runners.graph_meta import load_compiled, read_profile
 from treeq_export.runners.model_files import model_path
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
-from treeq_export.validate import run_validate
+from treeq_export.validate.stage import run_validate
 
 Make = Callable[..., Any]
 # Each has a form that the others have not: a mask and cross-attention, blocks of a branch and

@@ -15,7 +15,7 @@ from treeq_export.runners.cuda_device import CudaDevice
 from treeq_export.runners.cuda_runner import CudaRunner
 from treeq_export.runners.reference_trace import make_reference
 from treeq_export.runners.ways import Way
-from treeq_export.validate import judge
+from treeq_export.validate.gates import judge
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., Any]

@@ -36,7 +36,7 @@ from treeq_export.runners.gpu_layers import GpuQLinear
 from treeq_export.runners.gpu_ops import load_launch
 from treeq_export.runners.reference_trace import Reference, trace_reference
 from treeq_export.runners.ways import Way
-from treeq_export.validate import judge
+from treeq_export.validate.gates import judge
 
 # Weight bits, group, activation bits, scale, rotation, branch (b_in, b_out, rank).
 FORMATS: list[tuple[Any, ...]] = [

@@ -17,7 +17,7 @@ from treeq_export.runners.cuda_runner import CudaRunner, GpuProbe
 from treeq_export.runners.gpu_layers import GpuQLinear
 from treeq_export.runners.protocols import Probe
 from treeq_export.runners.reference_trace import Reference
-from treeq_export.validate import compare_layers
+from treeq_export.validate.compare import compare_layers
 
 CUDA = "cuda"
 

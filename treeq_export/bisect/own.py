@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from treeq_export.recipe import ParityGates
 from treeq_export.records import LayerParity, Record
+from treeq_export.validate.gates import missed_bounds
 
 
 class BisectRecord(Record):
@@ -62,7 +63,7 @@ def find_first_fault(
         inside = layer.propagated_sqnr_db
         if departed is None and inside is not None and not inside >= least:
             departed = layer.name
-        reasons = _reasons_of(layer, limits)
+        reasons = missed_bounds(layer, limits)
         if reasons:
             found = layer
             break
@@ -76,16 +77,3 @@ def find_first_fault(
         num_layers=num_layers,
         min_sqnr_db=least,
     )
-
-
-def _reasons_of(layer: LayerParity, limits: ParityGates) -> list[str]:
-    """Return what is out of bounds in one layer; nan never is within."""
-    reasons: list[str] = []
-    if not layer.sqnr_db >= limits.min_layer_sqnr_db:
-        reasons.append(f"own sqnr {layer.sqnr_db:.1f} dB < {limits.min_layer_sqnr_db:g} dB")
-    fraction = layer.equal_code_fraction
-    if fraction is not None and not fraction >= limits.min_equal_code_fraction:
-        reasons.append(f"equal codes {fraction:.6f} < {limits.min_equal_code_fraction:g}")
-    if layer.accumulators_equal is False:
-        reasons.append("int32 sums differ for equal codes")
-    return reasons

@@ -17,7 +17,7 @@ from treeq_export.runners.cuda_runner import CudaRunner
 from treeq_export.runners.graph_meta import load_layers
 from treeq_export.runners.reference_trace import make_reference
 from treeq_export.targets.table import way_named
-from treeq_export.validate import compare_compiled, count_steps
+from treeq_export.validate.compare import compare_compiled, count_steps
 
 
 def run_bisect(

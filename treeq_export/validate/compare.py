@@ -1,4 +1,4 @@
-"""The validate stage: every layer of every target against the PyTorch reference, then the whole.
+"""Every layer of a target against the PyTorch reference, which also bisect looks through.
 
 Reference: the fake-quantized model of model/qlinear.py, whose arithmetic tests hold equal to
 quant/numerics.py. For each layer of each target:
@@ -18,7 +18,6 @@ the rotation or the rms moves it across; equal-code fractions just below 1 are t
 codes the int32 sums have to be equal bit for bit.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,32 +30,13 @@ from torch import nn
 
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of, quantized_layers
-from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan
 from treeq_export.quant.metrics import equal_code_fraction, max_abs_error, sqnr_db
-from treeq_export.recipe import ParityGates, ValidateSection
-from treeq_export.records import (
-    EMULATED,
-    ORT_CPU,
-    GateResult,
-    LayerParity,
-    ParityRecord,
-    TargetParity,
-    save_record,
-)
+from treeq_export.records import LayerParity
 from treeq_export.runners.graph_file import runnable
-from treeq_export.runners.graph_meta import LayerSite, load_compiled, load_layers
-from treeq_export.runners.model_files import model_path
+from treeq_export.runners.graph_meta import LayerSite, load_compiled
 from treeq_export.runners.protocols import Probe
-from treeq_export.runners.reference_trace import (
-    Reference,
-    Trace,
-    make_reference,
-)
+from treeq_export.runners.reference_trace import Reference, Trace
 from treeq_export.runners.ways import Way
-from treeq_export.targets.table import different_ways
-
-RECORD_FILE = "parity.json"
 
 Array = NDArray[Any]
 
@@ -177,101 +157,6 @@ def _run_inside(run: Path, way: Way, sites: Sequence[LayerSite], trace: Trace) -
     return {site.name: outputs[site.output] for site in seen}
 
 
-def make_gates(
-    name: str,
-    sqnr: float,
-    layers: Sequence[LayerParity],
-    limits: ParityGates,
-    half_rounding_db: float | None = None,
-    overflow: str | None = None,
-) -> list[GateResult]:
-    """Return the parity gates of one target; layer gates name the worst layer.
-
-    Args:
-        name: What the gates call the target.
-        sqnr: SQNR of the network's output, dB.
-        layers: The target's layers.
-        limits: The recipe's limits.
-        half_rounding_db: What `measure_half_rounding` gave, for a target with a float16 body.
-        overflow: The module from which on float16 cannot hold the values; None where it can.
-    """
-    least = limits.min_end_to_end_sqnr_db
-    if half_rounding_db is not None:
-        least = min(least, half_rounding_db - limits.half_margin_db)
-    end_to_end = "end-to-end sqnr_db"
-    if overflow is not None:
-        end_to_end += f" (float16 overflows from {overflow} on; use target ort or portable)"
-    worst = min(layers, key=lambda layer: _nan_is_least(layer.sqnr_db))
-    own = f"own sqnr_db of the worst layer ({worst.name})"
-    gates: list[tuple[str, float, float]] = [
-        (end_to_end, sqnr, least),
-        (own, worst.sqnr_db, limits.min_layer_sqnr_db),
-    ]
-    coded = {
-        layer.name: layer.equal_code_fraction
-        for layer in layers
-        if layer.equal_code_fraction is not None
-    }
-    if coded:
-        worst_name = min(coded, key=lambda layer: _nan_is_least(coded[layer]))
-        unequal = [
-            layer.name
-            for layer in layers
-            if layer.name in coded and layer.accumulators_equal is not True
-        ]
-        named = f" (not {unequal[0]})" if unequal else ""
-        gates += [
-            (
-                f"equal codes of the worst layer ({worst_name})",
-                coded[worst_name],
-                limits.min_equal_code_fraction,
-            ),
-            (f"layers with equal int32 sums{named}", len(coded) - len(unequal), len(coded)),
-        ]
-    return [
-        GateResult.of(f"{name}: {what}", measured, limit, at_least=True)
-        for what, measured, limit in gates
-    ]
-
-
-def _nan_is_least(value: float) -> float:
-    """Return a key under which min() finds nan wherever it stands."""
-    return -math.inf if math.isnan(value) else value
-
-
-def judge(
-    reference: Reference,
-    way: Way,
-    output: Array,
-    layers: list[LayerParity],
-    limits: ParityGates,
-) -> TargetParity:
-    """Judge what a target computed.
-
-    Args:
-        reference: The reference.
-        way: How the target was run.
-        output: The network's output.
-        layers: The comparisons of the layers.
-        limits: The recipe's limits.
-    """
-    expected = reference.trace.output
-    sqnr = sqnr_db(expected, output)
-    name = f"{way.name} (emulated)" if way.emulated else way.name
-    rounding = reference.half_rounding_db if way.half else None
-    overflow = reference.half_overflow if way.half else None
-    gates = make_gates(name, sqnr, layers, limits, rounding, overflow)
-    return TargetParity(
-        target=way.name,
-        runtime=EMULATED if way.emulated else ORT_CPU,
-        passed=all(gate.passed for gate in gates),
-        sqnr_db=sqnr,
-        max_abs_error=max_abs_error(expected, output),
-        layers=layers,
-        gates=gates,
-    )
-
-
 def count_steps(
     layers: Iterable[LayerParity], before: int, total: int, on_step: Callable[[float], None]
 ) -> Iterator[LayerParity]:
@@ -286,47 +171,3 @@ def count_steps(
     for index, layer in enumerate(layers, start=before + 1):
         on_step(index / total)
         yield layer
-
-
-def run_validate(
-    run: Path,
-    denoiser: Denoiser,
-    plan: Plan,
-    tensors: Mapping[str, Array],
-    targets: Iterable[str],
-    section: ValidateSection,
-    seed: int,
-    on_step: Callable[[float], None],
-) -> ParityRecord:
-    """Compare every target with the reference and write `parity.json`.
-
-    Args:
-        run: The run folder.
-        denoiser: The full-precision model.
-        plan: The calibrated plan.
-        tensors: The plan's tensors.
-        targets: Compiled targets; each is compared in every way that differs here.
-        section: The recipe's validate section.
-        seed: Seed of the inputs.
-        on_step: Called with the fraction done, 0..1.
-
-    Returns:
-        The record; gates that are not met are in it, nothing is raised for them.
-
-    Raises:
-        PlanError: A target is missing or of another plan.
-    """
-    reference = make_reference(denoiser, plan, tensors, section.batch_size, seed)
-    ways = different_ways(targets)
-    num = len(plan.layers)
-    entries: list[TargetParity] = []
-    for index, way in enumerate(ways):
-        model, sites = load_layers(run, way.target, reference.trace.layer_inputs)
-        with way.open(model_path(run, way.target)) as runner:
-            output = runner.run(reference.trace.inputs)
-        compared = compare_compiled(run, way, reference, model, sites)
-        layers = list(count_steps(compared, index * num, len(ways) * num, on_step))
-        entries.append(judge(reference, way, output, layers, section.gates))
-    record = ParityRecord(batch_size=section.batch_size, seed=seed, targets=entries)
-    save_record(run / RECORD_FILE, record)
-    return record
