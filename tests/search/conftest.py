@@ -7,8 +7,8 @@ import pytest
 from treeq_export.model.layers import LinearInfo
 from treeq_export.recipe import SearchSection
 from treeq_export.search.budget import CostModel, make_budget
-from treeq_export.search.context import SearchContext
 from treeq_export.search.executor import Key, Task
+from treeq_export.search.strategies.context import SearchContext
 from treeq_export.search.tree import Configuration, Leaf, build_tree, decode, make_leaves
 
 # Of a DiT block: adaLN, q/k/v, output projection, two MLP layers; (positions, K, N).

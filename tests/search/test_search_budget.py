@@ -11,9 +11,9 @@ from treeq_export.errors import RecipeError
 from treeq_export.plan import FORMAT_VERSION, ModelRecord, Plan, StrategyRecord
 from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import SearchSection
-from treeq_export.search.baselines import spread_bits, uniform_configuration
 from treeq_export.search.budget import Budget, Cost, CostModel, make_budget
 from treeq_export.search.formats import assign
+from treeq_export.search.strategies.greedy import spread_bits, uniform_configuration
 from treeq_export.search.tree import Leaf
 
 MakeNetwork = Callable[..., list[Leaf]]

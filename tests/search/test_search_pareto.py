@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treeq_export.search.pareto import crowding_distance, drop, sort_fronts
+from treeq_export.search.strategies.pareto import crowding_distance, drop, sort_fronts
 
 # Few distinct values, so that ties and duplicates are common.
 COSTS = st.integers(0, 6)

@@ -18,11 +18,11 @@ from treeq_export.model.statistics import collect_statistics
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
-from treeq_export.search.bank import LayerBank
 from treeq_export.search.executor import Task
 from treeq_export.search.formats import make_layer_plan
+from treeq_export.search.measure.bank import LayerBank
+from treeq_export.search.measure.segment import NETWORK, SegmentWorker
 from treeq_export.search.prepare import Store
-from treeq_export.search.segments import NETWORK, SegmentWorker
 from treeq_export.search.session import (
     Session,
     make_bank,

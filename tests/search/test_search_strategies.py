@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from treeq_export.recipe import SearchSection
-from treeq_export.search.assignment import Allocation, allocate, solve_assignment
-from treeq_export.search.baselines import (
+from treeq_export.search.budget import Budget, Cost
+from treeq_export.search.executor import Task
+from treeq_export.search.strategies.assignment import Allocation, allocate, solve_assignment
+from treeq_export.search.strategies.context import Outcome, SearchContext
+from treeq_export.search.strategies.greedy import (
     search_greedy,
     search_integer_program,
     uniform_configuration,
 )
-from treeq_export.search.budget import Budget, Cost
-from treeq_export.search.context import Outcome, SearchContext
-from treeq_export.search.executor import Task
-from treeq_export.search.guide import measure_alone, nearest_pair
-from treeq_export.search.refine import refine
+from treeq_export.search.strategies.guide import measure_alone, nearest_pair
+from treeq_export.search.strategies.refine import refine
+from treeq_export.search.strategies.tss import search_tree
 from treeq_export.search.tree import Configuration, encode
-from treeq_export.search.tss import search_tree
 
 MakeContext = Callable[..., SearchContext]
 Error = Callable[[Configuration, int], float]

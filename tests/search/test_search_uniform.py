@@ -7,7 +7,7 @@ from treeq_export.model.layers import LinearInfo
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
 from treeq_export.search.formats import make_activation_format, make_layer_plan
-from treeq_export.search.uniform import assign_uniform
+from treeq_export.search.strategies.uniform import assign_uniform
 
 
 def make_linear(name: str = "blocks.0.fc", k: int = 64, n: int = 96, **place: Any) -> LinearInfo:

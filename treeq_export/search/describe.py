@@ -4,7 +4,7 @@ from typing import Any
 
 from treeq_export.records import SearchFinalist, SearchNode
 from treeq_export.search.branches import BranchTrial
-from treeq_export.search.context import Outcome, SearchContext
+from treeq_export.search.strategies.context import Outcome, SearchContext
 from treeq_export.search.tree import describe, walk
 
 

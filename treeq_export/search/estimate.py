@@ -15,7 +15,7 @@ from treeq_export.plan import LayerPlan
 from treeq_export.recipe import CalibrateSection, SearchSection
 from treeq_export.records import SearchCost
 from treeq_export.search.formats import candidate_pairs
-from treeq_export.search.segments import Handler, LinearSwitch
+from treeq_export.search.measure.segment import Handler, LinearSwitch
 from treeq_export.search.tree import Leaf, count_cost
 
 # Any codes will do for timing.

@@ -26,8 +26,14 @@ from treeq_export.quant.spec import BranchFormat
 from treeq_export.reading import parse_record
 from treeq_export.recipe import Recipe
 from treeq_export.sealed import Say, say_nothing
-from treeq_export.search.bank import LayerBank
 from treeq_export.search.formats import make_layer_plan
+from treeq_export.search.measure.bank import LayerBank
+from treeq_export.search.measure.segment import (
+    LinearSwitch,
+    SegmentWorker,
+    biases_of,
+    quantized_handlers,
+)
 from treeq_export.search.prepare import (
     FINAL_FILE,
     ROWS_FILE,
@@ -40,12 +46,6 @@ from treeq_export.search.prepare import (
     save_probes,
     save_rows,
     weight_file,
-)
-from treeq_export.search.segments import (
-    LinearSwitch,
-    SegmentWorker,
-    biases_of,
-    quantized_handlers,
 )
 from treeq_export.search.tree import build_tree, decode, make_leaves
 

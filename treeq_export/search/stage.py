@@ -31,25 +31,22 @@ from treeq_export.plan import (
 from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import Recipe, SearchSection, strategy_options
 from treeq_export.records import SearchCost, SearchRecord, save_record
-from treeq_export.search.baselines import (
-    search_greedy,
-    search_integer_program,
-    uniform_configuration,
-)
 from treeq_export.search.branches import BranchTrial, choose_branches
 from treeq_export.search.budget import CostModel, make_budget
-from treeq_export.search.context import Outcome, SearchContext
 from treeq_export.search.describe import describe_finalists, describe_tree, describe_trial
 from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
 from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
-from treeq_export.search.finalists import CalibratingWorker, calibration_task, choose_calibrated
 from treeq_export.search.formats import assign, candidate_pairs, make_layer_plan
 from treeq_export.search.journal import Journal
+from treeq_export.search.measure.calibrated import (
+    CalibratingWorker,
+    calibration_task,
+    choose_calibrated,
+)
+from treeq_export.search.measure.segment import SegmentWorker
 from treeq_export.search.prepare import FINAL_FILE, FOLDER, ROWS_FILE, Store
 from treeq_export.search.progress import SearchProgress
 from treeq_export.search.ray_executor import RayExecutor
-from treeq_export.search.refine import refine
-from treeq_export.search.segments import SegmentWorker
 from treeq_export.search.session import (
     Session,
     choose_batch_rows,
@@ -58,9 +55,16 @@ from treeq_export.search.session import (
     prepare,
     weights_fingerprint,
 )
+from treeq_export.search.strategies.context import Outcome, SearchContext
+from treeq_export.search.strategies.greedy import (
+    search_greedy,
+    search_integer_program,
+    uniform_configuration,
+)
+from treeq_export.search.strategies.refine import refine
+from treeq_export.search.strategies.tss import search_tree
+from treeq_export.search.strategies.uniform import assign_uniform
 from treeq_export.search.tree import Configuration, build_tree, encode, make_leaves
-from treeq_export.search.tss import search_tree
-from treeq_export.search.uniform import assign_uniform
 
 RECORD_FILE = "search.json"
 JOURNAL_FILE = "journal.sqlite"

@@ -19,10 +19,10 @@ import numpy as np
 from treeq_export.errors import RecipeError
 from treeq_export.ops import MAX_BITS, MIN_BITS
 from treeq_export.recipe import SearchSection
-from treeq_export.search.assignment import solve_assignment
 from treeq_export.search.budget import Budget, CostModel
-from treeq_export.search.context import Outcome, SearchContext
 from treeq_export.search.formats import Pair
+from treeq_export.search.strategies.assignment import solve_assignment
+from treeq_export.search.strategies.context import Outcome, SearchContext
 from treeq_export.search.tree import Configuration, Leaf
 
 ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))

@@ -6,9 +6,9 @@ from treeq_export.model.layers import LinearInfo
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import SearchSection
-from treeq_export.search.baselines import uniform_configuration
 from treeq_export.search.budget import CostModel
 from treeq_export.search.formats import assign, make_layer_plan
+from treeq_export.search.strategies.greedy import uniform_configuration
 from treeq_export.search.tree import make_leaves
 
 

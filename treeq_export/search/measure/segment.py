@@ -26,8 +26,8 @@ from treeq_export.model.replay import BlockReplay, Output, replace_forward
 from treeq_export.model.sensitivity import prediction_error
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
-from treeq_export.search.bank import LayerBank
 from treeq_export.search.executor import Task
+from treeq_export.search.measure.bank import LayerBank
 from treeq_export.search.prepare import FINAL_FILE, Store, slice_output, slice_rows
 from treeq_export.search.tree import Configuration, Leaf, Node, decode, walk
 

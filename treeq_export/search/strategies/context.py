@@ -8,7 +8,7 @@ from treeq_export.records import SearchPoint
 from treeq_export.search.budget import Budget, Cost, CostModel
 from treeq_export.search.executor import Key, Task
 from treeq_export.search.formats import Pair, candidate_pairs
-from treeq_export.search.segments import FINAL, NETWORK
+from treeq_export.search.measure.segment import FINAL, NETWORK
 from treeq_export.search.tree import Configuration, Leaf, Node, encode
 
 _CHUNK = 16  # whole configurations of one task

@@ -18,8 +18,8 @@ from treeq_export.model.trajectories import Rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
 from treeq_export.recipe import Recipe
-from treeq_export.search.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
+from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.tree import Configuration, decode, encode
 
 CALIBRATED = "calibrated"

@@ -13,10 +13,10 @@ TreeQ says nothing of the kind.
 
 from dataclasses import dataclass
 
-from treeq_export.search.assignment import Allocation, allocate, solve_assignment
-from treeq_export.search.context import SearchContext
 from treeq_export.search.executor import Task
 from treeq_export.search.formats import Pair
+from treeq_export.search.strategies.assignment import Allocation, allocate, solve_assignment
+from treeq_export.search.strategies.context import SearchContext
 from treeq_export.search.tree import Configuration, encode, leaf_nodes
 
 

@@ -8,9 +8,9 @@ it does not, fewer changes are allowed at once. This step is ours; `search.refin
 out.
 """
 
-from treeq_export.search.assignment import solve_assignment
-from treeq_export.search.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.formats import Pair
+from treeq_export.search.strategies.assignment import solve_assignment
+from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.tree import Configuration
 
 _MOST_ROUNDS = 4

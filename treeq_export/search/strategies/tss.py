@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treeq_export.search.context import Finalist, Outcome, SearchContext, make_point
 from treeq_export.search.executor import Task
-from treeq_export.search.guide import Guide, make_guide
-from treeq_export.search.pareto import drop
+from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext, make_point
+from treeq_export.search.strategies.guide import Guide, make_guide
+from treeq_export.search.strategies.pareto import drop
 from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
 
 

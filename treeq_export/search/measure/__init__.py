@@ -1,0 +1,1 @@
+"""Kinds of measurement: one class for each thing that a search measures."""

@@ -1,0 +1,1 @@
+"""Strategies: how a search looks for the best formats within its budget."""
