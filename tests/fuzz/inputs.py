@@ -44,7 +44,7 @@ from treeq_export.runners.engine_manifest import read_manifest
 from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.graph_meta import LayerSite, read_layers, read_profile, write_layers
 from treeq_export.search.journal import Journal
-from treeq_export.search.prepare import Store
+from treeq_export.search.store import Store
 from treeq_export.serve.inside import check_manifest
 from treeq_export.serve.lint import lint_repository
 from treeq_export.serve.tensors import read_graph as read_served

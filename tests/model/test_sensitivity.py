@@ -10,7 +10,8 @@ from treeq_export.model.layers import discover_linears
 from treeq_export.model.replay import BlockReplay, Output, block_names
 from treeq_export.model.sensitivity import prediction_error, probe_gradients
 from treeq_export.model.zoo import Denoiser
-from treeq_export.search.prepare import record_outputs, slice_output
+from treeq_export.search.prepare import record_outputs
+from treeq_export.search.store import slice_output
 
 FAMILIES = ("dit", "pixart", "sd3", "flux")
 ROWS, PROBES = 3, 5

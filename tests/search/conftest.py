@@ -8,8 +8,10 @@ from treeq_export.model.layers import LinearInfo
 from treeq_export.recipe import SearchSection
 from treeq_export.search.budget import CostModel, make_budget
 from treeq_export.search.executor import Key, Task
+from treeq_export.search.network import Network
+from treeq_export.search.network import make_network as network_of
 from treeq_export.search.strategies.context import SearchContext
-from treeq_export.search.tree import Configuration, Leaf, build_tree, decode, make_leaves
+from treeq_export.search.tree import Configuration, decode
 
 # Of a DiT block: adaLN, q/k/v, output projection, two MLP layers; (positions, K, N).
 _LEAVES = (
@@ -22,10 +24,10 @@ _LEAVES = (
 
 
 @pytest.fixture(scope="session")
-def make_network() -> Callable[..., list[Leaf]]:
-    """A function: number of blocks -> the leaves of a DiT of that depth."""
+def make_network() -> Callable[..., Network]:
+    """A function: number of blocks -> a DiT of that depth."""
 
-    def make(num_blocks: int) -> list[Leaf]:
+    def make(num_blocks: int) -> Network:
         linears: list[LinearInfo] = []
         for block in range(num_blocks):
             for at, (positions, k, n) in enumerate(_LEAVES):
@@ -35,13 +37,13 @@ def make_network() -> Callable[..., list[Leaf]]:
                     )
                     for position in positions
                 ]
-        return make_leaves(linears)
+        return network_of(linears)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_context(make_network: Callable[..., list[Leaf]]) -> Callable[..., SearchContext]:
+def make_context(make_network: Callable[..., Network]) -> Callable[..., SearchContext]:
     """A function: search section, blocks, error of leaves `first` on -> a context and its calls."""
 
     def make(
@@ -50,29 +52,21 @@ def make_context(make_network: Callable[..., list[Leaf]]) -> Callable[..., Searc
         error: Callable[[Configuration, int], float],
         calls: list[Task] | None = None,
     ) -> SearchContext:
-        leaves = make_network(num_blocks)
+        network = make_network(num_blocks)
 
         def measure(tasks: Sequence[Task], _block_runs: int) -> dict[Key, float]:
             values: dict[Key, float] = {}
             for task in tasks:
                 if calls is not None:
                     calls.append(task)
-                network = task.node in ("network", "final")
-                first = 0 if network else int(task.node.split()[1].split(".")[0])
-                prefix = () if network else decode(task.prefix)
+                whole = task.node in ("network", "final")
+                first = 0 if whole else int(task.node.split()[1].split(".")[0])
+                prefix = () if whole else decode(task.prefix)
                 for suffix in task.suffixes:
                     values[task.node, task.prefix, suffix] = error(prefix + decode(suffix), first)
             return values
 
-        costs = CostModel(leaves, section, {})
-        return SearchContext(
-            section,
-            leaves,
-            build_tree(leaves),
-            num_blocks,
-            costs,
-            make_budget(section, costs),
-            measure,
-        )
+        costs = CostModel(network, section)
+        return SearchContext(section, network, costs, make_budget(section, costs), measure)
 
     return make

@@ -1,7 +1,7 @@
 """Measured errors against the whole network with its linears replaced, computed another way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,22 @@ from torch import nn
 
 from treeq_export.model.fit import quantize_layer
 from treeq_export.model.layers import discover_linears
-from treeq_export.model.replay import BlockReplay, Output, block_names
+from treeq_export.model.replay import BlockReplay, Output
 from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import collect_statistics
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
 from treeq_export.search.executor import Task
-from treeq_export.search.formats import make_layer_plan
+from treeq_export.search.formats import make_layer_plan, make_templates
 from treeq_export.search.measure.bank import LayerBank
-from treeq_export.search.measure.segment import NETWORK, SegmentWorker
-from treeq_export.search.prepare import Store
-from treeq_export.search.session import (
-    Session,
-    make_bank,
-    make_templates,
-    prepare,
-    weights_fingerprint,
-)
-from treeq_export.search.tree import (
-    Configuration,
-    Leaf,
-    build_tree,
-    decode,
-    encode,
-    make_leaves,
-    walk,
-)
+from treeq_export.search.measure.whole import WholeNetwork
+from treeq_export.search.measure.worker import MeasuringWorker
+from treeq_export.search.network import make_network
+from treeq_export.search.prepare import prepare
+from treeq_export.search.session import Session
+from treeq_export.search.store import Store
+from treeq_export.search.tree import Configuration, Leaf, decode, encode, walk
 
 FAMILIES = ("dit", "pixart", "sd3", "flux")
 ENVIRONMENT = (2, 3)
@@ -48,22 +37,29 @@ ENVIRONMENT = (2, 3)
 class Search:
     """A prepared search of a tiny model, and the same model with replaced linears."""
 
-    recipe: Recipe
-    denoiser: Denoiser
-    leaves: list[Leaf]
-    store: Store
-    bank: LayerBank
     session: Session
+    denoiser: Denoiser
+    bank: LayerBank
 
-    def open(self, noise: float) -> SegmentWorker:
+    @property
+    def recipe(self) -> Recipe:
+        return self.session.recipe
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return self.session.network.leaves
+
+    @property
+    def store(self) -> Store:
+        return self.session.store
+
+    def open(self, noise: float) -> MeasuringWorker:
         search = self.recipe.search.model_copy(update={"noise": noise})
         recipe = self.recipe.model_copy(update={"search": search})
-        session = Session(**vars(self.session) | {"recipe": recipe.model_dump_json(by_alias=True)})
-        return session.open(self.denoiser)
+        return MeasuringWorker(replace(self.session, recipe=recipe), self.denoiser)
 
     def outputs(self, configuration: Configuration) -> tuple[list[Output], torch.Tensor]:
         """Every block's output and the prediction, by hooks on the model with QLinear in place."""
-        blocks = block_names(discover_linears(self.denoiser))  # before they are replaced
         replaced: list[tuple[nn.Module, str, Any]] = []
         for leaf, pair in zip(self.leaves, configuration, strict=True):
             for linear in leaf.linears if pair else ():
@@ -77,7 +73,7 @@ class Search:
             self.denoiser.model.get_submodule(name).register_forward_hook(
                 lambda *call: found.append(call[2] if isinstance(call[2], tuple) else (call[2],))
             )
-            for name in blocks
+            for name in self.session.network.blocks
         ]
         rows, _ = self.store.load_rows()
         try:
@@ -127,28 +123,25 @@ def prepared(
 
 
 def prepare_family(recipe: Recipe, denoiser: Denoiser, folder: Path) -> Search:
-    linears = discover_linears(denoiser)
-    leaves = make_leaves(linears)
-    branches = {x.name: recipe.search.branch for x in linears if recipe.search.branch}
+    network = make_network(discover_linears(denoiser))
+    fixed = recipe.search.branch
+    branches = {x.name: fixed for x in network.linears if fixed}
     session = Session(
         folder=folder,
-        recipe=recipe.model_dump_json(by_alias=True),
-        branches=branches,
-        names=frozenset(x.name for x in linears),
-        environment=encode((ENVIRONMENT,) * len(leaves)),
+        recipe=recipe,
+        checkpoint_sha256="",
+        network=replace(network, branches=branches),
+        environment=(ENVIRONMENT,) * len(network.leaves),
         batch_rows=3,  # of 5 rows: two batches, one of them short
     )
-    templates = make_templates(linears, recipe, {})
+    templates = make_templates(network, recipe.search)
     prepare(
         session,
         denoiser,
-        weights_fingerprint(recipe, "", branches),
         lambda: collect_statistics(denoiser, templates, recipe, lambda _: None),
         lambda _: None,
     )
-    store = Store(folder, "")
-    bank = make_bank(store, denoiser, linears, recipe, branches)
-    return Search(recipe, denoiser, leaves, store, bank, session)
+    return Search(session, denoiser, LayerBank(session, denoiser))
 
 
 def close_to(value: float) -> Any:
@@ -163,7 +156,7 @@ def test_every_merge_measures_what_the_whole_network_gives(
     search = prepared(family)
     _, prediction = search.outputs((None,) * len(search.leaves))
     worker = search.open(noise)
-    root = build_tree(search.leaves)
+    root = search.session.network.root
     values = {}
     try:
         for node, _ in walk(root):
@@ -197,7 +190,7 @@ def test_noise_between_mixes_the_inputs(prepared: Callable[[str], Search]):
     clean, _ = search.outputs((None,) * 10)
     dirty, _ = search.outputs((ENVIRONMENT,) * 10)
     rows, _ = search.store.load_rows()
-    node = build_tree(search.leaves).children[1]
+    node = search.session.network.root.children[1]
     assert (node.name, node.first_block) == ("segment 5..9", 1)
     pairs: Configuration = ((3, 8),) * 4
     worker = search.open(0.25)
@@ -224,7 +217,7 @@ def run_second_block(search: Search, rows: Rows, before: Output, pairs: Configur
             originals[linear.name] = module.forward
             module.forward = search.bank.layer(linear.name, *pair).forward
     try:
-        with BlockReplay(search.denoiser, block_names(discover_linears(search.denoiser))) as replay:
+        with BlockReplay(search.denoiser, search.session.network.blocks) as replay:
             return replay.run(rows, first=1, last=1, recorded=lambda _: before)
     finally:
         for name in originals:
@@ -245,9 +238,9 @@ def test_whole_configurations_do_not_depend_on_the_base(
     texts = tuple(encode(c) for c in (base, late, early, alone))
     worker = search.open(1.0)
     try:
-        from_base = list(worker.measure(Task(NETWORK, encode(base), texts)))
-        from_clean = list(worker.measure(Task(NETWORK, "", texts)))
-        from_late = list(worker.measure(Task(NETWORK, encode(late), texts)))
+        from_base = list(worker.measure(Task(WholeNetwork.NAME, encode(base), texts)))
+        from_clean = list(worker.measure(Task(WholeNetwork.NAME, "", texts)))
+        from_late = list(worker.measure(Task(WholeNetwork.NAME, encode(late), texts)))
     finally:
         worker.close()
     # Recorded outputs may lie otherwise in memory, which changes the order of a summation.
@@ -317,10 +310,8 @@ def test_closing_gives_the_model_back(prepared: Callable[[str], Search]):
 
 def test_layers_beyond_the_limit_are_loaded_again(prepared: Callable[[str], Search]):
     search = prepared("dit")
-    linears = discover_linears(search.denoiser)
-    branches = dict(search.session.branches)
-    small = make_bank(search.store, search.denoiser, linears, search.recipe, branches)
-    small._limit_bytes = 1
+    linears = search.session.network.linears
+    small = LayerBank(search.session, search.denoiser, limit_bytes=1)
     x = torch.randn(2, 64)
     for name in (linears[0].name, linears[1].name, linears[0].name):
         for pair in ((2, 3), (3, 8), (2, 8)):
@@ -338,8 +329,8 @@ def test_every_pair_has_the_weight_that_calibration_gives_it(
     recipe = plain.recipe.model_copy(update={"calibrate": calibrate})
     search = prepare_family(recipe, plain.denoiser, tmp_path)
     linear = search.leaves[1].linears[0]
-    branch = search.session.branches.get(linear.name)
-    templates = make_templates(discover_linears(search.denoiser), recipe, {})
+    branch = search.session.network.branches.get(linear.name)
+    templates = make_templates(search.session.network, recipe.search)
     statistics = collect_statistics(search.denoiser, templates, recipe, lambda _: None)
     tokens = statistics[linear.name].thin(8 * linear.in_features, recipe.seed)
     module = search.denoiser.model.get_submodule(linear.name)
@@ -360,15 +351,13 @@ def test_every_pair_has_the_weight_that_calibration_gives_it(
 
 def test_prepared_files_are_kept(prepared: Callable[[str], Search], tmp_path: Path):
     search = prepared("dit")
-    branches = dict(search.session.branches)
-    fingerprint = weights_fingerprint(search.recipe, "", branches)
     before = {path: path.stat().st_mtime_ns for path in search.store.folder.rglob("*.safetensors")}
 
     def fail() -> Any:
         raise AssertionError("nothing is missing")
 
-    prepare(search.session, search.denoiser, fingerprint, fail, lambda _: None)
+    prepare(search.session, search.denoiser, fail, lambda _: None)
     after = {path: path.stat().st_mtime_ns for path in search.store.folder.rglob("*.safetensors")}
     assert before == after
     assert not Store(search.store.folder, "other").has("rows.safetensors")
-    assert not Store(tmp_path, fingerprint).has("rows.safetensors")
+    assert not Store(tmp_path, search.session.weights_fingerprint).has("rows.safetensors")

@@ -22,12 +22,12 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import PLAN_FILE, Plan, load_plan
 from treeq_export.recipe import Recipe
 from treeq_export.records import SearchRecord, load_record
+from treeq_export.search.branches import nominal_bits
+from treeq_export.search.network import select_linears
 from treeq_export.search.stage import (
     RECORD_FILE,
     estimate_search,
-    nominal_bits,
     run_search,
-    select_linears,
 )
 
 Make = Callable[..., Any]

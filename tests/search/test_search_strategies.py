@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 
 from treeq_export.recipe import SearchSection
-from treeq_export.search.budget import Budget, Cost
+from treeq_export.search.budget import Budget, Cost, CostModel, make_budget
 from treeq_export.search.executor import Task
+from treeq_export.search.network import make_network as network_of
 from treeq_export.search.strategies.assignment import Allocation, allocate, solve_assignment
 from treeq_export.search.strategies.context import Outcome, SearchContext
-from treeq_export.search.strategies.greedy import (
-    search_greedy,
-    search_integer_program,
-    uniform_configuration,
-)
+from treeq_export.search.strategies.greedy import search_greedy
 from treeq_export.search.strategies.guide import measure_alone, nearest_pair
+from treeq_export.search.strategies.integer import search_integer_program
 from treeq_export.search.strategies.refine import refine
 from treeq_export.search.strategies.tss import search_tree
+from treeq_export.search.strategies.uniform import uniform_configuration
 from treeq_export.search.tree import Configuration, encode
 
 MakeContext = Callable[..., SearchContext]
@@ -123,7 +122,7 @@ def test_searches_beat_uniform_bits(seed: int, make_context: MakeContext):
     section = make_section()
     error = additive(20, seed)
     context = make_context(section, 4, error)
-    uniform = error(uniform_configuration(context.leaves, context.costs, section), 0)
+    uniform = error(uniform_configuration(context.costs, section), 0)
     found = {name: search(context).network_mse for name, search in SEARCHES.items()}
     assert all(value < uniform for value in found.values()), (uniform, found)
     refined = refine(context, search_tree(context), 0.0)
@@ -244,7 +243,7 @@ def test_a_tree_that_ends_before_the_network_measures_its_best_on_the_network(
 ):
     calls: list[Task] = []
     context = make_context(make_section(), 2, additive(10), calls)
-    partial = replace(context, num_blocks=5)
+    partial = replace(context, network=replace(context.network, blocks=("",) * 5))
     outcome = search_tree(partial)
     final = [s for task in calls if task.node == "final" for s in task.suffixes]
     assert len(final) in (16, 17)
@@ -276,20 +275,10 @@ def test_the_last_choice_is_made_on_other_inputs(make_context: MakeContext):
 
 def test_a_network_of_one_leaf(make_network: Any, make_context: MakeContext):
     context = make_context(make_section(), 1, additive(5))
-    leaves = context.leaves[:1]
-    from treeq_export.search.budget import CostModel, make_budget
-    from treeq_export.search.tree import build_tree
-
-    costs = CostModel(leaves, context.section, {})
-    single = SearchContext(
-        context.section,
-        leaves,
-        build_tree(leaves),
-        1,
-        costs,
-        make_budget(context.section, costs),
-        context.measure,
-    )
+    network = network_of(context.leaves[0].linears)
+    costs = CostModel(network, context.section)
+    budget = make_budget(context.section, costs)
+    single = SearchContext(context.section, network, costs, budget, context.measure)
     outcome = search_tree(single)
     assert outcome.configuration == ((3, 3),)
     assert outcome.network_mse == pytest.approx(additive(5)(((3, 3),), 0))

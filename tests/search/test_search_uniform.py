@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,8 +7,12 @@ from treeq_export.errors import FormatError
 from treeq_export.model.layers import LinearInfo
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
+from treeq_export.search.budget import CostModel
+from treeq_export.search.formats import assign as assign_configuration
 from treeq_export.search.formats import make_activation_format, make_layer_plan
-from treeq_export.search.strategies.uniform import assign_uniform
+from treeq_export.search.network import make_network
+from treeq_export.search.strategies.context import SearchContext
+from treeq_export.search.strategies.uniform import search_uniform
 
 
 def make_linear(name: str = "blocks.0.fc", k: int = 64, n: int = 96, **place: Any) -> LinearInfo:
@@ -18,6 +23,14 @@ def make_linear(name: str = "blocks.0.fc", k: int = 64, n: int = 96, **place: An
 def assign(linears: list[LinearInfo], section: SearchSection) -> Any:
     branches = {} if section.branch is None else {x.name: section.branch for x in linears}
     return assign_uniform(linears, section, branches)
+
+
+def assign_uniform(
+    linears: list[LinearInfo], section: SearchSection, branches: dict[str, BranchFormat]
+) -> Any:
+    network = replace(make_network(linears), branches=branches)
+    outcome = search_uniform(SearchContext(section, network, CostModel(network, section)))
+    return assign_configuration(network, outcome.configuration, section)
 
 
 def make_section(**fields: Any) -> SearchSection:

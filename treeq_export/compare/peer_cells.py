@@ -21,7 +21,7 @@ from treeq_export.peers import PEERS, quantize_with_peer
 from treeq_export.pipeline import recipe_with_digests
 from treeq_export.records import CompareRow
 from treeq_export.runners.torch_runner import TorchRunner
-from treeq_export.search.stage import select_linears
+from treeq_export.search.network import select_linears
 from treeq_export.workspace import StageRecord, Workspace
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate"

@@ -12,8 +12,9 @@ Every second kept token is fitted to and decides; the others say whether the cho
 TreeQ publishes the branch; this way of choosing its shape is ours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,21 @@ from treeq_export.model.fit import quantize_layer
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.zoo import Denoiser
+from treeq_export.ops import MAX_BITS
 from treeq_export.plan import LayerPlan, Tensors
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.numerics import qlinear
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import BranchFormat
-from treeq_export.recipe import BranchBudget, CalibrateSection
+from treeq_export.recipe import (
+    BranchBudget,
+    BudgetSection,
+    CalibrateSection,
+    Recipe,
+    SearchSection,
+)
+from treeq_export.search.formats import assign
+from treeq_export.search.network import Network
 
 _MOST_TOKENS = 1024  # that are fitted to, and as many that are held out
 
@@ -38,7 +48,7 @@ class BranchTrial:
 
     Attributes:
         branch: The shape.
-        num_parameters: Of both factors.
+        num_parameters: Parameters of both factors.
         error: Relative squared error of the layer's output, on the tokens it was fitted to.
         held_out_error: The same on other tokens.
     """
@@ -47,6 +57,11 @@ class BranchTrial:
     num_parameters: int
     error: float
     held_out_error: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return the trial as the record holds it."""
+        numbers = asdict(self)
+        return numbers.pop("branch").model_dump() | numbers
 
 
 def branch_candidates(
@@ -83,9 +98,9 @@ def output_error(
     """Return the relative squared error of a quantized layer's output, bias left out.
 
     Args:
-        layer: Its entry in the plan.
+        layer: The layer's entry in the plan.
         weight: W, (N, K).
-        tensors: What `quantize_layer` returned.
+        tensors: The result of `quantize_layer`.
         x: Inputs (n, K), not rotated.
     """
     step = tensors.get("activation_step")
@@ -114,10 +129,10 @@ def try_branches(
     """Measure every shape on one layer, in its formats.
 
     Args:
-        layer: Its entry in the plan; its branch is replaced.
+        layer: The layer's entry in the plan; the branch is replaced.
         weight: W, (N, K).
-        statistics: Of its rotated input, with kept tokens.
-        section: How scales and codes are found.
+        statistics: Statistics of the layer's rotated input, with kept tokens.
+        section: The way in which scales and codes are found.
         budget: Parameters, and the largest grid.
 
     Returns:
@@ -147,30 +162,45 @@ def try_branches(
 
 def choose_branches(
     denoiser: Denoiser,
-    layers: Sequence[LayerPlan],
-    statistics: Mapping[str, InputStatistics],
-    section: CalibrateSection,
-    budget: BranchBudget,
+    network: Network,
+    recipe: Recipe,
+    statistics: Callable[[], Mapping[str, InputStatistics]],
     on_step: Callable[[float], None],
-) -> dict[str, list[BranchTrial]]:
-    """Try all shapes on all layers.
+) -> tuple[dict[str, BranchFormat], dict[str, list[BranchTrial]]]:
+    """Return every layer's branch, and the trials that it was chosen from.
 
     Args:
         denoiser: The full-precision model.
-        layers: One entry per layer, in the formats to measure with.
-        statistics: Of the rotated inputs, by layer.
-        section: How scales and codes are found.
-        budget: Parameters, and the largest grid.
+        network: The searched layers, without branches.
+        recipe: The branch, or the budget within which shapes are tried at the nominal bits.
+        statistics: Returns every layer's rotated input; called only if shapes are tried.
         on_step: Called with the fraction done, 0..1.
 
     Returns:
-        The trials by layer, that of least error first; layers too small for rank 1 are missing.
+        Branches by layer, and trials by layer, that of least error first. Layers without a branch
+        are missing, such as those too small for rank 1.
     """
+    section = recipe.search
+    if section.branch_budget is None:
+        fixed = section.branch
+        return {x.name: fixed for x in network.linears if fixed is not None}, {}
+    layers = assign(network, (nominal_bits(section),) * len(network.leaves), section)
     found: dict[str, list[BranchTrial]] = {}
+    inputs = statistics()
     for done, layer in enumerate(layers, start=1):
         weight = linear_of(denoiser, layer).weight.detach().numpy()
-        trials = try_branches(layer, weight, statistics[layer.name], section, budget)
+        trials = try_branches(
+            layer, weight, inputs[layer.name], recipe.calibrate, section.branch_budget
+        )
         if trials:
             found[layer.name] = sorted(trials, key=lambda trial: trial.error)
         on_step(done / len(layers))
-    return found
+    return {name: trials[0].branch for name, trials in found.items()}, found
+
+
+def nominal_bits(section: SearchSection) -> tuple[int, int]:
+    """Return the bits that branch shapes are tried at: the budget's, to the nearest."""
+    limits = section.budget or BudgetSection()
+    weight = limits.weight_bits or section.weight_bits
+    activation = limits.activation_bits or section.activation_bits or MAX_BITS
+    return round(weight), round(activation)

@@ -4,16 +4,15 @@ Average bits are weighted by number of weights, for weights and activations alik
 states them. Size is that of the packed codes, scales and branches of all quantized layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treeq_export.errors import RecipeError
 from treeq_export.ops import PACK_WORD
-from treeq_export.quant.spec import BranchFormat
 from treeq_export.recipe import BudgetSection, SearchSection
-from treeq_export.search.tree import Configuration, Leaf
+from treeq_export.search.network import Network
+from treeq_export.search.tree import Configuration, LeafConfiguration
 
-FLOAT_BITS = 32  # of what a leaf in full precision keeps, for weights and activations
+FLOAT_BITS = 32  # of a weight or an activation that is not quantized
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,14 @@ class CostModel:
     """Costs of configurations of one network.
 
     Args:
-        leaves: All leaves, in execution order.
+        network: The searched layers and their branches.
         section: Group size of the weights.
-        branches: Branch shape by layer name; a layer without one is missing.
     """
 
-    def __init__(
-        self, leaves: Sequence[Leaf], section: SearchSection, branches: dict[str, BranchFormat]
-    ) -> None:
-        self.leaves = list(leaves)
+    def __init__(self, network: Network, section: SearchSection) -> None:
+        self.network = network
         self._group_size = section.group_size
-        self._branches = branches
-        self._known: dict[tuple[int, tuple[int, int] | None], Cost] = {}
+        self._known: dict[tuple[int, LeafConfiguration], Cost] = {}
 
     def cost(self, configuration: Configuration, first: int = 0) -> Cost:
         """Return the cost of consecutive leaves.
@@ -83,8 +78,8 @@ class CostModel:
             total += self._known[key]
         return total
 
-    def _leaf_cost(self, index: int, pair: tuple[int, int] | None) -> Cost:
-        leaf = self.leaves[index]
+    def _leaf_cost(self, index: int, pair: LeafConfiguration) -> Cost:
+        leaf = self.network.leaves[index]
         weights = leaf.num_weights
         if pair is None:
             bits = FLOAT_BITS * weights
@@ -94,10 +89,10 @@ class CostModel:
             n, k = linear.out_features, linear.in_features
             words = -(-k // PACK_WORD)
             scales = k // self._group_size if self._group_size else 1
-            branch = self._branches.get(linear.name)
+            branch = self.network.branches.get(linear.name)
             factors = branch.num_parameters(k, n) if branch else 0
             size += 4 * (pair[0] * n * words + n * scales + factors)
-        return Cost(pair[0] * weights, pair[1] * weights, size, weights)
+        return Cost(pair[0] * weights, (pair[1] or FLOAT_BITS) * weights, size, weights)
 
 
 @dataclass(frozen=True)
@@ -106,14 +101,14 @@ class Budget:
 
     Attributes:
         weight_bits: Sum over weights; None is no limit.
-        activation_bits: Likewise.
+        activation_bits: Sum over weights of the layer's activation bits; None is no limit.
         size_bytes: Packed size; None is no limit.
         num_weights: Weights of the network.
     """
 
-    weight_bits: float | None
-    activation_bits: float | None
-    size_bytes: float | None
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    size_bytes: float | None = None
     num_weights: int = 1
 
     def allows(self, cost: Cost) -> bool:
@@ -136,7 +131,7 @@ class Budget:
         """Return what a node spends relative to its share: for weights, then for activations.
 
         Args:
-            cost: Of a node of the network.
+            cost: Cost of a node of the network.
 
         Returns:
             One number for each of the two that a limit stands for; 1 spends the node's share. With
@@ -162,7 +157,7 @@ def make_budget(section: SearchSection, costs: CostModel) -> Budget:
 
     Args:
         section: The recipe's search section.
-        costs: Of the network.
+        costs: Costs of configurations of the network.
 
     Raises:
         RecipeError: No limit is set, or the cheapest candidates exceed one.
@@ -174,7 +169,7 @@ def make_budget(section: SearchSection, costs: CostModel) -> Budget:
             "weight_bits, activation_bits and size_bytes."
         )
     least_pair = (min(section.weight_candidates), min(section.activation_candidates))
-    least = costs.cost((least_pair,) * len(costs.leaves))
+    least = costs.cost((least_pair,) * len(costs.network.leaves))
     for name, limit, reached in (
         ("weight_bits", limits.weight_bits, least.average_weight_bits),
         ("activation_bits", limits.activation_bits, least.average_activation_bits),

@@ -1,16 +1,13 @@
 """From bits to entries of a plan."""
 
-from collections.abc import Mapping, Sequence
-
 from treeq_export.model.layers import LinearInfo
 from treeq_export.ops import ActScale
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.rotation import largest_group
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import SearchSection
-from treeq_export.search.tree import Configuration, Leaf
-
-Pair = tuple[int, int]  # weight bits, activation bits
+from treeq_export.search.network import Network
+from treeq_export.search.tree import Configuration, Pair
 
 
 def candidate_pairs(section: SearchSection) -> list[Pair]:
@@ -70,23 +67,35 @@ def make_layer_plan(
 
 
 def assign(
-    leaves: Sequence[Leaf],
-    configuration: Configuration,
-    section: SearchSection,
-    branches: Mapping[str, BranchFormat],
+    network: Network, configuration: Configuration, section: SearchSection
 ) -> tuple[LayerPlan, ...]:
     """Return the plan's entries of a configuration of the whole network, in execution order.
 
     Args:
-        leaves: All leaves.
+        network: The searched layers and their branches.
         configuration: One pair of bits per leaf.
         section: Group size, rotation group and kind of activation scale.
-        branches: Branch shape by layer; a layer without one is missing.
+
+    Raises:
+        FormatError: A group, rotation or branch does not fit a layer.
     """
-    layers = [
-        make_layer_plan(linear, section, pair[0], pair[1], branches.get(linear.name))
-        for leaf, pair in zip(leaves, configuration, strict=True)
-        if pair is not None
+    pairs = {
+        linear.name: pair
+        for leaf, pair in zip(network.leaves, configuration, strict=True)
         for linear in leaf.linears
-    ]
-    return tuple(layers)
+    }
+    return tuple(
+        make_layer_plan(linear, section, *pair, network.branches.get(linear.name))
+        for linear in network.linears
+        if (pair := pairs[linear.name]) is not None
+    )
+
+
+def make_templates(network: Network, section: SearchSection) -> tuple[LayerPlan, ...]:
+    """Return one entry per layer whose bits are placeholders: the least candidates.
+
+    Raises:
+        FormatError: A group, rotation or branch does not fit a layer.
+    """
+    least = min(section.weight_candidates), min(section.activation_candidates)
+    return assign(network, (least,) * len(network.leaves), section)

@@ -1,14 +1,4 @@
-"""What every measurement of a search reads: inputs, clean and noisy outputs, quantized weights.
-
-Written once into `search/` of the run folder and read from there, block by block and through the
-page cache, so that memory does not grow with the network. Until it is written it lies in mapped
-files, so that outputs and gradients of all blocks take twice as much disk:
-
-    rows.safetensors             the network's inputs, and `prediction`, its clean answer
-    final.safetensors            other ones, that finalists are compared on
-    blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
-    probes/<b>.safetensors       <e>: K gradients of the prediction by element e of block b's output
-    weights/<layer>.safetensors  branch.R, branch.L, and w<bits>a<bits>.<tensor> for every pair
+"""Preparing a search: everything that its measurements read is computed and written once.
 
 Environmental Noise Guidance (the scalar is TreeQ's, this formula is ours): a segment's input is
 x + lambda (x_q - x), with x_q what it is when all that lies before is quantized at the budget. The
@@ -16,120 +6,131 @@ noisy outputs are those of the network quantized uniformly at the budget.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from treeq_export.errors import PlanError
-from treeq_export.model.fit import FloatArray, LayerFitter, clean_tokens
+from treeq_export.model.fit import LayerFitter, clean_tokens
 from treeq_export.model.mapped import make_tensor
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.replay import BlockReplay, Output
+from treeq_export.model.sensitivity import probe_gradients
 from treeq_export.model.sequential import arrays_of
 from treeq_export.model.statistics import InputStatistics
-from treeq_export.model.trajectories import Rows
+from treeq_export.model.trajectories import Rows, collect_rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.quant.spec import WeightFormat
-from treeq_export.reading import load_safetensors
 from treeq_export.recipe import Recipe
-from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
+from treeq_export.sealed import Say, say_nothing
 from treeq_export.search.formats import make_activation_format
+from treeq_export.search.measure.bank import LayerBank
+from treeq_export.search.measure.blocks import LinearSwitch, quantized_handlers
+from treeq_export.search.session import Session
+from treeq_export.search.store import (
+    BRANCH,
+    CLEAN,
+    FINAL_FILE,
+    NOISY,
+    ROWS_FILE,
+    Store,
+    block_file,
+    pair_prefix,
+    probe_file,
+    slice_rows,
+    weight_file,
+)
 
-FOLDER = "search"
-_REDO = "Remove the folder `search` of the run; the search then starts again."
-ROWS_FILE, FINAL_FILE = "rows.safetensors", "final.safetensors"
-_PREDICTION = "prediction"
-_KEY = "fingerprint"
-BRANCH = "branch."
+_FINAL_SEED_OFFSET = 500  # calibration has 0, the held-out inputs of `evaluate` have 1000
+_TOKENS_PER_BATCH = 2048  # a forward pass stays in the processor's cache
 _TOKENS_PER_CHANNEL = 8  # of the calibration tokens, for every pair of widths
 
 
-@dataclass(frozen=True)
-class Store:
-    """The files of one search.
+def prepare(
+    session: Session,
+    denoiser: Denoiser,
+    statistics: Callable[[], Mapping[str, InputStatistics]],
+    on_step: Callable[[float], None],
+    say: Say = say_nothing,
+) -> None:
+    """Write what the workers read; whole files of the same fingerprint are kept.
 
-    Attributes:
-        folder: `search/` of the run folder.
-        fingerprint: Of everything that the files depend on; others are made anew.
+    Args:
+        session: The search.
+        denoiser: The full-precision model.
+        statistics: Returns every layer's rotated input; called only if weights are missing.
+        on_step: Called with the fraction done, 0..1.
         say: Told in one line that a file is damaged.
     """
+    recipe, section, network = session.recipe, session.recipe.search, session.network
+    store = Store(session.folder, session.weights_fingerprint, say)
+    missing = [layer for layer in session.templates if not store.has(weight_file(layer.name))]
+    if missing:
+        fitted = statistics()
+        for done, layer in enumerate(missing, start=1):
+            tensors = _fit_layer(denoiser, layer, fitted[layer.name], recipe)
+            store.save(weight_file(layer.name), tensors)
+            on_step(0.8 * (done / len(missing)))
+    noisy = Store(session.folder, session.journal_fingerprint(1.0), say)
+    searched = sorted({leaf.block for leaf in network.leaves})
+    probed = searched if section.num_probes else []
+    wanted = [ROWS_FILE, *([FINAL_FILE] if section.num_final_rows else [])]
+    wanted += [probe_file(block) for block in probed]
+    if all(store.has(name) for name in wanted) and all(
+        noisy.has(block_file(block)) for block in range(len(network.blocks))
+    ):
+        return
 
-    folder: Path
-    fingerprint: str
-    say: Say = say_nothing
+    def collect(num_rows: int, seed: int, on_step: Callable[[float], None]) -> Rows:
+        return collect_rows(
+            denoiser,
+            recipe.sampler,
+            num_samples=section.num_samples,
+            num_rows=num_rows,
+            seed=seed,
+            on_step=on_step,
+        )
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one file, atomically."""
-        contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        write_sealed_tensors(self.folder / name, save_file, contiguous, {_KEY: self.fingerprint})
-
-    def has(self, name: str) -> bool:
-        """Whether a file of this search is there and whole; reads all of it."""
-        expected = {_KEY: self.fingerprint}
-        return read_sealed_metadata(self.folder / name, expected, self.say) is not None
-
-    def load(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of one file; their bytes are read when they are used."""
-        path = self.folder / name
-        return load_safetensors(path, error=PlanError, remedy=_REDO, framework="pt")
-
-    def load_rows(self, name: str = ROWS_FILE) -> tuple[Rows, Tensor]:
-        """Return the network's inputs and its clean prediction."""
-        tensors = self.load(name)
-        prediction = tensors.pop(_PREDICTION)
-        return tensors, prediction
-
-    def load_block(self, block: int, kind: str) -> Output:
-        """Return the output of a block over all rows.
-
-        Args:
-            block: Its number.
-            kind: "clean" or "noisy".
-        """
-        tensors = self.load(block_file(block))
-        count = int(tensors["num_elements"])
-        return tuple(tensors.get(f"{kind}.{element}") for element in range(count))
-
-    def load_probes(self, block: int) -> Output:
-        """Return the gradients of a searched block, elements (rows, K, ...)."""
-        tensors = self.load(probe_file(block))
-        count = int(tensors["num_elements"])
-        return tuple(tensors.get(str(element)) for element in range(count))
-
-
-def block_file(block: int) -> str:
-    """Return the name of the file with a block's outputs."""
-    return f"blocks/{block}.safetensors"
-
-
-def probe_file(block: int) -> str:
-    """Return the name of the file with the gradients of a block."""
-    return f"probes/{block}.safetensors"
-
-
-def pair_prefix(weight_bits: int, activation_bits: int) -> str:
-    """Return what the tensors of a pair of widths begin with in a layer's file."""
-    return f"w{weight_bits}a{activation_bits}."
+    rows = collect(section.num_rows, recipe.seed, lambda part: on_step(0.8 + 0.1 * part))
+    bank = LayerBank(session, denoiser)
+    with BlockReplay(denoiser, network.blocks) as replay:
+        clean, prediction = record_outputs(replay, rows, session.batch_rows, session.folder)
+        with LinearSwitch(denoiser, network) as switch:
+            switch.handlers = quantized_handlers(bank, network.leaves, session.environment)
+            dirty, _ = record_outputs(replay, rows, session.batch_rows, session.folder)
+    if section.num_final_rows:
+        others = collect(section.num_final_rows, recipe.seed + _FINAL_SEED_OFFSET, lambda _: None)
+        store.save_rows(FINAL_FILE, others, predict(denoiser, others, session.batch_rows))
+    if probed:
+        gradients = probe_gradients(
+            denoiser,
+            [network.blocks[block] for block in probed],
+            rows,
+            num_probes=section.num_probes,
+            batch_rows=session.batch_rows,
+            seed=recipe.seed,
+            folder=session.folder,
+        )
+        for block, output in zip(probed, gradients, strict=True):
+            store.save_outputs(probe_file(block), {"": output})
+    for block, (output, noisy_output) in enumerate(zip(clean, dirty, strict=True)):
+        noisy.save_outputs(block_file(block), {CLEAN: output, NOISY: noisy_output})
+    store.save_rows(ROWS_FILE, rows, prediction)
+    on_step(1.0)
 
 
-def weight_file(layer: str) -> str:
-    """Return the name of the file with a layer's quantized weights."""
-    return f"weights/{layer}.safetensors"
+def choose_batch_rows(denoiser: Denoiser, blocks: Sequence[str]) -> int:
+    """Return how many rows of the network make about `_TOKENS_PER_BATCH` tokens."""
+    sizes: list[int] = []
 
+    def see(_block: int, output: Output) -> None:
+        sizes.append(sum(x.shape[1] for x in output if x is not None and x.ndim == 3))
 
-def slice_rows(rows: Rows, start: int, size: int) -> Rows:
-    """Return `size` rows from `start` on."""
-    return {name: tensor[start : start + size] for name, tensor in rows.items()}
-
-
-def slice_output(output: Output, start: int, size: int) -> Output:
-    """Return `size` rows of a block's output from `start` on."""
-    return tuple(None if x is None else x[start : start + size] for x in output)
+    with BlockReplay(denoiser, blocks) as replay:
+        replay.run(denoiser.make_example_inputs(1, seed=0), last=0, on_output=see)
+    return max(1, _TOKENS_PER_BATCH // max(sizes[0], 1))
 
 
 def record_outputs(
@@ -139,9 +140,9 @@ def record_outputs(
 
     Args:
         replay: The network.
-        rows: Its inputs.
+        rows: The network's inputs.
         batch_rows: Rows of one forward pass.
-        folder: Where files lie that hold the outputs; None holds them in memory.
+        folder: Folder of the files that hold the outputs; None holds them in memory.
     """
     blocks: list[Output] = [()] * len(replay.blocks)
     predictions: list[Tensor] = []
@@ -150,7 +151,10 @@ def record_outputs(
 
         def keep(block: int, output: Output, start: int = start) -> None:
             if start == 0:
-                blocks[block] = make_outputs(output, total, folder)
+                blocks[block] = tuple(
+                    None if x is None else make_tensor((total, *x.shape[1:]), x.dtype, folder)
+                    for x in output
+                )
             for whole, x in zip(blocks[block], output, strict=True):
                 if whole is not None and x is not None:
                     whole[start : start + len(x)] = x
@@ -161,74 +165,20 @@ def record_outputs(
     return blocks, torch.cat(predictions)
 
 
-def make_outputs(output: Output, total: int, folder: Path | None) -> Output:
-    """Return tensors for all rows of an output whose first rows are given."""
-    return tuple(
-        None if x is None else make_tensor((total, *x.shape[1:]), x.dtype, folder) for x in output
-    )
-
-
-def save_rows(store: Store, name: str, rows: Rows, prediction: Tensor) -> None:
-    """Write the network's inputs and its clean prediction."""
-    store.save(name, {**rows, _PREDICTION: prediction})
-
-
-def save_blocks(store: Store, clean: Sequence[Output], noisy: Sequence[Output]) -> None:
-    """Write the outputs of every block, clean and in the noisy environment."""
-    for block, outputs in enumerate(zip(clean, noisy, strict=True)):
-        tensors = {"num_elements": torch.tensor(len(outputs[0]))}
-        for kind, output in zip(("clean", "noisy"), outputs, strict=True):
-            tensors |= {f"{kind}.{element}": x for element, x in enumerate(output) if x is not None}
-        store.save(block_file(block), tensors)
-
-
-def save_probes(store: Store, gradients: Mapping[int, Output]) -> None:
-    """Write the gradients of blocks by number."""
-    for block, output in gradients.items():
-        tensors = {str(element): x for element, x in enumerate(output) if x is not None}
-        store.save(probe_file(block), {"num_elements": torch.tensor(len(output)), **tensors})
-
-
-def fit_weights(
-    store: Store,
-    denoiser: Denoiser,
-    templates: Sequence[LayerPlan],
-    statistics: Mapping[str, InputStatistics],
-    recipe: Recipe,
-    on_step: Callable[[float], None],
-) -> None:
-    """Quantize every layer to every candidate pair of widths and write the tensors.
+def _fit_layer(
+    denoiser: Denoiser, layer: LayerPlan, statistics: InputStatistics, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Return a layer's tensors for every candidate pair of widths, its branch and rotation given.
 
     With calibrate.inputs "quantized", a calibrated weight makes up for what its own activation
     quantizer does, so it is another one for every activation width. A search that measured one
     weight with all activations would find low activation bits dearer than they end up.
-
-    Args:
-        store: Where to.
-        denoiser: The full-precision model.
-        templates: One entry per layer to fit, with its branch and rotation.
-        statistics: Of every layer's rotated input.
-        recipe: The candidates, and how scales and codes are found.
-        on_step: Called with the fraction done, 0..1.
     """
-    for done, layer in enumerate(templates, start=1):
-        linear = linear_of(denoiser, layer)
-        fitted = _fit_layer(layer, *arrays_of(linear), statistics[layer.name], recipe)
-        store.save(weight_file(layer.name), fitted)
-        on_step(done / len(templates))
-
-
-def _fit_layer(
-    layer: LayerPlan,
-    weight: FloatArray,
-    bias: FloatArray | None,
-    statistics: InputStatistics,
-    recipe: Recipe,
-) -> dict[str, Tensor]:
     section = recipe.search
-    calibrate = recipe.calibrate.without_training()
     few = statistics.thin(_TOKENS_PER_CHANNEL * layer.in_features, recipe.seed)
-    fitter = LayerFitter(layer, weight, bias, clean_tokens(layer, few), calibrate)
+    weight, bias = arrays_of(linear_of(denoiser, layer))
+    tokens = clean_tokens(layer, few)
+    fitter = LayerFitter(layer, weight, bias, tokens, recipe.calibrate.without_training())
     tensors: dict[str, Tensor] = {}
     for activation_bits in sorted(set(section.activation_candidates)):
         met = fitter.meet(make_activation_format(activation_bits, section.activation_scale))

@@ -4,109 +4,61 @@
 `search/journal.sqlite`: a search that is killed goes on where it was.
 """
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from treeq_export.errors import CheckpointError, RecipeError
+from treeq_export.errors import CheckpointError
 from treeq_export.model.checkpoint import Checkpoint
-from treeq_export.model.layers import LinearInfo, discover
-from treeq_export.model.replay import block_names
+from treeq_export.model.layers import discover
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
-from treeq_export.ops import MAX_BITS
-from treeq_export.plan import (
-    FORMAT_VERSION,
-    LayerPlan,
-    ModelRecord,
-    Plan,
-    StrategyRecord,
-    save_plan,
+from treeq_export.plan import FORMAT_VERSION, ModelRecord, Plan, StrategyRecord, save_plan
+from treeq_export.recipe import Recipe, strategy_options
+from treeq_export.records import (
+    SearchCost,
+    SearchFinalist,
+    SearchNode,
+    SearchRecord,
+    save_record,
 )
-from treeq_export.quant.spec import BranchFormat
-from treeq_export.recipe import Recipe, SearchSection, strategy_options
-from treeq_export.records import SearchCost, SearchRecord, save_record
-from treeq_export.search.branches import BranchTrial, choose_branches
+from treeq_export.sealed import Say, say_nothing
+from treeq_export.search.branches import choose_branches
 from treeq_export.search.budget import CostModel, make_budget
-from treeq_export.search.describe import describe_finalists, describe_tree, describe_trial
-from treeq_export.search.estimate import describe_cost, estimate_cost, time_block
-from treeq_export.search.executor import Executor, Key, LocalExecutor, Tally, Task, measure_all
-from treeq_export.search.formats import assign, candidate_pairs, make_layer_plan
+from treeq_export.search.estimate import estimate_cost
+from treeq_export.search.executor import (
+    Executor,
+    Key,
+    LocalExecutor,
+    Progress,
+    Tally,
+    Task,
+    measure_all,
+)
+from treeq_export.search.formats import assign, make_templates
 from treeq_export.search.journal import Journal
-from treeq_export.search.measure.calibrated import (
-    CalibratingWorker,
-    calibration_task,
-    choose_calibrated,
-)
-from treeq_export.search.measure.segment import SegmentWorker
-from treeq_export.search.prepare import FINAL_FILE, FOLDER, ROWS_FILE, Store
-from treeq_export.search.progress import SearchProgress
+from treeq_export.search.measure.calibrated import CalibratedNetwork
+from treeq_export.search.measure.worker import MeasuringWorker
+from treeq_export.search.network import Network, make_network
+from treeq_export.search.prepare import choose_batch_rows, prepare
 from treeq_export.search.ray_executor import RayExecutor
-from treeq_export.search.session import (
-    Session,
-    choose_batch_rows,
-    journal_fingerprint,
-    make_templates,
-    prepare,
-    weights_fingerprint,
-)
-from treeq_export.search.strategies.context import Outcome, SearchContext
-from treeq_export.search.strategies.greedy import (
-    search_greedy,
-    search_integer_program,
-    uniform_configuration,
-)
-from treeq_export.search.strategies.refine import refine
-from treeq_export.search.strategies.tss import search_tree
-from treeq_export.search.strategies.uniform import assign_uniform
-from treeq_export.search.tree import Configuration, build_tree, encode, make_leaves
+from treeq_export.search.session import Session
+from treeq_export.search.store import FOLDER
+from treeq_export.search.strategies import STRATEGIES, Strategy
+from treeq_export.search.strategies.context import Measure, Outcome, SearchContext
+from treeq_export.search.strategies.uniform import uniform_configuration
+from treeq_export.search.tree import Configuration, describe, walk
 
 RECORD_FILE = "search.json"
 JOURNAL_FILE = "journal.sqlite"
 _BRANCHES, _PREPARED = 0.05, 0.1  # fractions of the progress bar at which these are done
 
 OnStep = Callable[[float], None]
-Say = Callable[[str], None]
-
-
-def _tree_and_refine(context: SearchContext) -> Outcome:
-    outcome = search_tree(context)
-    least_gain = context.section.refine
-    return outcome if least_gain is None else refine(context, outcome, least_gain)
-
-
-STRATEGIES: dict[str, Callable[[SearchContext], Outcome]] = {
-    "tss": _tree_and_refine,
-    "integer_programming": search_integer_program,
-    "greedy": search_greedy,
-}
-
-
-def select_linears(linears: list[LinearInfo], exclude: list[str]) -> list[LinearInfo]:
-    """Return the layers that no glob pattern excludes.
-
-    Raises:
-        RecipeError: A pattern matches nothing, or nothing is left.
-    """
-    for pattern in exclude:
-        if not any(fnmatch.fnmatchcase(linear.name, pattern) for linear in linears):
-            raise RecipeError(
-                f"search.exclude: {pattern!r} matches none of {len(linears)} layers, "
-                f"such as {linears[0].name}. Correct or remove the pattern."
-            )
-    selected = [
-        linear
-        for linear in linears
-        if not any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in exclude)
-    ]
-    if not selected:
-        raise RecipeError("search.exclude: leaves no layer to quantize. Remove a pattern.")
-    return selected
 
 
 def run_search(
@@ -115,14 +67,14 @@ def run_search(
     checkpoint: Checkpoint,
     recipe: Recipe,
     on_step: OnStep,
-    say: Say = lambda _: None,
+    say: Say = say_nothing,
 ) -> Plan:
     """Choose every layer's formats; write `plan.json`, still without tensors, and `search.json`.
 
     Args:
         run: The run folder.
         denoiser: The full-precision model.
-        checkpoint: Where it came from.
+        checkpoint: The checkpoint that the model came from.
         recipe: The recipe.
         on_step: Called with the fraction done, 0..1.
         say: Called with the cost, before the search starts.
@@ -136,14 +88,8 @@ def run_search(
         RecipeError: `search.exclude` matches nothing or everything, or the budget cannot be met.
         RunnerError: The executor is not installed.
     """
-    search = _Search(run, denoiser, checkpoint, recipe, on_step, say)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.search.threads)
-    try:
-        layers, record = search.execute()
-    finally:
-        torch.set_num_threads(threads)
-    plan = search.make_plan(layers)
+    with _threads(recipe.search.threads):
+        plan, record = _Search(run, denoiser, checkpoint, recipe, on_step, say).execute()
     on_step(1.0)
     save_record(run / RECORD_FILE, record)
     return save_plan(run, plan)
@@ -157,20 +103,26 @@ def estimate_search(
     Args:
         run: The run folder.
         denoiser: The full-precision model.
-        checkpoint: Where it came from.
+        checkpoint: The checkpoint that the model came from.
         recipe: The recipe.
         say: Called with the cost in words.
 
     Raises:
-        As `run_search`.
+        TreeqError: The same as by `run_search`.
     """
-    search = _Search(run, denoiser, checkpoint, recipe, lambda _: None, say)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.search.threads)
+    with _threads(recipe.search.threads):
+        search = _Search(run, denoiser, checkpoint, recipe, lambda _: None, say)
+        return search.announce(search.network)
+
+
+@contextmanager
+def _threads(number: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        return search.announce({})
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 class _Search:
@@ -193,21 +145,131 @@ class _Search:
         self._on_step = on_step
         self._say = say
         self._started = perf_counter()
+        self._tally = Tally()
         discovery = discover(denoiser)
-        found, self._unused = discovery.linears, discovery.unused
         if discovery.note is not None:
             say(discovery.note)
-        if not found:
+        if not discovery.linears:
             raise CheckpointError(
                 f"{checkpoint.path}: no quantizable layer, that is no linear in a transformer "
                 "block. Check num_layers in its config.json, or use another checkpoint."
             )
-        self._blocks = block_names(found)
-        self._linears = select_linears(found, recipe.search.exclude)
-        self._leaves = make_leaves(self._linears)
+        self._unused = discovery.unused
+        self.network = make_network(discovery.linears, recipe.search.exclude)
 
-    def make_plan(self, layers: tuple[LayerPlan, ...]) -> Plan:
-        """Return the plan with these layers, without tensors."""
+    def execute(self) -> tuple[Plan, SearchRecord]:
+        """Return the plan, without tensors, and how it was found."""
+        section, strategy = self._section, STRATEGIES[self._section.strategy]
+        branches, trials = choose_branches(
+            self._denoiser,
+            self.network,
+            self._recipe,
+            lambda: self._statistics,
+            lambda part: self._on_step(_BRANCHES * part),
+        )
+        network = replace(self.network, branches=branches)
+        context = SearchContext(section, network, CostModel(network, section))
+        cost = None
+        if strategy.measures:
+            context = replace(context, budget=make_budget(section, context.costs))
+            cost = self.announce(network) if strategy.estimates else None
+            outcome = self._measure(strategy, context, cost)
+        else:
+            outcome = strategy.run(context)
+        limits = section.budget.model_dump(exclude_none=True) if section.budget else {}
+        plan = self._make_plan(network, outcome.configuration)
+        return plan, SearchRecord(
+            strategy=section.strategy,
+            noise=section.noise,
+            budget={name: float(value) for name, value in limits.items()},
+            cost=cost,
+            num_measured=self._tally.num_measured,
+            num_from_journal=self._tally.num_reused,
+            seconds=round(perf_counter() - self._started, 3),
+            network_mse=outcome.network_mse if strategy.measures else None,
+            nodes=_describe_tree(context, outcome),
+            front=outcome.front,
+            finalists=_describe_finalists(context, outcome),
+            branches={
+                name: [trial.describe() for trial in tried] for name, tried in trials.items()
+            },
+            unused_layers=self._unused,
+        )
+
+    def announce(self, network: Network) -> SearchCost:
+        """Time one block and say what the search will cost."""
+        cost, line = estimate_cost(self._denoiser, network, self._section, self._batch_rows)
+        self._say(line)
+        return cost
+
+    @cached_property
+    def _statistics(self) -> Mapping[str, InputStatistics]:
+        templates = make_templates(self.network, self._section)
+        return collect_statistics(self._denoiser, templates, self._recipe, lambda _: None)
+
+    @cached_property
+    def _batch_rows(self) -> int:
+        return choose_batch_rows(self._denoiser, self.network.blocks)
+
+    def _measure(
+        self, strategy: Strategy, context: SearchContext, cost: SearchCost | None
+    ) -> Outcome:
+        """Prepare a session and run a strategy that measures configurations in it."""
+        section, network = self._section, context.network
+        widths = (section.weight_candidates, section.activation_candidates)
+        session = Session(
+            folder=self._folder,
+            recipe=self._recipe,
+            checkpoint_sha256=self._checkpoint.sha256,
+            network=network,
+            environment=uniform_configuration(context.costs, section, widths),
+            batch_rows=self._batch_rows,
+        )
+        prepare(
+            session,
+            self._denoiser,
+            lambda: self._statistics,
+            lambda part: self._on_step(_BRANCHES + (_PREPARED - _BRANCHES) * part),
+            self._say,
+        )
+        alone = len(network.leaves) * len(context.candidates) * len(network.blocks)
+        expected = cost.num_block_runs if cost else alone
+        progress = Progress(expected, self._tally, self._on_step, _PREPARED)
+        known = session.journal_fingerprint(section.noise)
+        with Journal(self._folder / JOURNAL_FILE, known, say=self._say) as journal:
+
+            def measure_on(executor: Executor) -> Measure:
+                def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
+                    return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
+
+                return measure
+
+            with ExitStack() as stack:
+                executor = stack.enter_context(self._make_executor(session, stack))
+                outcome = strategy.run(replace(context, measure=measure_on(executor)))
+            if section.calibrated_finalists and len(outcome.finalists) > 1:
+                make_plan = partial(self._make_plan, network)
+                make_worker = partial(CalibratedNetwork, session, self._denoiser, make_plan)
+                with LocalExecutor(make_worker) as executor:
+                    calibrating = replace(context, measure=measure_on(executor))
+                    outcome = calibrating.choose_calibrated(outcome)
+        return outcome
+
+    def _make_executor(self, session: Session, stack: ExitStack) -> Executor:
+        section = self._section
+        if section.executor == "ray":
+            make_worker = partial(MeasuringWorker, session)
+            return RayExecutor(make_worker, section.num_workers, section.threads)
+
+        def open_here() -> MeasuringWorker:
+            worker = MeasuringWorker(session, self._denoiser)
+            stack.callback(worker.close)
+            return worker
+
+        return LocalExecutor(open_here)
+
+    def _make_plan(self, network: Network, configuration: Configuration) -> Plan:
+        """Return the plan of a configuration, without tensors."""
         recipe, checkpoint = self._recipe, self._checkpoint
         return Plan(
             format_version=FORMAT_VERSION,
@@ -220,179 +282,41 @@ class _Search:
             strategy=StrategyRecord(
                 name=self._section.strategy, options=strategy_options(self._section)
             ),
-            layers=layers,
-        )
-
-    def execute(self) -> tuple[tuple[LayerPlan, ...], SearchRecord]:
-        """Return the plan's layers and the record."""
-        trials = self._choose_branches()
-        branches = self._branches_of(trials)
-        if self._section.strategy == "uniform":
-            layers = assign_uniform(self._linears, self._section, branches)
-            return layers, self._record(trials)
-        return self._measure(branches, trials)
-
-    @cached_property
-    def _statistics(self) -> Mapping[str, InputStatistics]:
-        templates = make_templates(self._linears, self._recipe, {})
-        return collect_statistics(self._denoiser, templates, self._recipe, lambda _: None)
-
-    def _choose_branches(self) -> dict[str, list[BranchTrial]]:
-        """Try branch shapes on every layer where the recipe gives a parameter budget for them."""
-        section = self._section
-        if section.branch_budget is None:
-            return {}
-        weight_bits, activation_bits = nominal_bits(section)
-        layers = [
-            make_layer_plan(linear, section, weight_bits, activation_bits, None)
-            for linear in self._linears
-        ]
-        return choose_branches(
-            self._denoiser,
-            layers,
-            self._statistics,
-            self._recipe.calibrate,
-            section.branch_budget,
-            lambda part: self._on_step(_BRANCHES * part),
-        )
-
-    def _branches_of(self, trials: Mapping[str, list[BranchTrial]]) -> dict[str, BranchFormat]:
-        section = self._section
-        if section.branch_budget is not None:
-            return {name: tried[0].branch for name, tried in trials.items()}
-        if section.branch is None:
-            return {}
-        return {linear.name: section.branch for linear in self._linears}
-
-    def _measure(
-        self, branches: dict[str, BranchFormat], trials: Mapping[str, list[BranchTrial]]
-    ) -> tuple[tuple[LayerPlan, ...], SearchRecord]:
-        """Run a strategy that measures configurations."""
-        section, leaves = self._section, self._leaves
-        costs = CostModel(leaves, section, branches)
-        budget = make_budget(section, costs)
-        make_templates(self._linears, self._recipe, branches)  # a shape that does not fit ends here
-        cost = self.announce(branches) if section.strategy == "tss" else None
-        widths = (section.weight_candidates, section.activation_candidates)
-        session = Session(
-            folder=self._folder,
-            recipe=self._recipe.model_dump_json(by_alias=True),
-            branches=branches,
-            names=frozenset(linear.name for linear in self._linears),
-            environment=encode(uniform_configuration(leaves, costs, section, widths)),
-            batch_rows=self._batch_rows,
-        )
-        fingerprint = weights_fingerprint(self._recipe, self._checkpoint.sha256, branches)
-        prepare(
-            session,
-            self._denoiser,
-            fingerprint,
-            lambda: self._statistics,
-            lambda part: self._on_step(_BRANCHES + (_PREPARED - _BRANCHES) * part),
-            self._say,
-        )
-        known = journal_fingerprint(fingerprint, session.environment, section.noise)
-        tally = Tally()
-        with Journal(self._folder / JOURNAL_FILE, known, say=self._say) as journal:
-            expected = cost.num_block_runs if cost else self._count_alone()
-            progress = SearchProgress(expected, tally, self._on_step, _PREPARED)
-            with ExitStack() as stack:
-                executor = stack.enter_context(self._make_executor(session, stack))
-
-                def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
-                    return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
-
-                context = SearchContext(
-                    section, leaves, build_tree(leaves), len(self._blocks), costs, budget, measure
-                )
-                outcome = STRATEGIES[section.strategy](context)
-            if section.calibrated_finalists and len(outcome.finalists) > 1:
-                task = calibration_task(outcome.finalists)
-                with LocalExecutor(lambda: self._make_calibrating_worker(branches)) as calibrating:
-                    on_measured = progress.count([task], len(task.suffixes) * len(self._blocks))
-                    values = measure_all([task], journal, calibrating, on_measured)
-                outcome = choose_calibrated(context, outcome, values, task)
-        layers = assign(leaves, outcome.configuration, section, branches)
-        return self._in_order(layers), self._record(trials, cost, tally, context, outcome)
-
-    def _count_alone(self) -> int:
-        """Return the block runs of every candidate of every leaf alone, on the whole network."""
-        return len(self._leaves) * len(candidate_pairs(self._section)) * len(self._blocks)
-
-    @cached_property
-    def _batch_rows(self) -> int:
-        return choose_batch_rows(self._denoiser, self._blocks)
-
-    def announce(self, branches: Mapping[str, BranchFormat]) -> SearchCost:
-        """Time one block and say what the search will cost."""
-        seconds = time_block(
-            self._denoiser,
-            self._blocks,
-            make_templates(self._linears, self._recipe, branches),
-            num_rows=self._section.num_rows,
-            batch_rows=self._batch_rows,
-        )
-        cost = estimate_cost(self._leaves, self._section, len(self._blocks), seconds)
-        self._say(describe_cost(cost, seconds, self._section.num_rows))
-        return cost
-
-    def _make_calibrating_worker(self, branches: dict[str, BranchFormat]) -> CalibratingWorker:
-        def make_plan(configuration: Configuration) -> Plan:
-            layers = assign(self._leaves, configuration, self._section, branches)
-            return self.make_plan(self._in_order(layers))
-
-        name = FINAL_FILE if self._section.num_final_rows else ROWS_FILE
-        rows, prediction = Store(self._folder, "").load_rows(name)
-        return CalibratingWorker(self._denoiser, self._recipe, make_plan, rows, prediction)
-
-    def _make_executor(self, session: Session, stack: ExitStack) -> Executor:
-        section = self._section
-        if section.executor == "ray":
-            return RayExecutor(session.open, section.num_workers, section.threads)
-
-        def open_here() -> SegmentWorker:
-            worker = session.open(self._denoiser)
-            stack.callback(worker.close)
-            return worker
-
-        return LocalExecutor(open_here)
-
-    def _in_order(self, layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-        place = {linear.name: at for at, linear in enumerate(self._linears)}
-        return tuple(sorted(layers, key=lambda layer: place[layer.name]))
-
-    def _record(
-        self,
-        trials: Mapping[str, list[BranchTrial]],
-        cost: SearchCost | None = None,
-        tally: Tally | None = None,
-        context: SearchContext | None = None,
-        outcome: Outcome | None = None,
-    ) -> SearchRecord:
-        limits = self._section.budget
-        spent = limits.model_dump(exclude_none=True) if limits else {}
-        return SearchRecord(
-            strategy=self._section.strategy,
-            noise=self._section.noise,
-            budget={name: float(value) for name, value in spent.items()},
-            cost=cost,
-            num_measured=tally.num_measured if tally else 0,
-            num_from_journal=tally.num_reused if tally else 0,
-            seconds=round(perf_counter() - self._started, 3),
-            network_mse=outcome.network_mse if outcome else None,
-            nodes=describe_tree(context, outcome) if context and outcome else [],
-            front=outcome.front if outcome else [],
-            finalists=describe_finalists(context, outcome) if context and outcome else [],
-            branches={name: [describe_trial(t) for t in tried] for name, tried in trials.items()},
-            unused_layers=self._unused,
+            layers=assign(network, configuration, self._section),
         )
 
 
-def nominal_bits(section: SearchSection) -> tuple[int, int]:
-    """Return the bits that branch shapes are tried at: the budget's, to the nearest."""
-    limits = section.budget
-    weight = limits.weight_bits if limits and limits.weight_bits else section.weight_bits
-    activation = section.activation_bits or MAX_BITS
-    if limits and limits.activation_bits:
-        activation = limits.activation_bits
-    return round(weight), round(activation)
+def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]:
+    """Return the tree with what the chosen configuration spends in each node."""
+    nodes: list[SearchNode] = []
+    for node, depth in walk(context.network.root) if outcome.kept else ():
+        inside = outcome.configuration[node.first : node.last + 1]
+        cost = context.costs.cost(inside, node.first)
+        nodes.append(
+            SearchNode(
+                name=describe(node, context.leaves),
+                depth=depth,
+                first_leaf=node.first,
+                last_leaf=node.last,
+                num_configurations=outcome.kept[node.name],
+                weight_bits=cost.average_weight_bits,
+                activation_bits=cost.average_activation_bits,
+            )
+        )
+    return nodes
+
+
+def _describe_finalists(context: SearchContext, outcome: Outcome) -> list[SearchFinalist]:
+    """Return the finalists with what they cost."""
+    costs = [context.costs.cost(finalist.configuration) for finalist in outcome.finalists]
+    return [
+        SearchFinalist(
+            weight_bits=cost.average_weight_bits,
+            activation_bits=cost.average_activation_bits,
+            network_mse=finalist.network_mse,
+            final_mse=finalist.final_mse,
+            calibrated_mse=finalist.calibrated_mse,
+            chosen=finalist.configuration == outcome.configuration,
+        )
+        for cost, finalist in zip(costs, outcome.finalists, strict=True)
+    ]

@@ -5,16 +5,17 @@ nodes are merged pairwise, bottom up: first inside each block until one node cov
 So a node lies inside one block or covers whole blocks, and a tree of n leaves has n - 1 merges.
 
 A configuration of a node is one (weight bits, activation bits) pair per leaf, None where the leaf
-stays in full precision; as text "3/4 2/3 -".
+stays in full precision; as text "3/4 2/3 -". A plan of floating-point activations has None in the
+place of their bits; no search measures such a pair.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from treeq_export.model.layers import LinearInfo
 
-LeafConfiguration = tuple[int, int] | None
+Pair = tuple[int, int | None]
+LeafConfiguration = Pair | None
 Configuration = tuple[LeafConfiguration, ...]
 
 
@@ -25,7 +26,7 @@ class Leaf:
     Attributes:
         index: Number of the leaf in execution order, 0 at the first searched one.
         block: Number of its block in the network.
-        linears: Its layers.
+        linears: The layers.
     """
 
     index: int
@@ -139,9 +140,13 @@ def walk(node: Node, depth: int = 0) -> Iterator[tuple[Node, int]]:
         yield from walk(child, depth + 1)
 
 
-def leaf_nodes(root: Node) -> list[Node]:
-    """Return the leaves of a tree in execution order."""
-    return sorted((node for node, _ in walk(root) if not node.children), key=lambda x: x.first)
+def replace_at(configuration: Configuration, index: int, pair: LeafConfiguration) -> Configuration:
+    """Return a configuration with another entry at one place.
+
+    >>> replace_at(((2, 2), (3, 3)), 1, None)
+    ((2, 2), None)
+    """
+    return (*configuration[:index], pair, *configuration[index + 1 :])
 
 
 def encode(configuration: Configuration) -> str:
@@ -178,46 +183,3 @@ def describe(node: Node, leaves: Sequence[Leaf]) -> str:
         return f"block {node.first_block}"
     first, last = leaves[node.first], leaves[node.last]
     return f"{node.first_block}: {first.linears[0].position} .. {last.linears[-1].position}"
-
-
-def count_cost(
-    leaves: Sequence[Leaf], num_candidates: int, keep: int, num_blocks: int
-) -> dict[str, Any]:
-    """Count what a tree search measures, before it starts.
-
-    Every candidate of a leaf runs its block, one of them the network from there on (guide.py). A
-    merge measures every pair of its children's configurations. A pair inside a block runs that
-    block; a pair of blocks runs the right child's blocks. What lies left of it runs once per left
-    configuration.
-
-    Args:
-        leaves: The leaves.
-        num_candidates: Candidates of a leaf.
-        keep: Configurations that a merge keeps, at most.
-        num_blocks: Blocks of the network.
-
-    Returns:
-        num_leaves, num_merges, num_evaluations and num_block_runs.
-    """
-    merges = [node for level in merge_levels(build_tree(leaves)) for node in level]
-    evaluations = len(leaves) * (num_candidates + 1)
-    block_runs = sum(num_candidates + num_blocks - leaf.block for leaf in leaves)
-    for node in merges:
-        left, right = (_num_kept(child, num_candidates, keep) for child in node.children)
-        evaluations += left * right
-        prefix = max(node.children[1].first_block - node.first_block, 1)
-        suffix = node.last_block - node.children[1].first_block + 1
-        block_runs += left * prefix + left * right * suffix
-    return {
-        "num_leaves": len(leaves),
-        "num_merges": len(merges),
-        "num_evaluations": evaluations,
-        "num_block_runs": block_runs,
-    }
-
-
-def _num_kept(node: Node, num_candidates: int, keep: int) -> int:
-    if not node.children:
-        return num_candidates
-    left, right = (_num_kept(child, num_candidates, keep) for child in node.children)
-    return min(left * right, keep)

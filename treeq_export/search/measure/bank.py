@@ -1,15 +1,14 @@
 """Quantized layers of a search by layer, weight bits and activation bits, loaded when needed."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from treeq_export.model.qlinear import QLinear
-from treeq_export.plan import LayerPlan
+from treeq_export.model.quantized import linear_of
+from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.spec import WeightFormat
 from treeq_export.search.formats import make_activation_format
-from treeq_export.search.prepare import BRANCH, Store, pair_prefix, weight_file
+from treeq_export.search.session import Session
+from treeq_export.search.store import BRANCH, pair_prefix, weight_file
 
 _LIMIT_BYTES = 1 << 30  # of quantized layers in memory
 
@@ -18,30 +17,23 @@ class LayerBank:
     """Makes the `QLinear` of a layer in any candidate format.
 
     Args:
-        store: The files that `fit_weights` wrote.
-        templates: One entry per searched layer, by name.
-        biases: The checkpoint's bias by layer name, None where there is none.
-        scale: The recipe's activation_scale.
-        limit_bytes: Layers kept in memory; the least recently used one goes first.
+        session: The search, whose weights are prepared.
+        denoiser: The full-precision model, for the biases.
+        limit_bytes: Size of the layers kept in memory; the least recently used one goes first.
     """
 
     def __init__(
-        self,
-        store: Store,
-        templates: Mapping[str, LayerPlan],
-        biases: Mapping[str, Tensor | None],
-        scale: str,
-        limit_bytes: int = _LIMIT_BYTES,
+        self, session: Session, denoiser: Denoiser, limit_bytes: int = _LIMIT_BYTES
     ) -> None:
-        self._store = store
-        self._templates = dict(templates)
-        self._biases = dict(biases)
-        self._scale = scale
+        self._store = session.store
+        self._templates = {layer.name: layer for layer in session.templates}
+        self._biases = {name: linear_of(denoiser, x).bias for name, x in self._templates.items()}
+        self._scale = session.recipe.search.activation_scale
         self._limit_bytes = limit_bytes
-        self._layers: OrderedDict[tuple[str, int, int], QLinear] = OrderedDict()
+        self._layers: OrderedDict[tuple[str, int, int | None], QLinear] = OrderedDict()
         self._num_bytes = 0
 
-    def layer(self, name: str, weight_bits: int, activation_bits: int) -> QLinear:
+    def layer(self, name: str, weight_bits: int, activation_bits: int | None) -> QLinear:
         """Return a layer in one format.
 
         Args:
@@ -60,7 +52,7 @@ class LayerBank:
                 self._num_bytes -= _size(oldest)
         return self._layers[key]
 
-    def _load(self, name: str, weight_bits: int, activation_bits: int) -> QLinear:
+    def _load(self, name: str, weight_bits: int, activation_bits: int | None) -> QLinear:
         prefix = pair_prefix(weight_bits, activation_bits)
         own = {
             key.removeprefix(prefix): value.numpy()

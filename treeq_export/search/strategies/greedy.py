@@ -1,131 +1,21 @@
-"""Baselines of the tree search: uniform bits, integer programming, greedy lowering of bits.
+"""Strategy `greedy`: from the largest candidates down, the cheapest step first.
 
-    uniform              one width for all; a fractional average takes two neighbouring widths,
-                         spread evenly over the network
-    integer_programming  least sum of single-leaf errors within the budget: each leaf alone is
-                         quantized to each candidate, the error is that of the network's prediction
-    greedy               from the largest candidates down: the step that costs the least error per
-                         bit saved, each measured on the network as it then is
-
-The step's error in `greedy` is measured lazily: an old value is taken as a lower bound, and only
-the most promising step is measured anew (as in lazy greedy submodular maximisation, Minoux 1978).
+A step takes one leaf's weights or activations one width down. The step that costs the least error
+per bit saved is taken, measured on the network as it then is. Its error is measured lazily: an old
+value is taken as a lower bound, and only the most promising step is measured anew (as in lazy
+greedy submodular maximisation, Minoux 1978).
 """
 
 import heapq
 from collections.abc import Sequence
 
-import numpy as np
-
-from treeq_export.errors import RecipeError
-from treeq_export.ops import MAX_BITS, MIN_BITS
-from treeq_export.recipe import SearchSection
-from treeq_export.search.budget import Budget, CostModel
-from treeq_export.search.formats import Pair
-from treeq_export.search.strategies.assignment import solve_assignment
+from treeq_export.search.budget import Budget
 from treeq_export.search.strategies.context import Outcome, SearchContext
-from treeq_export.search.tree import Configuration, Leaf
-
-ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
-
-
-def spread_bits(
-    leaves: Sequence[Leaf], average: float, widths: Sequence[int] = ALL_WIDTHS
-) -> list[int]:
-    """Return one width per leaf: two neighbouring ones, spread evenly, at most `average`.
-
-    Args:
-        leaves: All leaves.
-        average: Average bits, weighted by number of weights; at least the least width.
-        widths: What to choose from.
-    """
-    low = max(width for width in widths if width <= average + 1e-9)
-    high = min((width for width in widths if width > low), default=low)
-    total = sum(leaf.num_weights for leaf in leaves)
-    fraction = min((average - low) / (high - low), 1.0) if high > low else 0.0
-    left = fraction * total  # weights that may have the higher width
-    owed = 0.0
-    bits: list[int] = []
-    for leaf in leaves:
-        owed += fraction * leaf.num_weights
-        raised = owed >= leaf.num_weights / 2 and left >= leaf.num_weights * (1 - 1e-9)
-        if raised:
-            owed -= leaf.num_weights
-            left -= leaf.num_weights
-        bits.append(high if raised else low)
-    return bits
-
-
-def uniform_configuration(
-    leaves: Sequence[Leaf],
-    costs: CostModel,
-    section: SearchSection,
-    widths: tuple[Sequence[int], Sequence[int]] = (ALL_WIDTHS, ALL_WIDTHS),
-) -> Configuration:
-    """Return the uniform assignment at the recipe's budget.
-
-    Args:
-        leaves: All leaves.
-        costs: Of the network.
-        section: Its budget. Where that does not limit weights or activations, they get the
-            recipe's weight_bits or activation_bits.
-        widths: Of weights and of activations, to choose from.
-
-    Raises:
-        RecipeError: Even the least width exceeds the size.
-    """
-    limits = section.budget
-    assert limits is not None
-
-    def within(average: float, axis: int) -> float:
-        return max(average, min(widths[axis]))
-
-    default = section.activation_bits or MAX_BITS
-    bits = within(limits.activation_bits or default, 1)
-    activation = spread_bits(leaves, bits, widths[1])
-
-    def at(average: float) -> Configuration:
-        return tuple(zip(spread_bits(leaves, average, widths[0]), activation, strict=True))
-
-    average = limits.weight_bits or float(
-        MAX_BITS if limits.size_bytes is not None else section.weight_bits
-    )
-    average = within(average, 0)
-    if limits.size_bytes is None:
-        return at(average)
-    steps = np.arange(min(widths[0]), average + 1e-9, 1 / 64)
-    fitting = [x for x in steps if costs.cost(at(float(x))).size_bytes <= limits.size_bytes]
-    if not fitting:
-        least_bits = min(widths[0])
-        least = costs.cost(at(float(least_bits))).size_bytes
-        raise RecipeError(
-            f"search.budget.size_bytes: received {limits.size_bytes}, expected at least {least}, "
-            f"which {least_bits} bits and the branches need. Raise it, or lower the branch."
-        )
-    return at(float(fitting[-1]))
-
-
-def search_integer_program(context: SearchContext) -> Outcome:
-    """Run strategy `integer_programming`."""
-    candidates = context.candidates
-    nothing: Configuration = (None,) * len(context.leaves)
-    alone: list[Configuration] = [
-        (*nothing[: leaf.index], pair, *nothing[leaf.index + 1 :])
-        for leaf in context.leaves
-        for pair in candidates
-    ]
-    measured = context.measure_network(alone)
-    size = len(candidates)
-    errors = [measured[leaf.index * size : (leaf.index + 1) * size] for leaf in context.leaves]
-    costs = [
-        [context.costs.cost((pair,), leaf.index) for pair in candidates] for leaf in context.leaves
-    ]
-    chosen = solve_assignment(errors, costs, context.budget)
-    configuration = tuple(candidates[option] for option in chosen)
-    return Outcome(configuration, context.measure_network([configuration])[0])
+from treeq_export.search.tree import Pair
 
 
 def search_greedy(context: SearchContext) -> Outcome:
-    """Run strategy `greedy`."""
+    """Lower bits until the budget is met."""
     present: list[Pair] = [context.candidates[-1]] * len(context.leaves)
     error = context.measure_network([tuple(present)])[0]
     steps = _Steps(context)
@@ -137,34 +27,27 @@ def search_greedy(context: SearchContext) -> Outcome:
             continue
         measured = context.measure_network([tuple(lowered)], base=tuple(present))[0]
         score = steps.score(present, lowered, measured - error)
-        if heap and score > heap[0][0]:
-            heapq.heappush(heap, (score, index, axis))
-            continue
-        present, error = lowered, measured
+        if not (heap and score > heap[0][0]):
+            present, error = lowered, measured
         heapq.heappush(heap, (score, index, axis))
     return Outcome(tuple(present), error)
 
 
 class _Steps:
-    """Steps of the greedy search: one leaf's weights (axis 0) or activations (1) one width down."""
+    """The steps: one leaf's weights (axis 0) or activations (axis 1) one width down."""
 
     def __init__(self, context: SearchContext) -> None:
         self._context = context
-        section = context.section
-        self._widths = (
-            sorted(set(section.weight_candidates)),
-            sorted(set(section.activation_candidates)),
-        )
+        self._candidates = context.candidates
+        self._num_activations = len(set(context.section.activation_candidates))
 
     def lower(self, present: Sequence[Pair], index: int, axis: int) -> list[Pair] | None:
         """Return the configuration after a step, None where there is no smaller width."""
-        widths = self._widths[axis]
-        at = widths.index(present[index][axis])
-        if at == 0:
+        at = self._candidates.index(present[index])
+        if divmod(at, self._num_activations)[axis] == 0:
             return None
-        pair = list(present[index])
-        pair[axis] = widths[at - 1]
-        return [*present[:index], (pair[0], pair[1]), *present[index + 1 :]]
+        pair = self._candidates[at - (1 if axis else self._num_activations)]
+        return [*present[:index], pair, *present[index + 1 :]]
 
     def helps(self, present: Sequence[Pair], axis: int) -> bool:
         """Whether a limit that the axis counts for is still exceeded."""

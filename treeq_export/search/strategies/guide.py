@@ -14,10 +14,9 @@ TreeQ says nothing of the kind.
 from dataclasses import dataclass
 
 from treeq_export.search.executor import Task
-from treeq_export.search.formats import Pair
 from treeq_export.search.strategies.assignment import Allocation, allocate, solve_assignment
 from treeq_export.search.strategies.context import SearchContext
-from treeq_export.search.tree import Configuration, encode, leaf_nodes
+from treeq_export.search.tree import Configuration, Pair, encode, replace_at, walk
 
 
 @dataclass(frozen=True)
@@ -34,36 +33,24 @@ class Guide:
 
 
 def make_guide(context: SearchContext) -> Guide:
-    """Measure every leaf alone and return how the budget would be spent.
-
-    Args:
-        context: The search's inputs.
-    """
+    """Measure every leaf alone and return how the budget would be spent."""
     errors = measure_alone(context)
-    costs = [
-        [context.costs.cost((pair,), at) for pair in context.candidates]
-        for at in range(len(context.leaves))
-    ]
+    costs = context.costs_of([context.candidates] * len(context.leaves))
     chosen = solve_assignment(errors, costs, context.budget)
     optimum = tuple(context.candidates[option] for option in chosen)
     return Guide(allocate(errors, costs, context.budget), optimum)
 
 
 def measure_alone(context: SearchContext) -> list[list[float]]:
-    """Return about the error of the network's prediction, by leaf and candidate.
-
-    Args:
-        context: The search's inputs.
-    """
-    pairs = context.candidates
-    leaves = leaf_nodes(context.root)
-    suffixes = tuple(encode((pair,)) for pair in pairs)
+    """Return about the error of the network's prediction, by leaf and candidate."""
+    leaves = [node for node, _ in walk(context.network.root) if not node.children]
+    suffixes = tuple(encode((pair,)) for pair in context.candidates)
     local = context.measure(
-        [Task(leaf.name, "", suffixes) for leaf in leaves], len(leaves) * len(pairs)
+        [Task(leaf.name, "", suffixes) for leaf in leaves], len(leaves) * len(suffixes)
     )
     anchor = nearest_pair(context)
     nothing: Configuration = (None,) * len(leaves)
-    alone = [(*nothing[:at], anchor, *nothing[at + 1 :]) for at in range(len(leaves))]
+    alone = [replace_at(nothing, at, anchor) for at in range(len(leaves))]
     errors: list[list[float]] = []
     for leaf, on_network in zip(leaves, context.measure_network(alone), strict=True):
         factor = on_network / max(local[leaf.name, "", encode((anchor,))], 1e-300)

@@ -8,10 +8,9 @@ it does not, fewer changes are allowed at once. This step is ours; `search.refin
 out.
 """
 
-from treeq_export.search.formats import Pair
 from treeq_export.search.strategies.assignment import solve_assignment
-from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext, make_point
-from treeq_export.search.tree import Configuration
+from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext
+from treeq_export.search.tree import Configuration, Pair, replace_at
 
 _MOST_ROUNDS = 4
 
@@ -21,7 +20,7 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
 
     Args:
         context: The search's inputs.
-        outcome: What the tree chose.
+        outcome: The outcome of the tree.
         least_gain: Relative fall of the error below which the search ends.
     """
     best: Configuration = outcome.configuration
@@ -37,11 +36,9 @@ def refine(context: SearchContext, outcome: Outcome, least_gain: float) -> Outco
             break
     if best == outcome.configuration:
         return outcome
-    front = [point.model_copy(update={"chosen": False}) for point in outcome.front]
     (network_mse,) = context.measure_network([best])
-    front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
-    finalists = [Finalist(best, network_mse, error), *outcome.finalists]
-    return Outcome(best, network_mse, front, outcome.kept, finalists)
+    finalist = Finalist(best, network_mse, error)
+    return context.choose_instead(outcome, finalist, [finalist, *outcome.finalists])
 
 
 def _exchange(
@@ -49,18 +46,16 @@ def _exchange(
 ) -> tuple[Configuration, float] | None:
     """Return a better configuration and its error, None where no exchange lowers it."""
     options: list[list[Pair]] = []
-    single: list[Configuration] = []
-    for index, pair in enumerate(present):
+    for pair in present:
         assert pair is not None
-        near = _neighbours(context, pair)
-        options.append([pair, *near])
-        single += [(*present[:index], other, *present[index + 1 :]) for other in near]
+        options.append([pair, *_neighbours(context, pair)])
+    single = [
+        replace_at(present, leaf, other) for leaf, row in enumerate(options) for other in row[1:]
+    ]
     before, *after = context.measure_network([present, *single], base=present)
     measured = iter(after)
     errors = [[0.0, *(next(measured) - before for _ in row[1:])] for row in options]
-    costs = [
-        [context.costs.cost((pair,), index) for pair in row] for index, row in enumerate(options)
-    ]
+    costs = context.costs_of(options)
     most_changes = len(present)
     while most_changes:
         chosen = solve_assignment(errors, costs, context.budget, ([0] * len(present), most_changes))
@@ -77,12 +72,13 @@ def _exchange(
 
 def _neighbours(context: SearchContext, pair: Pair) -> list[Pair]:
     """Return the pairs one width up or down in weights or in activations, or both ways at once."""
-    weights = sorted(set(context.section.weight_candidates))
-    activations = sorted(set(context.section.activation_candidates))
-    at, to = weights.index(pair[0]), activations.index(pair[1])
+    candidates = context.candidates
+    num_activations = len(set(context.section.activation_candidates))
+    num_weights = len(candidates) // num_activations
+    at, to = divmod(candidates.index(pair), num_activations)
     steps = ((-1, 0), (0, -1), (0, 1), (1, 0), (-1, 1), (1, -1))
     return [
-        (weights[at + dw], activations[to + da])
+        candidates[(at + dw) * num_activations + to + da]
         for dw, da in steps
-        if 0 <= at + dw < len(weights) and 0 <= to + da < len(activations)
+        if 0 <= at + dw < num_weights and 0 <= to + da < num_activations
     ]

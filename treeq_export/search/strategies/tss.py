@@ -2,50 +2,42 @@
 
 Published: leaves are consecutive layers; neighbours are merged pairwise, bottom up; a merge tries
 all pairs of its children's configurations, measures the merged segment end to end, and a Pareto
-drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run (segments.py), and
-which points of a long front are kept (pareto.py): those that spend about the node's share of the
-budget, which is found from single leaves (guide.py).
+drop on (average bits, MSE) keeps 16. Ours: what a leaf is, how a segment is run
+(measure/segment.py), and which points of a long front are kept (pareto.py): those that spend about
+the node's share of the budget, which is found from single leaves (guide.py).
 
 At the root the error is that of the network's output. Its best configurations within the budget,
 kept or dropped, are compared once more on other inputs: the least of many measured errors is one
 that luck has made small.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from treeq_export.search.executor import Task
-from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext, make_point
+from treeq_export.search.strategies.context import Finalist, Outcome, SearchContext
 from treeq_export.search.strategies.guide import Guide, make_guide
 from treeq_export.search.strategies.pareto import drop
+from treeq_export.search.strategies.refine import refine
 from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
 
+Measured = tuple[Configuration, float]  # a configuration of a node, and its error
 
-@dataclass(frozen=True)
-class Measured:
-    """A configuration of a node and its error."""
 
-    configuration: Configuration
-    mse: float
+def search_tree_and_refine(context: SearchContext) -> Outcome:
+    """Run the search, and refine its choice where the recipe asks for it."""
+    outcome = search_tree(context)
+    least_gain = context.section.refine
+    return outcome if least_gain is None else refine(context, outcome, least_gain)
 
 
 def search_tree(context: SearchContext) -> Outcome:
-    """Run the search.
-
-    Args:
-        context: Its inputs.
-
-    Returns:
-        The outcome; deterministic.
-    """
+    """Run the search; the outcome is deterministic."""
     guide = make_guide(context)
     leaf_choices: list[Configuration] = [(pair,) for pair in context.candidates]
-    kept: dict[str, list[Configuration]] = {
-        node.name: leaf_choices for node, _ in walk(context.root) if not node.children
-    }
-    points: list[Measured] = [Measured(choice, float("nan")) for choice in leaf_choices]
-    for level in merge_levels(context.root):
+    root = context.network.root
+    kept = {node.name: leaf_choices for node, _ in walk(root) if not node.children}
+    points: list[Measured] = [(choice, float("nan")) for choice in leaf_choices]
+    for level in merge_levels(root):
         measured = _measure_level(context, level, kept)
         for node in level:
             points = measured[node.name]
@@ -70,7 +62,7 @@ def _measure_level(
     for node in level:
         left, right = (kept[child.name] for child in node.children)
         measured[node.name] = [
-            Measured(prefix + suffix, values[node.name, encode(prefix), encode(suffix)])
+            (prefix + suffix, values[node.name, encode(prefix), encode(suffix)])
             for prefix in left
             for suffix in right
         ]
@@ -80,16 +72,15 @@ def _measure_level(
 def _drop(
     context: SearchContext, guide: Guide, node: Node, points: list[Measured]
 ) -> list[Configuration]:
-    configurations = [point.configuration for point in points]
     costs = np.array(
-        [context.budget.fractions(context.costs.cost(c, node.first)) for c in configurations]
+        [context.budget.fractions(context.costs.cost(inside, node.first)) for inside, _ in points]
     )
-    errors = np.array([point.mse for point in points])
+    errors = np.array([mse for _, mse in points])
     share = guide.allocation.shares[node.first : node.last + 1].sum(axis=0)
     kept = drop(
         costs, errors, context.section.keep, share, guide.allocation.prices, node.num_leaves
     )
-    return [configurations[index] for index in kept]
+    return [points[index][0] for index in kept]
 
 
 def _choose(
@@ -103,16 +94,15 @@ def _choose(
     Finalists are the root's best pairs within the budget and the best sum of single leaves. They
     are compared on inputs that nothing was chosen on before.
     """
-    allowed = [point for point in points if context.allows(point.configuration)]
-    allowed.sort(key=lambda point: (point.mse, encode(point.configuration)))
-    entered = [point.configuration for point in allowed[: context.section.keep]]
+    root, blocks = context.network.root, context.network.blocks
+    allowed = [(mse, encode(inside), inside) for inside, mse in points if context.allows(inside)]
+    entered = [inside for _, _, inside in sorted(allowed)[: context.section.keep]]
     if guide.optimum not in entered:
         entered.append(guide.optimum)
     errors = context.measure_final(entered)
     ranked = sorted(zip(errors, entered, strict=True), key=lambda at: (at[0], encode(at[1])))
     # A tree that ends before the network, or is a single leaf, has measured no prediction.
-    ends = context.root.last_block == context.num_blocks - 1 and context.root.children
-    known = {point.configuration: point.mse for point in points} if ends else {}
+    known = dict(points) if root.last_block == len(blocks) - 1 and root.children else {}
     finalists = [
         Finalist(
             configuration,
@@ -125,17 +115,12 @@ def _choose(
         if rank < max(context.section.calibrated_finalists, 1) or configuration == guide.optimum
     ]
     best, network_mse = finalists[0].configuration, finalists[0].network_mse
-    kept_at_root = set(kept[context.root.name])
+    kept_at_root = set(kept[root.name])
     front = [
-        make_point(
-            context.costs.cost(point.configuration),
-            point.mse,
-            kept=point.configuration in kept_at_root,
-            chosen=point.configuration == best,
-        )
-        for point in points
+        context.make_point(inside, mse, kept=inside in kept_at_root, chosen=inside == best)
+        for inside, mse in points
     ]
-    if not any(point.chosen for point in front):
-        front.append(make_point(context.costs.cost(best), network_mse, kept=True, chosen=True))
+    if best not in dict(points):
+        front.append(context.make_point(best, network_mse, kept=True, chosen=True))
     sizes = {name: len(configurations) for name, configurations in kept.items()}
     return Outcome(best, network_mse, front, sizes, finalists)
