@@ -10,7 +10,6 @@ PACKAGE = Path(treeq_export.__file__).parent
 ALLOWED = {
     "reading/": "the one place",
     "runners/graph_file.py": "the one place for graphs",
-    "serve/inside/": "copied into a Triton server, where this package is not",
     "model/torch_file.py": "weights_only, the one place for .pt files",
     "client/answers.py": "answers of servers, with limits of their own",
     "client/web.py": "requests, whose size aiohttp limits",

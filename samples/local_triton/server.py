@@ -45,7 +45,7 @@ _SHUTDOWN_S = _EXIT_S + 4.0
 _ASK_S = 5.0
 _PR_SET_PDEATHSIG = 1  # of Linux
 _LIBC = ctypes.CDLL(None)
-_CHECK = Path(__file__).parents[2] / "treeq_export" / "serve" / "inside" / "check_manifest.py"
+_CHECK = Path(__file__).parents[2] / "treeq_served" / "check_manifest.py"
 _ORPHANS_S = 1.5  # within which the processes of models notice that the server is gone
 
 

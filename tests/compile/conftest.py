@@ -19,7 +19,7 @@ from treeq_export.plan import (
     TreePath,
 )
 from treeq_export.quant.spec import BranchFormat, WeightFormat
-from treeq_export.runners.ort_session import open_session
+from treeq_served.ort_session import open_session
 
 
 class HandBranch:

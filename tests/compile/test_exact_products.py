@@ -17,12 +17,12 @@ from tests.hand_layers import lower
 from tests.required import skip_or_fail
 from treeq_export.compile.audits.sums import extreme_codes
 from treeq_export.quant.numerics import accumulate
-from treeq_export.runners import ort_session
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.products import make_product
 from treeq_export.targets.names import TENSORRT_NATIVE
 from treeq_export.targets.table import target_named
+from treeq_served import ort_session
 
 Make = Callable[..., Any]
 # (weight bits, activation bits)

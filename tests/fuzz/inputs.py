@@ -45,11 +45,11 @@ from treeq_export.runners.graph_file import read_graph
 from treeq_export.runners.graph_meta import LayerSite, read_layers, read_profile, write_layers
 from treeq_export.search.journal import Journal
 from treeq_export.search.store import Store
-from treeq_export.serve.inside import check_manifest
 from treeq_export.serve.lint import lint_repository
 from treeq_export.serve.tensors import read_graph as read_served
 from treeq_export.serve.vae import open_vae
 from treeq_export.workspace import read_run
+from treeq_served import check_manifest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "samples" / "results"

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from treeq_export.errors import RecipeError
 from treeq_export.finetune.pool import schedule_of
-from treeq_export.model.denoise import denoise, make_scheduler
 from treeq_export.model.pipeline_scheduler import (
     check_scheduler,
     describe_scheduler,
     resolve_scheduler,
 )
 from treeq_export.recipe import Recipe
-from treeq_export.serve.inside.settings import SamplerSettings
 from treeq_export.workspace import Workspace
+from treeq_served.denoise import denoise, make_scheduler
+from treeq_served.settings import SamplerSettings
 
 STEPS = 5
 # diffusers makes NumPy arrays of tensors in a way that NumPy 2 warns of.

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+import treeq_served
 from treeq_export.cli import main
-from treeq_export.model.denoise import denoise, make_noise, make_scheduler
 from treeq_export.targets.table import open_way
+from treeq_served.denoise import denoise, make_noise, make_scheduler
 
 FINAL = 1
 
@@ -145,33 +147,9 @@ def load(utilities: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     opened: list[Any] = []
 
     def load_model(repository: Path, name: str, mode: str = "inprocess", **config: Any) -> Any:
-        folder = repository / name / "1"
-        for file in folder.glob("treeq_*.py"):
-            monkeypatch.delitem(sys.modules, file.stem, raising=False)
-        monkeypatch.syspath_prepend(str(folder))
-        spec = importlib.util.spec_from_file_location(f"{name}_model", folder / "model.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        model = module.TritonPythonModel()
-        threads = torch.get_num_threads()
-        try:
-            model.initialize(
-                {
-                    "model_config": json.dumps(
-                        {"parameters": {"treeq_mode": {"string_value": mode}}, **config}
-                    ),
-                    "model_repository": str(repository / name),
-                    "model_version": "1",
-                    "model_name": name,
-                    "model_instance_kind": "CPU",
-                    "model_instance_device_id": "0",
-                }
-            )
-        finally:
-            torch.set_num_threads(threads)
+        monkeypatch.delitem(sys.modules, f"treeq_served.{name}", raising=False)
+        model = import_module(f"treeq_served.{name}").TritonPythonModel()
+        initialize(model, repository / name, mode, **config)
         opened.append(model)
         return model
 
@@ -179,9 +157,26 @@ def load(utilities: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     for model in opened:
         if hasattr(model, "finalize"):
             model.finalize()
-    for name in [name for name in sys.modules if name.startswith("treeq_") and "." not in name]:
-        if name not in ("treeq_export", "treeq_gpu"):
-            del sys.modules[name]
+
+
+def initialize(model: Any, folder: Path, mode: str = "inprocess", **config: Any) -> None:
+    """Initialize a model as Triton does, and leave torch's number of threads as it was."""
+    threads = torch.get_num_threads()
+    try:
+        model.initialize(
+            {
+                "model_config": json.dumps(
+                    {"parameters": {"treeq_mode": {"string_value": mode}}, **config}
+                ),
+                "model_repository": str(folder),
+                "model_version": "1",
+                "model_name": folder.name,
+                "model_instance_kind": "CPU",
+                "model_instance_device_id": "0",
+            }
+        )
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +187,54 @@ def repository(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     result = CliRunner().invoke(main, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
     return out
+
+
+class TestCopy:
+    """A version of a model brings the code that runs it."""
+
+    @pytest.fixture
+    def forget(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Let a test import treeq_served anew, and leave what was imported before."""
+        before = {name: module for name, module in sys.modules.items() if is_served(name)}
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        for name in before:
+            del sys.modules[name]
+        yield
+        for name in [name for name in sys.modules if is_served(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+    @pytest.mark.parametrize("model", ["sampler", "denoiser"])
+    def test_it_is_the_package(self, repository: Path, model: str) -> None:
+        package, copy = Path(treeq_served.__path__[0]), repository / model / "1" / "treeq_served"
+        files = {path.name: path.read_bytes() for path in package.glob("*.py")}
+        assert {path.name: path.read_bytes() for path in copy.glob("*.py")} == files
+        assert "sampler.py" in files
+
+    @pytest.mark.usefixtures("utilities", "forget")
+    def test_it_runs_before_an_installed_one(
+        self, repository: Path, expect: Callable[..., Any]
+    ) -> None:
+        spec = importlib.util.spec_from_file_location(
+            "copied_model", repository / "sampler" / "1" / "model.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.TritonPythonModel()
+        initialize(model, repository / "sampler")
+        request = ask(7, seeds=(5,))
+        model.execute([request])
+        model.finalize()
+        assert np.array_equal(request.only.arrays()["latents"], expect(7, 5))
+        files = [str(m.__file__) for name, m in sys.modules.items() if is_served(name)]
+        assert "requests.py" in {Path(file).name for file in files}
+        assert all(file.startswith(f"{repository}/sampler/1/treeq_served/") for file in files)
+
+
+def is_served(module: str) -> bool:
+    return module.partition(".")[0] == "treeq_served"
 
 
 class TestInprocess:

@@ -1,6 +1,5 @@
 """What reaches the code inside the server: damaged manifests and settings, odd requests."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -9,15 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from treeq_export.serve.inside import check_manifest, settings
+from treeq_served import check_manifest, requests, settings
 
-INSIDE = Path(check_manifest.__file__).parent
 MANIFEST: dict[str, Any] = {
     "format_version": 1,
     "root": None,
@@ -142,7 +139,7 @@ def test_the_sample_server_refuses_an_unfit_path(tmp_path: Path, launch: bool):
     root = write(tmp_path / "x y", MANIFEST)
     if launch:
         (root / "launch.sh").write_text("exit 1")
-    script = Path(check_manifest.__file__).parents[3] / "samples/local_triton/server.py"
+    script = Path(__file__).parents[2] / "samples/local_triton/server.py"
     done = subprocess.run(
         [sys.executable, script, root], capture_output=True, text=True, check=False
     )
@@ -210,19 +207,6 @@ def test_damaged_settings_are_one_line(tmp_path: Path, content: Any):
         settings.read_sampler(tmp_path)
 
 
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module inside/requests.py, which finds settings.py by the name of its copy."""
-    monkeypatch.setitem(sys.modules, "treeq_settings", settings)
-    spec = importlib.util.spec_from_file_location("inside_requests", INSIDE / "requests.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def rows(**changes: Any) -> dict[str, Any]:
     return {"label": np.array([[1]]), "seed": np.array([[2]])} | changes
 
@@ -248,14 +232,14 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_an_odd_request_is_refused(requests: ModuleType, case: str):
+def test_an_odd_request_is_refused(case: str):
     with pytest.raises(requests.RefusedError) as caught:
         requests.read_job(ODD[case], ("latents",), None, SAMPLER)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 5), (1, 3, 4, 1), (2, 3, 4), (1, 0, 4)])
-def test_an_odd_prompt_is_refused(requests: ModuleType, shape: tuple[int, ...]):
+def test_an_odd_prompt_is_refused(shape: tuple[int, ...]):
     text = settings.SamplerSettings(
         **asdict(SAMPLER) | {"network": NETWORK, "num_classes": None, "conditioning": {"t": [3, 4]}}
     )
@@ -264,7 +248,7 @@ def test_an_odd_prompt_is_refused(requests: ModuleType, shape: tuple[int, ...]):
         requests.read_job(arrays, ("latents",), None, text)
 
 
-def test_prompts_of_any_length_are_sampled_apart(requests: ModuleType):
+def test_prompts_of_any_length_are_sampled_apart():
     text = settings.SamplerSettings(
         **asdict(SAMPLER)
         | {"network": NETWORK, "num_classes": None, "conditioning": {"t": [-1, 4]}}
@@ -278,6 +262,6 @@ def test_prompts_of_any_length_are_sampled_apart(requests: ModuleType):
     assert sorted(len(group.rows) for group in requests.group_rows(jobs)) == [1, 2]
 
 
-def test_one_odd_request_does_not_keep_others_from_an_answer(requests: ModuleType):
+def test_one_odd_request_does_not_keep_others_from_an_answer():
     read: Callable[..., Any] = requests.read_job
     assert read(rows(), ("latents",), None, SAMPLER).seeds == [2]

@@ -581,7 +581,7 @@ class TestProof:
         root = Path(shutil.copytree(ort_repository, tmp_path / "triton"))
         settings = root / "sampler" / "1" / "settings.json"
         settings.write_bytes(settings.read_bytes().replace(b'"steps": 2', b'"steps": 3'))
-        (root / "sampler" / "1" / "treeq_denoise.py").unlink()
+        (root / "sampler" / "1" / "treeq_served" / "denoise.py").unlink()
         found = {
             (finding.path.as_posix(), finding.message.split(",")[0])
             for finding in lint_repository(root, ort_repository)
@@ -589,7 +589,7 @@ class TestProof:
         }
         assert found == {
             ("sampler/1/settings.json", "received other bytes"),
-            ("sampler/1/treeq_denoise.py", "received no such file"),
+            ("sampler/1/treeq_served/denoise.py", "received no such file"),
         }
 
     def test_a_read_only_run_is_served_elsewhere_and_not_touched(

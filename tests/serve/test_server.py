@@ -26,11 +26,11 @@ from treeq_export.cli import main
 from treeq_export.client.connection import Connection, open_connection
 from treeq_export.client.health import check, heal
 from treeq_export.errors import ServeError
-from treeq_export.model.denoise import pixels_from_samples
 from treeq_export.model.sampler import sample
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.serve.options import ServeOptions
 from treeq_export.serve.stage import run_serve
+from treeq_served.denoise import pixels_from_samples
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from treeq_export.artefacts import atomic_path
-from treeq_export.model.denoise import is_pixels, unpack_samples
+from treeq_served.denoise import is_pixels, unpack_samples
 
 NUM_COLUMNS = 10
 MAX_ROWS = 10

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from treeq_export.errors import RecipeError
 from treeq_export.evaluate.frechet import Gaussian, fit_gaussian, frechet_distance
-from treeq_export.model.denoise import is_pixels
 from treeq_export.quant.metrics import psnr_db
 from treeq_export.reading import load_safetensors
 from treeq_export.recipe import EvaluateSection
 from treeq_export.records import QualityScores
+from treeq_served.denoise import is_pixels
 
 BATCH_SIZE = 256
 _OUTPUTS = ["logits", "features"]

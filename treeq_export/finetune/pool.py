@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treeq_export.model.denoise import make_scheduler
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import SamplerSection
+from treeq_served.denoise import make_scheduler
 
 _NOISE_STREAM = 3  # keeps these trajectories apart from those that calibrate and evaluate take
 

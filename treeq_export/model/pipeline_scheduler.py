@@ -15,10 +15,10 @@ from typing import Any, get_args
 import torch
 
 from treeq_export.errors import RecipeError
-from treeq_export.model.denoise import DDIM_CONFIG, make_scheduler
 from treeq_export.model.weight_files import CONFIG_FILE, model_folder
 from treeq_export.reading import read_object
 from treeq_export.recipe import PipelineScheduler, Recipe
+from treeq_served.denoise import DDIM_CONFIG, make_scheduler
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _SUPPORTED: tuple[str, ...] = get_args(PipelineScheduler.model_fields["class_name"].annotation)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from treeq_export.model.denoise import denoise, make_noise, make_scheduler
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import SamplerSection
+from treeq_served.denoise import denoise, make_noise, make_scheduler
 
 Run = Callable[[dict[str, Tensor]], Tensor]  # denoiser inputs by name -> raw network output
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint
 from treeq_export.model.conditioning import load_prompts, text_shapes
-from treeq_export.model.denoise import NUM_TIMESTEPS
 from treeq_export.recipe import ModelSection
+from treeq_served.denoise import NUM_TIMESTEPS
 
 _PIXELS_PER_LATENT = 8  # of the autoencoder that PixArt's resolution condition refers to
 _NUM_TEXT_TOKENS = 16  # of random text

@@ -17,7 +17,7 @@ from treeq_export import __version__
 from treeq_export.environment import default_threads
 from treeq_export.errors import RunnerError
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
-from treeq_export.runners.ort_session import open_session
+from treeq_served.ort_session import open_session
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from treeq_export.runners.ort_session import open_session
+from treeq_served.ort_session import open_session
 
 _ROWS, _K, _N = 4, 64, 16
 LARGEST_SUM = _K * 255 * 127

@@ -67,6 +67,11 @@ def render_launch(served: Served) -> str:
     return _render("launch.sh.j2", served, models=served.loaded, plugin=plugin)
 
 
+def render_model(served: Served, model: str) -> str:
+    """Return model.py of a model that the Python backend runs."""
+    return _render("model.py.j2", served, model=model)
+
+
 def render_readme(served: Served, packages: dict[str, dict[str, str]]) -> str:
     """Return the operator's README.md.
 

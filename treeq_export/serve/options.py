@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from treeq_export.errors import ServeError
-from treeq_export.serve.inside.check_manifest import find_unfit
 from treeq_export.targets.names import ENGINES, ORT
 from treeq_export.targets.table import target_named
+from treeq_served.check_manifest import find_unfit
 
 Backend = Literal["onnxruntime", "tensorrt", "python"]
 Mode = Literal["inprocess", "bls"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from treeq_export import __version__
 from treeq_export.environment import runtime_version, version_of
 from treeq_export.errors import PlanError, RunnerError, ServeError, TreeqError
-from treeq_export.model.denoise import is_pixels
 from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
@@ -16,7 +15,12 @@ from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, rea
 from treeq_export.runners.model_files import DATA_FILE, model_files, model_path
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
-from treeq_export.serve.inside.settings import (
+from treeq_export.serve.options import USUAL_BATCH, ServeOptions
+from treeq_export.serve.tensors import ServedGraph, read_graph
+from treeq_export.serve.vae import Vae, open_vae
+from treeq_export.targets.table import way_named
+from treeq_served.denoise import is_pixels
+from treeq_served.settings import (
     DENOISER,
     ONNXRUNTIME,
     SAMPLER,
@@ -24,10 +28,6 @@ from treeq_export.serve.inside.settings import (
     NetworkSettings,
     SamplerSettings,
 )
-from treeq_export.serve.options import USUAL_BATCH, ServeOptions
-from treeq_export.serve.tensors import ServedGraph, read_graph
-from treeq_export.serve.vae import Vae, open_vae
-from treeq_export.targets.table import way_named
 
 ENGINES_FOLDER = "engines"
 _OWN_INPUTS = ("sample", "timestep")

@@ -19,19 +19,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import treeq_served
 from treeq_export import __version__
 from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
-from treeq_export.model import denoise
 from treeq_export.model.zoo import Denoiser
 from treeq_export.reading import read_text
 from treeq_export.recipe import Recipe
 from treeq_export.records import save_record
 from treeq_export.records.serve import ServedFile, ServeManifest
-from treeq_export.runners import ort_session
-from treeq_export.serve import inside
-from treeq_export.serve.configs import render_configs, render_launch, render_readme
-from treeq_export.serve.inside.settings import SETTINGS_FILE, to_json
+from treeq_export.serve.configs import render_configs, render_launch, render_model, render_readme
 from treeq_export.serve.lint import check_repository
 from treeq_export.serve.options import ServeOptions, check_place
 from treeq_export.serve.others import (
@@ -54,28 +51,10 @@ from treeq_export.serve.served import (
     not_as_recorded,
     packages,
 )
+from treeq_served.settings import SETTINGS_FILE, to_json
 
 TRITON_FOLDER = "triton"
-_INSIDE = Path(inside.__path__[0])
-# Names in a version's folder: what is copied there.
-_COMMON = {"treeq_manifest.py": _INSIDE / CHECK_FILE}
-_LOOP = {"treeq_denoise.py": Path(denoise.__file__)}
-_NETWORK = {
-    "treeq_network.py": _INSIDE / "network.py",
-    "treeq_session.py": Path(ort_session.__file__),
-    "treeq_settings.py": _INSIDE / "settings.py",
-}
-_CODE = {
-    SAMPLER: {
-        "model.py": _INSIDE / "sampler_model.py",
-        "treeq_requests.py": _INSIDE / "requests.py",
-        **_COMMON,
-        **_LOOP,
-        **_NETWORK,
-    },
-    DENOISER: {"model.py": _INSIDE / "denoiser_model.py", **_COMMON, **_NETWORK},
-    VAE_DECODER: {"model.py": _INSIDE / "vae_model.py", **_COMMON, **_LOOP},
-}
+_CODE = Path(treeq_served.__path__[0])
 
 
 @dataclass(frozen=True)
@@ -167,7 +146,7 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
     launch.write_text(render_launch(served))
     launch.chmod(0o755)
     (folder / README_FILE).write_text(render_readme(served, packages(served)))
-    shutil.copyfile(_INSIDE / CHECK_FILE, folder / CHECK_FILE)
+    shutil.copyfile(_CODE / CHECK_FILE, folder / CHECK_FILE)
 
 
 def _write_version(folder: Path, model: str, served: Served, version: int) -> None:
@@ -185,8 +164,10 @@ def _write_version(folder: Path, model: str, served: Served, version: int) -> No
         (folder / "vae").mkdir()
         for name, file in served.vae.files.items():
             shutil.copyfile(file, folder / "vae" / name)
-    for name, source in _CODE[model].items():
-        shutil.copyfile(source, folder / name)
+    (folder / "model.py").write_text(render_model(served, model))
+    (folder / _CODE.name).mkdir()
+    for source in sorted(_CODE.glob("*.py")):
+        shutil.copyfile(source, folder / _CODE.name / source.name)
 
 
 def _copy_network(folder: Path, served: Served) -> None:

@@ -4,9 +4,9 @@ import re
 from pathlib import PurePosixPath
 
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.serve.inside.check_manifest import find_unfit
 from treeq_export.serve.lint.read import MAIN, Remark, Remarks, Repository
 from treeq_export.serve.others import LAUNCH_FILE, MANIFEST_FILE
+from treeq_served.check_manifest import find_unfit
 
 _LOADS_MODELS = re.compile(r"--model-control-mode[= ]\"?(explicit|poll)")
 _ALL_ADDRESSES = re.compile(r"0\.0\.0\.0|\[?::\]?(?![\da-f])")

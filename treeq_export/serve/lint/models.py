@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from treeq_export.serve.inside.settings import DENOISER
 from treeq_export.serve.lint.read import Config, Remark, Remarks, enum_name
+from treeq_served.settings import DENOISER
 
 MAX_DELAY_US = 200  # a bls sampler pays the denoiser's delay at every step
 _CPU = "cpu"  # the variant for machines without a GPU

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from treeq_export.errors import ServeError
 from treeq_export.reading import read_json, read_record, read_text
 from treeq_export.records.serve import ServeManifest
-from treeq_export.serve.inside.settings import DENOISER, SAMPLER, VAE_DECODER
 from treeq_export.serve.others import MANIFEST_FILE
+from treeq_served.settings import DENOISER, SAMPLER, VAE_DECODER
 
 MAIN = "config.pbtxt"
 OWN_MODELS = (DENOISER, SAMPLER, VAE_DECODER)

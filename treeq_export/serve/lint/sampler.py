@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from treeq_export.serve.inside.settings import DENOISER, SAMPLER, VAE_DECODER
 from treeq_export.serve.lint.read import Config, Remarks, enum_name
+from treeq_served.settings import DENOISER, SAMPLER, VAE_DECODER
 
 _MODES = ("inprocess", "bls")
 _REQUEST_INPUTS = {

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from treeq_export.serve.inside.settings import DENOISER
 from treeq_export.serve.lint.read import Config, Remarks, enum_name
+from treeq_served.settings import DENOISER
 
 _ANY = -1  # a dimension that a request decides on
 

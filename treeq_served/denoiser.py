@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
-from treeq_manifest import check_model
-from treeq_network import open_network
-from treeq_settings import read_network
+
+from treeq_served.check_manifest import check_model
+from treeq_served.network import open_network
+from treeq_served.settings import read_network
 
 
 class TritonPythonModel:
@@ -19,7 +20,7 @@ class TritonPythonModel:
         """Check the manifest and open the denoiser.
 
         Args:
-            args: As Triton gives them.
+            args: model_repository, model_version and more, by Triton.
 
         Raises:
             ValueError: The repository is not what its manifest says.
@@ -30,14 +31,16 @@ class TritonPythonModel:
         self.settings = read_network(folder / args["model_version"])
         self._run = open_network(folder.parent, self.settings)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def execute(
+        self, requests: Sequence[pb_utils.InferenceRequest]
+    ) -> list[pb_utils.InferenceResponse]:
         """Run all requests as one batch.
 
         Args:
             requests: InferenceRequest objects.
 
         Returns:
-            A response each.
+            One response for each request.
         """
         responses: list[Any] = [None] * len(requests)
         good: list[tuple[int, dict[str, NDArray[Any]]]] = []

@@ -1,4 +1,4 @@
-"""The sampling loop of one batch, and its scheduler. Imports nothing of this package.
+"""The sampling loop of one batch, and its scheduler.
 
     flow_match_euler   x <- x + (s' - s) v(x, 1000 s),   s = 1, 1 - 1/n, ..., 1/n, 0
     ddim               x0 = (x - sqrt(1 - a) e) / sqrt(a);  x <- sqrt(a') x0 + sqrt(1 - a') e
@@ -7,7 +7,7 @@ v and e are the network's prediction; a is the cumulative alpha of 1000 linear b
 A pipeline's own scheduler is the diffusers class with the pipeline's configuration.
 Classifier-free guidance runs both halves as one batch of 2n: e = e_null + g (e_cond - e_null).
 
-A served model samples by a copy of this file, so what a server draws is what an evaluation drew.
+treeq-export samples by this file too, so what a server draws is what an evaluation drew.
 
 Sources: Liu et al., Flow Straight and Fast, 2022 (eq. 1); Song et al., DDIM, 2020 (eq. 12, eta 0);
 Ho & Salimans, Classifier-Free Diffusion Guidance, 2022 (eq. 6, written as 1 + w = g).

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from treeq_session import open_session
-from treeq_settings import ONNXRUNTIME, NetworkSettings
+
+from treeq_served.ort_session import open_session
+from treeq_served.settings import ONNXRUNTIME, NetworkSettings
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], NDArray[Any]]

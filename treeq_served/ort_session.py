@@ -1,7 +1,4 @@
-"""An ONNX Runtime session as all of this package opens one. Imports nothing of this package.
-
-A served model opens its session by a copy of this file.
-"""
+"""An ONNX Runtime session as a served model and all of treeq-export open one."""
 
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from treeq_denoise import pixels_from_samples
-from treeq_manifest import check_model
+
+from treeq_served.check_manifest import check_model
+from treeq_served.denoise import pixels_from_samples
 
 
 class TritonPythonModel:
@@ -18,7 +19,7 @@ class TritonPythonModel:
         """Check the manifest and load the autoencoder.
 
         Args:
-            args: As Triton gives them.
+            args: model_repository, model_version and more, by Triton.
 
         Raises:
             ValueError: The repository is not what its manifest says.
@@ -33,14 +34,16 @@ class TritonPythonModel:
         self.vae = vae.to(self.device).eval()
 
     @torch.no_grad()
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def execute(
+        self, requests: Sequence[pb_utils.InferenceRequest]
+    ) -> list[pb_utils.InferenceResponse]:
         """Decode the latents of all requests as one batch.
 
         Args:
             requests: InferenceRequest objects.
 
         Returns:
-            A response each.
+            One response for each request.
         """
         inputs = [
             pb_utils.get_input_tensor_by_name(request, "latents").as_numpy() for request in requests

@@ -18,10 +18,10 @@ class NetworkSettings:
     """The denoiser, and how a process opens it.
 
     Attributes:
-        model: Its folder in the repository.
+        model: Name of the model's folder in the repository.
         runtime: "onnxruntime", "tensorrt" or "tensorrt-rtx".
         file: The graph or engine, relative to that folder.
-        library: Library of custom ops, likewise; None where there is none.
+        library: Library of custom ops, relative to that folder; None where none is needed.
         inputs: numpy's name of the type of every input, in order.
         output: Name of the output.
         max_batch: Most rows of a call.
@@ -47,11 +47,11 @@ class SamplerSettings:
     """What the sampler does.
 
     Attributes:
-        network: Its denoiser.
-        scheduler: What `make_scheduler` takes.
-        steps: Where a request names none.
-        guidance_scale: Likewise.
-        sample_shape: Of one sample.
+        network: The denoiser.
+        scheduler: The argument of `make_scheduler`.
+        steps: Number of steps of a request that names none.
+        guidance_scale: Guidance of a request that names none.
+        sample_shape: Shape of one sample without the batch axis.
         prediction_channels: Channels of the output that are the prediction; None takes all.
         num_classes: Labels are 0..num_classes-1; None of text models.
         conditioning: Shape of one row of every text input.

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from treeq_settings import SamplerSettings
+
+from treeq_served.settings import SamplerSettings
+
+if TYPE_CHECKING:
+    from triton_python_backend_utils import InferenceResponseSender
 
 MOST_STEPS = 1000
 LABEL_INPUT = "class_labels"
@@ -26,7 +30,7 @@ class Job:
     """A request that has been read.
 
     Attributes:
-        sender: Where its responses go.
+        sender: The receiver of the responses.
         outputs: Names of the outputs that were asked for.
         seeds: A seed for each row.
         steps: (n,) int32.
@@ -37,7 +41,7 @@ class Job:
         error: Why it cannot be answered.
     """
 
-    sender: Any
+    sender: "InferenceResponseSender"
     outputs: tuple[str, ...]
     seeds: list[int]
     steps: NDArray[np.int32]
@@ -53,10 +57,10 @@ class Group:
     """Rows of one or several jobs that are sampled as one batch.
 
     Attributes:
-        steps: Of all.
-        guidance: Of all.
-        rows: (job, row) of each.
-        seeds: A seed for each.
+        steps: Number of steps of all rows.
+        guidance: Guidance of all rows.
+        rows: (job, row) of each row.
+        seeds: A seed for each row.
         conditioning: Conditioning inputs, a row for each.
     """
 
@@ -70,15 +74,15 @@ class Group:
 def read_job(
     arrays: Mapping[str, NDArray[Any]],
     outputs: tuple[str, ...],
-    sender: Any,
+    sender: "InferenceResponseSender",
     settings: SamplerSettings,
 ) -> Job:
     """Read a request.
 
     Args:
-        arrays: Its inputs by name, with a leading batch axis.
+        arrays: The request's inputs by name, with a leading batch axis.
         outputs: Names of the outputs that were asked for.
-        sender: Where its responses go.
+        sender: The receiver of the responses.
         settings: Defaults and limits.
 
     Raises:

@@ -23,17 +23,18 @@ import torch
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 from torch import Tensor
-from treeq_denoise import (
+
+from treeq_served.check_manifest import check_model
+from treeq_served.denoise import (
     denoise,
     make_noise,
     make_scheduler,
     pixels_from_samples,
     unpack_samples,
 )
-from treeq_manifest import check_model
-from treeq_network import Arrays, open_network, run_in_batches
-from treeq_requests import CancelledError, Group, Job, RefusedError, group_rows, read_job
-from treeq_settings import VAE_DECODER, SamplerSettings, read_sampler
+from treeq_served.network import Arrays, open_network, run_in_batches
+from treeq_served.requests import CancelledError, Group, Job, RefusedError, group_rows, read_job
+from treeq_served.settings import VAE_DECODER, SamplerSettings, read_sampler
 
 INPROCESS = "inprocess"
 CANCELLED_EVERY_S = 0.1  # between two looks, each of which costs 0.2 ms
@@ -77,7 +78,7 @@ class TritonPythonModel:
         """End the threads."""
         self._pool.shutdown(wait=True)
 
-    def execute(self, requests: Sequence[Any]) -> None:
+    def execute(self, requests: Sequence[pb_utils.InferenceRequest]) -> None:
         """Sample what the batcher hands over; answers go out through each request's sender.
 
         Args:
@@ -100,7 +101,9 @@ class TritonPythonModel:
             self._slots.acquire()  # beyond this, requests wait in the server's own queue
             self._pool.submit(self._sample_one, job)
 
-    def _read(self, request: Any, sender: Any) -> Job:
+    def _read(
+        self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender
+    ) -> Job:
         names = [tensor.name() for tensor in request.inputs()]
         arrays = {
             name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names
@@ -141,7 +144,7 @@ class TritonPythonModel:
             else:
                 _finish(job.sender, error=self._as_triton_error(job.error))
 
-    def _as_triton_error(self, error: Exception) -> Any:
+    def _as_triton_error(self, error: Exception) -> pb_utils.TritonError:
         cancelled = isinstance(error, CancelledError)
         code = pb_utils.TritonError.CANCELLED if cancelled else pb_utils.TritonError.INTERNAL
         return pb_utils.TritonError(f"{self.name}: {' '.join(str(error).split())}", code)
@@ -200,7 +203,9 @@ class TritonPythonModel:
 
         return step_done
 
-    def _respond(self, job: Job, latents: NDArray[np.float32], steps: NDArray[np.int32]) -> Any:
+    def _respond(
+        self, job: Job, latents: NDArray[np.float32], steps: NDArray[np.int32]
+    ) -> pb_utils.InferenceResponse:
         """Return a response with the outputs that were asked for."""
         tensors = {"latents": lambda: latents, "step": lambda: steps.reshape(-1, 1)}
         if self.settings.image is not None:
@@ -247,7 +252,12 @@ def _call(model: str, inputs: Arrays, output: str) -> NDArray[Any]:
     return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
 
-def _finish(sender: Any, response: Any = None, *, error: Any = None) -> None:
+def _finish(
+    sender: pb_utils.InferenceResponseSender,
+    response: pb_utils.InferenceResponse | None = None,
+    *,
+    error: pb_utils.TritonError | None = None,
+) -> None:
     """Send the last response of a request."""
     last = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     sender.send(pb_utils.InferenceResponse(error=error) if error else response, flags=last)
