@@ -33,8 +33,9 @@ from treeq_export.evaluate.samples import (
 from treeq_export.evaluate.scores import Judge, open_judge, score
 from treeq_export.evaluate.stage import Baseline, apply_gates, mean_scores
 from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.trajectories import collect_rows
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import (
     EvaluateSection,
     ModelSection,

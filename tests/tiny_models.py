@@ -13,8 +13,9 @@ from tests.export_cache import export_once
 from treeq_export.calibrate import run_calibrate
 from treeq_export.compile.stage import run_compile
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.quantized import quantize_model
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, Tensors, load_tensors
 from treeq_export.recipe import ModelSection, Recipe
 from treeq_export.records import CompileRecord

@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from treeq_export.artefacts import OTHER_OUT, make_folder, remove_stale, sha256_of_file, write_json
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.pipeline_scheduler import (
     check_scheduler,
     describe_scheduler,
     resolve_scheduler,
 )
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
 from treeq_export.reading import first_problem, read_record
 from treeq_export.recipe import Recipe

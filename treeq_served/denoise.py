@@ -13,7 +13,7 @@ Sources: Liu et al., Flow Straight and Fast, 2022 (eq. 1); Song et al., DDIM, 20
 Ho & Salimans, Classifier-Free Diffusion Guidance, 2022 (eq. 6, written as 1 + w = g).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,23 @@ def pixels_from_samples(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(255 * unit).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
+def unpacked_shape(sample_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return (c, h, w) of one sample; Flux' (tokens, 4c) are the 2 x 2 patches of a square."""
+    if len(sample_shape) == 3:
+        return tuple(sample_shape)
+    tokens, packed = sample_shape
+    side = 2 * round(tokens**0.5)
+    return packed // 4, side, side
+
+
 def unpack_samples(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return samples as (n, c, h, w); Flux' packed 2 x 2 patches (n, tokens, 4c) are unfolded."""
+    """Return samples (n, *sample_shape) as (n, c, h, w), see `unpacked_shape`."""
     if samples.ndim == 4:
         return samples
-    num, tokens, packed = samples.shape
-    side = round(tokens**0.5)
-    patches = samples.reshape(num, side, side, packed // 4, 2, 2)
-    return patches.transpose(0, 3, 1, 4, 2, 5).reshape(num, packed // 4, 2 * side, 2 * side)
+    num = len(samples)
+    channels, height, width = unpacked_shape(samples.shape[1:])
+    patches = samples.reshape(num, height // 2, width // 2, channels, 2, 2)
+    return patches.transpose(0, 3, 1, 4, 2, 5).reshape(num, channels, height, width)
 
 
 def make_noise(sample_shape: tuple[int, ...], num: int, seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The denoiser as a Python model: where the server has no backend for its runtime."""
 
+from __future__ import annotations  # of classes that only the server has
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

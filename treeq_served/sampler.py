@@ -9,6 +9,8 @@ denoiser's dynamic batcher can put steps of different requests into one call.
 A row's result depends on its own seed and inputs only: its noise is drawn for it alone.
 """
 
+from __future__ import annotations  # of classes that only the server has
+
 import json
 import threading
 import time

@@ -1,5 +1,7 @@
 """The decoder of an AutoencoderKL: latents in, images out."""
 
+from __future__ import annotations  # of classes that only the server has
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

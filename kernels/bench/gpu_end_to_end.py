@@ -26,7 +26,7 @@ from torch import Tensor
 
 from treeq_export.bench.gpu_timing import CudaTimer, EmulatedTimer, ratios, time_interleaved
 from treeq_export.errors import RunnerError
-from treeq_export.model.zoo import DiTDenoiser
+from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.runners.cuda_runner import GraphedModel, capture_graph
 
 BASELINES = ("compile_bf16", "compile_max_bf16", "graph_bf16", "eager_bf16")

@@ -11,8 +11,8 @@ import torch
 from gpu_cases import ROTATION_GROUP, Format
 from torch import Tensor, nn
 
+from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.model.quantized import put_module
-from treeq_export.model.zoo import DiTDenoiser
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.numerics import code_range
 from treeq_export.quant.spec import BranchFormat, WeightFormat

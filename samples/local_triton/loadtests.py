@@ -56,8 +56,8 @@ from treeq_export.client.request import make_inputs, read_info
 from treeq_export.client.request import sample as sample_on_server
 from treeq_export.environment import describe_environment
 from treeq_export.model.checkpoint import build_model
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.sampler import sample
-from treeq_export.model.zoo import make_denoiser
 from treeq_export.plan import PLAN_FILE
 from treeq_export.records import Record
 from treeq_export.records.loadtest import LoadTestRecord, describe_errors

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.stage import compile_target
 from treeq_export.engines import BuildOptions, run_build
+from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.model.quantized import replace_linear
-from treeq_export.model.zoo import DiTDenoiser
 from treeq_export.plan import (
     FORMAT_VERSION,
     LayerPlan,

@@ -11,7 +11,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from treeq_export.errors import CheckpointError
-from treeq_export.model.checkpoint import FAMILIES, load_model, open_checkpoint
+from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.families import CLASS_NAMES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHT = "transformer_blocks.1.attn1.to_q.weight"
@@ -203,13 +204,13 @@ def test_invalid_config(dit: Path, content: bytes, word: str):
 
 def test_misspelt_class_gets_a_hint(dit: Path):
     edit_config(dit, _class_name="DiTTransformer2D")
-    fails_with(dit, "DiTTransformer2D", "Did you mean DiTTransformer2DModel?", *FAMILIES)
+    fails_with(dit, "DiTTransformer2D", "Did you mean DiTTransformer2DModel?", *CLASS_NAMES)
 
 
 @pytest.mark.parametrize("class_name", [None, "UNet2DConditionModel", "Transformer2DModel"])
 def test_unknown_class_lists_the_known(dit: Path, class_name: str | None):
     edit_config(dit, _class_name=class_name, norm_type="layer_norm")
-    fails_with(dit, str(class_name), "is not supported", *FAMILIES)
+    fails_with(dit, str(class_name), "is not supported", *CLASS_NAMES)
 
 
 def test_missing_weights(dit: Path):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from treeq_export.errors import CheckpointError
 from treeq_export.model.checkpoint import open_checkpoint
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.layers import LinearInfo, discover, discover_linears
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import ModelSection
 
 MakeDenoiser = Callable[..., Denoiser]

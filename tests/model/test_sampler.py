@@ -9,8 +9,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.sampler import Run, sample
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import ModelSection, SamplerSection
 
 SCHEDULERS = ["flow_match_euler", "ddim"]

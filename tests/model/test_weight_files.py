@@ -12,7 +12,8 @@ from torch import Tensor
 
 from treeq_export.errors import CheckpointError
 from treeq_export.model import weight_files
-from treeq_export.model.checkpoint import FAMILIES, load_model, open_checkpoint
+from treeq_export.model.checkpoint import load_model, open_checkpoint
+from treeq_export.model.families import CLASS_NAMES
 from treeq_export.model.weight_files import WEIGHTS_FILE, find_weights, model_folder, model_name
 
 FIRST = "transformer_blocks.0.attn1.to_q.weight"
@@ -173,7 +174,7 @@ def test_no_other_class_of_diffusers_is_taken_for_a_typo(dit: Path):
     others = {
         name
         for name in dir(diffusers)
-        if "Transformer" in name and not name.startswith("Dummy") and name not in FAMILIES
+        if "Transformer" in name and not name.startswith("Dummy") and name not in CLASS_NAMES
     }
     others |= {"Flux4Transformer2DModel", "SD35Transformer2DModel", "UNet2DConditionModel"}
     assert len(others) > 50
@@ -193,7 +194,7 @@ def test_no_other_class_of_diffusers_is_taken_for_a_typo(dit: Path):
 def test_a_typo_gets_the_name(dit: Path, typo: str, meant: int):
     config = json.loads((dit / "config.json").read_text())
     (dit / "config.json").write_text(json.dumps(config | {"_class_name": typo}))
-    assert f"Did you mean {FAMILIES[meant]}?" in message(dit)
+    assert f"Did you mean {CLASS_NAMES[meant]}?" in message(dit)
 
 
 @pytest.mark.parametrize(

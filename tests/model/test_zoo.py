@@ -12,7 +12,8 @@ from torch import Tensor
 
 from treeq_export.errors import CheckpointError, RecipeError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.conditioning import make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import ModelSection
 
 FAMILIES = ["dit", "pixart", "sd3", "flux"]

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from treeq_export.bisect.cuda import CUDA, compare_cuda
+from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.model.layers import discover_linears
 from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
-from treeq_export.model.zoo import Denoiser, DiTDenoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import (
     FORMAT_VERSION,
     LayerPlan,

@@ -296,7 +296,7 @@ _CHILD = """
 import sys
 from pathlib import Path
 from treeq_export.model.checkpoint import load_model, open_checkpoint
-from treeq_export.model.zoo import make_denoiser
+from treeq_export.model.conditioning import make_denoiser
 from treeq_export.recipe import Recipe
 from treeq_export.search.stage import run_search
 recipe = Recipe.model_validate_json(Path(sys.argv[2]).read_bytes())

@@ -92,7 +92,7 @@ def prepare_torch(
     import diffusers
 
     from treeq_export.model.checkpoint import load_model, open_checkpoint
-    from treeq_export.model.zoo import make_denoiser
+    from treeq_export.model.conditioning import make_denoiser
     from treeq_export.runners.torch_runner import TorchRunner
 
     checkpoint = open_checkpoint(Path(section.checkpoint), section.variant)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import click
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.text import Text
 from treeq_export.cli.console import json_option, main, make_stdout, say
 from treeq_export.errors import CheckpointError, TreeqError
 
-_FLUX_SIZE = 16
+_ANY_SIZE = 16  # of the latents of a model that states none; its layers are the same at any
 
 
 @main.command()
@@ -62,17 +63,17 @@ def _inspect_run(run: Path, as_json: bool) -> None:
 
 def _inspect_checkpoint(path: Path, variant: str | None, as_json: bool) -> None:
     from treeq_export.model.checkpoint import load_model, open_checkpoint
+    from treeq_export.model.conditioning import make_denoiser
     from treeq_export.model.layers import discover
-    from treeq_export.model.zoo import make_denoiser
     from treeq_export.recipe import ModelSection
 
     checkpoint = open_checkpoint(path, variant)
     for note in checkpoint.notes:
         say(note)
-    # Flux states no size; the layers are the same at any.
-    size = _FLUX_SIZE if checkpoint.class_name.startswith("Flux") else None
+    model = load_model(checkpoint)
+    size = None if "sample_size" in cast(Any, model).config else _ANY_SIZE
     section = ModelSection(checkpoint=str(path), latent_size=size)
-    discovery = discover(make_denoiser(load_model(checkpoint), checkpoint, section))
+    discovery = discover(make_denoiser(model, checkpoint, section))
     linears = discovery.linears
     if discovery.note is not None:
         say(discovery.note)

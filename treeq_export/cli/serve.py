@@ -84,7 +84,7 @@ _FOLDER = click.Path(path_type=Path)
 def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write a Triton model repository, and lint it."""
     from treeq_export.model.checkpoint import build_model
-    from treeq_export.model.zoo import make_denoiser
+    from treeq_export.model.conditioning import make_denoiser
     from treeq_export.pipeline import require_result
     from treeq_export.serve.options import ServeOptions
     from treeq_export.serve.stage import run_serve

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import CheckpointError
 from treeq_export.model import dit_original
+from treeq_export.model.families import CLASS_NAMES, find_family
+from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.model.torch_file import read_torch_file
 from treeq_export.model.weight_files import (
     AGAIN,
@@ -37,26 +39,10 @@ from treeq_export.model.weight_files import (
     model_name,
     open_weights,
 )
+from treeq_export.model.zoo import Denoiser
 from treeq_export.reading import read_object
 
-FAMILIES = (
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-)
-# Published DiT and PixArt checkpoints still name the class that diffusers split in two.
-_LEGACY_CLASS = "Transformer2DModel"
-_LEGACY_FAMILIES = {
-    "ada_norm_zero": "DiTTransformer2DModel",
-    "ada_norm_single": "PixArtTransformer2DModel",
-}
 _NO_BLOCKS = {"num_layers": 0, "num_single_layers": 0}
-# Tensors of published checkpoints that diffusers leaves out as well.
-_UNUSED_TENSORS = {
-    # The null caption of training, which pipelines encode instead.
-    "PixArtTransformer2DModel": frozenset({"caption_projection.y_embedding"}),
-}
 _TYPO = 0.75  # least similarity of a class name without what all of them end with
 
 
@@ -67,7 +53,7 @@ class Checkpoint:
     Attributes:
         path: The folder, or the `.pt` file.
         name: Folder name or file stem.
-        class_name: One of `FAMILIES`.
+        family: The wrapper of its network.
         config: The diffusers configuration without the underscore keys.
         files: Weight files in name order.
         sha256: Digest of class, configuration and weight files; the same wherever they lie.
@@ -76,11 +62,16 @@ class Checkpoint:
 
     path: Path
     name: str
-    class_name: str
+    family: type[Denoiser]
     config: dict[str, Any]
     files: tuple[Path, ...]
     sha256: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """Name of the network's class in diffusers."""
+        return self.family.diffusers_class
 
 
 def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
@@ -89,15 +80,15 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
     Args:
         path: A folder in diffusers layout (model, pipeline, or repository in the Hugging Face
             cache), or an original DiT `.pt` file.
-        variant: Of the weight files, such as "fp16"; None takes those without one, or the only
-            variant there is.
+        variant: Variant of the weight files, such as "fp16"; None takes those without one, or the
+            only variant there is.
 
     Returns:
         The checkpoint with its digest.
 
     Raises:
-        CheckpointError: A file is missing, truncated or not what it should be, the class is none
-            of `FAMILIES`, or the model is quantized already.
+        CheckpointError: A file is missing, truncated or not what it should be, the class is of
+            no family, or the model is quantized already.
     """
     path = path.expanduser()
     notes: list[str] = []
@@ -105,12 +96,12 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
         folder = model_folder(path)
         if folder is None:
             raise CheckpointError(f"{path}: {_why_no_model(path)}")
-        class_name, config = _read_config(folder / CONFIG_FILE)
+        family, config = _read_config(folder / CONFIG_FILE)
         files, found = find_weights(folder, variant)
         if found is not None:
             notes.append(f"{folder}: weights of variant {found}, the only ones there are.")
         names = [name for file in files for name in _names_in(file)]
-        unused = sorted(_UNUSED_TENSORS.get(class_name, frozenset()) & set(names))
+        unused = sorted(family.unused_tensors & set(names))
         if unused:
             notes.append(f"{folder}: {', '.join(unused)} is not used, as in diffusers.")
     elif path.is_file():
@@ -119,12 +110,12 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
                 f"{path}: received a {path.suffix or 'plain'} file, expected a folder with "
                 f"{CONFIG_FILE} or an original DiT .pt file; {explain_file(path)}"
             )
-        class_name, files = "DiTTransformer2DModel", (path,)
+        family, files = DiTDenoiser, (path,)
         config = dit_original.make_config(path, read_torch_file(path))
     else:
         raise CheckpointError(_explain_missing(path))
-    digest = _digest(class_name, config, files)
-    return Checkpoint(path, model_name(path), class_name, config, files, digest, tuple(notes))
+    digest = _digest(family.diffusers_class, config, files)
+    return Checkpoint(path, model_name(path), family, config, files, digest, tuple(notes))
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
@@ -142,7 +133,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """
     where = checkpoint.path
     tensors = _read_tensors(checkpoint)
-    for name in _UNUSED_TENSORS.get(checkpoint.class_name, ()):
+    for name in checkpoint.family.unused_tensors:
         tensors.pop(name, None)
     model = build_model(checkpoint)
     if where.is_file():
@@ -194,17 +185,16 @@ def _explain_missing(path: Path) -> str:
     return f"{path}: no such file or folder. {usual}"
 
 
-def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the class name and the configuration without the underscore keys."""
+def _read_config(path: Path) -> tuple[type[Denoiser], dict[str, Any]]:
+    """Return the family and the configuration without the underscore keys."""
     raw = read_object(path, error=CheckpointError, remedy=AGAIN)
     class_name = str(raw.get("_class_name"))
-    if class_name == _LEGACY_CLASS:
-        class_name = _LEGACY_FAMILIES.get(str(raw.get("norm_type")), class_name)
-    if class_name not in FAMILIES:
+    family = find_family(class_name, str(raw.get("norm_type")))
+    if family is None:
         near = _nearest_family(class_name)
         hint = "is not supported." if near is None else f"is unknown. Did you mean {near}?"
         raise CheckpointError(
-            f"{path}: _class_name {class_name} {hint} Supported: {', '.join(FAMILIES)}."
+            f"{path}: _class_name {class_name} {hint} Supported: {', '.join(CLASS_NAMES)}."
         )
     quantization = raw.get("quantization_config")
     if quantization is not None:
@@ -213,11 +203,11 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
             f"{path}: the model is already quantized by {method or 'an unnamed method'} "
             "(quantization_config). Use the checkpoint before quantization."
         )
-    return class_name, {key: raw[key] for key in sorted(raw) if not key.startswith("_")}
+    return family, {key: raw[key] for key in sorted(raw) if not key.startswith("_")}
 
 
 def _nearest_family(class_name: str) -> str | None:
-    """Return the family of a misspelt class name; other models' names share most letters too."""
+    """Return the class of a misspelt name; other models' names share most letters too."""
 
     def own_part(name: str) -> str:
         return re.sub(r"_?trans.*", "", name.lower())
@@ -227,7 +217,7 @@ def _nearest_family(class_name: str) -> str | None:
 
     scores = {
         family: difflib.SequenceMatcher(None, own_part(class_name), own_part(family)).ratio()
-        for family in FAMILIES
+        for family in CLASS_NAMES
         if digits(family) == digits(class_name) and family[:1].lower() == class_name[:1].lower()
     }
     best = max(scores, key=lambda family: scores[family], default=None)

@@ -15,7 +15,9 @@ from typing import Any, get_args
 import torch
 
 from treeq_export.errors import RecipeError
+from treeq_export.model.families import find_family
 from treeq_export.model.weight_files import CONFIG_FILE, model_folder
+from treeq_export.model.zoo import Denoiser
 from treeq_export.reading import read_object
 from treeq_export.recipe import PipelineScheduler, Recipe
 from treeq_served.denoise import DDIM_CONFIG, make_scheduler
@@ -167,9 +169,9 @@ def _read(file: Path, recipe: Recipe) -> PipelineScheduler:
         )
     folder = model_folder(Path(recipe.model.checkpoint))
     model = {} if folder is None else _model_config(folder / CONFIG_FILE)
-    is_flux = str(model.get("_class_name")).startswith("Flux")
+    family = find_family(str(model.get("_class_name")), str(model.get("norm_type"))) or Denoiser
     try:
-        mu = _dynamic_shift(config, model, recipe.model.latent_size, is_flux)
+        mu = _dynamic_shift(config, model, recipe.model.latent_size, family)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError(
             f"{file}: no shift follows from its fields ({error}). Restore it, or set "
@@ -180,7 +182,9 @@ def _read(file: Path, recipe: Recipe) -> PipelineScheduler:
             "class_name": name,
             "config": config,
             "mu": mu,
-            "even_sigmas": name == _FLOW and is_flux and not config.get("use_flow_sigmas", False),
+            "even_sigmas": name == _FLOW
+            and family.pipeline_sets_sigmas
+            and not config.get("use_flow_sigmas", False),
         }
     )
 
@@ -192,14 +196,16 @@ def _model_config(file: Path) -> dict[str, Any]:
 
 
 def _dynamic_shift(
-    config: Mapping[str, Any], model: Mapping[str, Any], latent_size: int | None, is_flux: bool
+    config: Mapping[str, Any],
+    model: Mapping[str, Any],
+    latent_size: int | None,
+    family: type[Denoiser],
 ) -> float | None:
     """Return mu, linear in the number of image tokens, as the pipelines of Flux and SD3 do."""
     size = latent_size or model.get("sample_size")
     if not config.get("use_dynamic_shifting") or not isinstance(size, int):
         return None
-    patch = 2 if is_flux else int(model.get("patch_size") or 1)
-    tokens = (size // patch) ** 2
+    tokens = (size // family.patch_size_of(model)) ** 2
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - few) / (many - few)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export.errors import CheckpointError
+from treeq_export.model.families import FAMILIES
 from treeq_export.reading import TensorFile, open_safetensors, read_object, read_text
 
 _MAX_FILE_NAME = 255  # bytes, of common file systems
@@ -27,13 +28,8 @@ _WEIGHTS = re.compile(
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".sft")
 _LORA = re.compile(r"(^|[._])lora([._]|$)|\.(hada|lokr)_", re.IGNORECASE)
-# Names of the original code of each family; ComfyUI puts a prefix before them.
-_SINGLE_FILE = {
-    "FluxTransformer2DModel": re.compile(r"(^|\.)(double|single)_blocks\.\d+\."),
-    "SD3Transformer2DModel": re.compile(r"(^|\.)joint_blocks\.\d+\."),
-}
 AGAIN = "Download the file again."
-_PREFIX = "model.diffusion_model."
+_PREFIX = "model.diffusion_model."  # which ComfyUI puts before the original names
 
 
 @dataclass(frozen=True)
@@ -223,9 +219,9 @@ def explain_names(names: Iterable[str], file: Path) -> str | None:
             "pipe.fuse_lora(), pipe.transformer.save_pretrained(FOLDER)."
         )
     classes = [
-        class_name
-        for class_name, pattern in _SINGLE_FILE.items()
-        if any(pattern.search(name) for name in names)
+        family.diffusers_class
+        for family in FAMILIES
+        if family.original_name is not None and any(map(family.original_name.search, names))
     ]
     prefixed = bool(names) and all(name.startswith(_PREFIX) for name in names)
     if not classes and not prefixed:

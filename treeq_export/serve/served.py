@@ -7,7 +7,7 @@ from pathlib import Path
 from treeq_export import __version__
 from treeq_export.environment import runtime_version, version_of
 from treeq_export.errors import PlanError, RunnerError, ServeError, TreeqError
-from treeq_export.model.zoo import Denoiser, DiTDenoiser, FluxDenoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
@@ -19,7 +19,7 @@ from treeq_export.serve.options import USUAL_BATCH, ServeOptions
 from treeq_export.serve.tensors import ServedGraph, read_graph
 from treeq_export.serve.vae import Vae, open_vae
 from treeq_export.targets.table import way_named
-from treeq_served.denoise import is_pixels
+from treeq_served.denoise import is_pixels, unpacked_shape
 from treeq_served.settings import (
     DENOISER,
     ONNXRUNTIME,
@@ -30,7 +30,6 @@ from treeq_served.settings import (
 )
 
 ENGINES_FOLDER = "engines"
-_OWN_INPUTS = ("sample", "timestep")
 _LOOP_PACKAGES = ("torch", "diffusers")
 
 
@@ -85,13 +84,9 @@ class Served:
         return self.settings.guidance_scale if embedded is None else embedded
 
     @property
-    def latent_shape(self) -> list[int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Shape of one sample, unpacked, as the decoder takes it."""
-        shape = self.settings.sample_shape
-        if len(shape) == 3:
-            return shape
-        side = 2 * round(shape[0] ** 0.5)
-        return [shape[1] // 4, side, side]
+        return unpacked_shape(self.settings.sample_shape)
 
     @property
     def image_shape(self) -> list[int] | None:
@@ -316,26 +311,22 @@ def _make_settings(
     network: NetworkSettings,
     has_vae: bool,
 ) -> SamplerSettings:
-    own = {*_OWN_INPUTS, "guidance"}
-    names = [name for name in denoiser.input_names if name not in own]
     null = denoiser.null_conditioning(1)
-    packed = isinstance(denoiser, FluxDenoiser)
-    embedded = denoiser.make_conditioning(1, 0).get("guidance") if packed else None
+    text = denoiser.row_shapes if denoiser.takes_text else {}
     pixels = is_pixels(denoiser.sample_shape)
     if pixels and has_vae:
         raise ServeError("--vae: this model paints pixels itself. Leave it out.")
-    is_labelled = isinstance(denoiser, DiTDenoiser)
     return SamplerSettings(
         network=network,
         scheduler=recipe.sampler.definition,
         steps=recipe.sampler.steps,
         guidance_scale=recipe.sampler.guidance_scale,
         sample_shape=list(denoiser.sample_shape),
-        prediction_channels=None if packed else denoiser.sample_shape[0],
-        num_classes=denoiser.num_classes if is_labelled else None,
-        conditioning={} if is_labelled else {n: list(denoiser.row_shapes[n]) for n in names},
-        null={name: float(null[name].flatten()[0]) for name in names},
-        embedded_guidance=None if embedded is None else float(embedded[0]),
+        prediction_channels=denoiser.prediction_channels,
+        num_classes=denoiser.num_classes or None,
+        conditioning={name: list(shape) for name, shape in text.items()},
+        null={name: float(null[name].flatten()[0]) for name in denoiser.row_shapes},
+        embedded_guidance=denoiser.embedded_guidance,
         image="pixels" if pixels else ("vae" if has_vae else None),
         concurrency=options.concurrency,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from treeq_export.errors import CheckpointError, ServeError
 from treeq_export.model.weight_files import find_weights
 from treeq_export.reading import read_object
+from treeq_served.denoise import unpacked_shape
 
 CONFIG_FILE = "config.json"
 _CLASS = "AutoencoderKL"
@@ -17,8 +18,8 @@ class Vae:
     """An autoencoder.
 
     Attributes:
-        folder: With config.json and the weights.
-        files: What has to be copied, by the name that diffusers loads it under.
+        folder: The folder of config.json and the weights.
+        files: The files to copy, by the name that diffusers loads them under.
         factor: Pixels per latent, along each side.
         channels: Channels of the image.
     """
@@ -34,7 +35,7 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
 
     Args:
         folder: An AutoencoderKL folder, or a pipeline's with `vae/` in it.
-        sample_shape: Of the denoiser's samples.
+        sample_shape: Shape of one sample of the denoiser.
 
     Raises:
         ServeError: It is none, or its latents have another number of channels.
@@ -50,8 +51,7 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
     if name != _CLASS:
         raise ServeError(f"{folder}: received {name}, expected {_CLASS}.")
     files = {CONFIG_FILE: folder / CONFIG_FILE, **_find_weights(folder)}
-    packed = len(sample_shape) == 2
-    wanted = sample_shape[1] // 4 if packed else sample_shape[0]
+    wanted = unpacked_shape(sample_shape)[0]
     received = config.get("latent_channels", 4)
     if received != wanted:
         raise ServeError(

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from treeq_export.model.checkpoint import load_model, open_checkpoint
-from treeq_export.model.zoo import Denoiser, make_denoiser
+from treeq_export.model.conditioning import make_denoiser
+from treeq_export.model.zoo import Denoiser
 from treeq_export.search.executor import Task
 from treeq_export.search.measure.blocks import PreparedBlocks
 from treeq_export.search.measure.segment import LeafAlone, Segment
