@@ -19,7 +19,8 @@ from treeq_gpu import choose
 
 from experimental.quick_plugins.plugin import CODES_PER_WORD, PRODUCT_OP, QUANTIZE_OP, QuickOp
 from treeq_export.artefacts import atomic_path
-from treeq_export.compile.graph.fused import input_of
+from treeq_export.compile.graph.match import input_of
+from treeq_export.compile.graph.rewrite import replace_node
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
 from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.passes.lower_monarch import LowerMonarch
@@ -88,11 +89,7 @@ def _split(graph: ir.Graph, node: ir.Node, shared: Shared) -> None:
         flags,
         node.name,
     )
-    old, new = node.outputs[0], product.outputs[0]
-    new.type, new.shape = old.type, old.shape
-    name = old.name
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [product], [old], [new])
-    new.name = name
+    replace_node(graph, node.outputs[0], [product])
 
 
 def _quantize_tokens(node: ir.Node) -> ir.Node:

@@ -33,7 +33,7 @@ def test_equal_layers_share_one_function(make_layer: Make, make_model: Make):
     layers = [make_layer(name=f"l{i}", seed=i, n=8 + i) for i in range(3)]
     model = make_model(*layers)
     nodes = list(model.graph)
-    assert AddFunctionBodies()(model).modified
+    assert AddFunctionBodies(half=False)(model).modified
     assert list(model.graph) == nodes
     assert len(set(overloads(model))) == len(model.functions) == 1
     assert ("treeq", "QLinear", nodes[0].overload) in model.functions
@@ -59,7 +59,7 @@ def test_different_layers_have_different_functions(
 ):
     layers = [make_layer(name="a"), make_layer(name="b", **DIFFERENCES[difference])]
     model = make_model(*layers)
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     assert len(set(overloads(model))) == len(model.functions) == 2
     for layer, received in zip(layers, run_all(model, layers[0].x), strict=True):
         np.testing.assert_allclose(received, layer.expected, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_layers_with_other_steps_have_other_functions(
     layers = [make_layer(name=name, act_scale=act_scale) for name in "ab"]
     layers[1].step = float(np.float32(0.8 * layers[1].step))
     model = make_model(*layers)
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     assert len(set(overloads(model))) == 2
     for layer, received in zip(layers, run_all(model, layers[0].x), strict=True):
         np.testing.assert_allclose(received, layer.expected, rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def test_weight_only_layers_of_other_widths_share_a_function(
     options = {"act_bits": None, "act_scale": "none", "group_size": group_size}
     layers = [make_layer(name=f"n{n}", n=n, **options) for n in (5, 12)]
     model = make_model(*layers)
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     assert len(model.functions) == 1
     for layer, received in zip(layers, run_all(model, layers[0].x), strict=True):
         np.testing.assert_allclose(received, layer.expected, rtol=1e-5, atol=1e-5)
@@ -94,7 +94,7 @@ def test_weight_only_layers_of_other_widths_share_a_function(
 
 def test_overload_names_are_those_of_the_signature(make_layer: Make, make_model: Make):
     model = make_model(make_layer(bias=False, group_size=16), make_layer(name="b", seed=1))
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     signatures = [read_signature(node) for node in model.graph]
     assert overloads(model) == [signature.overload for signature in signatures]
     assert overloads(model)[0].startswith("w4_a4_token_rms_h32_g16_k64_rank3")
@@ -114,7 +114,7 @@ def test_branch_equals_the_reference(
 ):
     branch = make_branch(*grid)
     model = make_sum_model(None, branch, rank=rank)
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     [overload] = overloads(model, "Monarch")
     assert ("treeq", "Monarch", overload) in model.functions
     x = np.random.default_rng(0).standard_normal((5, 64) if rank == 2 else (2, 3, 64))
@@ -127,7 +127,7 @@ def test_branches_of_other_shapes_have_other_functions(make_branch: Make, make_s
     model = make_sum_model(
         None, make_branch(2, 2, 1), make_branch(2, 2, 1, name="b"), make_branch(1, 2, 2, name="c")
     )
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     first, second, third = overloads(model, "Monarch")
     assert first == second != third
     assert len(model.functions) == 2
@@ -147,5 +147,5 @@ def test_model_without_ops_is_left_alone():
     x = ir.val("x", ir.DataType.FLOAT, [2])
     relu = ir.node("Relu", [x])
     model = ir.Model(ir.Graph([x], relu.outputs, nodes=[relu], name="g"), ir_version=10)
-    assert not AddFunctionBodies()(model).modified
+    assert not AddFunctionBodies(half=False)(model).modified
     assert not model.functions

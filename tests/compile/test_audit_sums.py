@@ -7,7 +7,7 @@ import pytest
 
 from tests.hand_layers import lower
 from treeq_export.compile.audits.sums import audit_sums, check_sums
-from treeq_export.compile.bodies.qlinear import SIGNED
+from treeq_export.compile.bodies.storage import SIGNED
 from treeq_export.errors import CompileError
 from treeq_export.records import AuditLayer
 from treeq_export.runners.cpu_kernels import CpuQLinear

@@ -191,7 +191,7 @@ def test_both_targets_end_in_the_check(target: str):
     """Function bodies, which TensorRT does not read, come after it."""
     names = [type(rewrite).__name__ for rewrite in target_named(target).passes]
     behind = names[names.index("CheckPatterns") + 1 :]
-    assert behind == (["AddPluginBodies"] if target == TENSORRT else [])
+    assert behind == (["AddFunctionBodies"] if target == TENSORRT else [])
 
 
 def test_portable_graphs_would_be_refused(make_layer: Make, make_model: Make):

@@ -228,7 +228,7 @@ def test_normalised_rows_have_mean_0_and_variance_1(
     layer.weight_scale = np.ones((64, 1), np.float32)
     model = modulate(make_model(layer), 0)
     FuseModulate()(model)
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     x = layer.x.astype(np.float64)
     rng = np.random.default_rng(6)
     scale, shift = rng.standard_normal((2, 2, 64)).astype(np.float32)

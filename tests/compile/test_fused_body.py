@@ -125,8 +125,7 @@ class Fusion:
                 graph.register_initializer(value)
             inputs |= dict(zip((BRANCH_R, BRANCH_L), values, strict=True))
         widen(graph, node, inputs, list(node.outputs), **attributes)
-        graph.remove(node)
-        AddFunctionBodies()(model)
+        AddFunctionBodies(half=False)(model)
         return model
 
     def expected(self) -> Any:

@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export.compile.graph.float_island import find_float_nodes
-from treeq_export.compile.graph.value_types import FLOATS, infer_types
+from treeq_export.compile.graph.value_types import FLOATS, HALF_MAX, infer_types
 from treeq_export.compile.passes.check_patterns import CheckPatterns
-from treeq_export.compile.passes.half_body import HALF_MAX, HalfBody
+from treeq_export.compile.passes.half_body import HalfBody
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.runners.ort_runner import OrtRunner
 

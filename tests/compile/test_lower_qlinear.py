@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.hand_layers import lower
-from treeq_export.compile.bodies.qlinear import zero_points
+from treeq_export.compile.bodies.storage import zero_points
 from treeq_export.compile.graph.signature import read_signature
 from treeq_export.compile.passes.lower_qlinear import LowerQLinear
 from treeq_export.errors import CompileError

@@ -40,7 +40,7 @@ def make_siblings(make_model: Make, layers: list[Any], branches: list[Any] = ())
 def run(model: ir.Model, x: Any, *, use_kernels: bool = True) -> list[Any]:
     """Return all outputs; the model has to pass onnx.checker."""
     model = model.clone()
-    AddFunctionBodies()(model)
+    AddFunctionBodies(half=False)(model)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     with OrtRunner(proto.SerializeToString(), threads=1, use_kernels=use_kernels) as runner:

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tests.hand_layers import lower
-from treeq_export.compile.passes.fuse_modulate import producer_of
+from treeq_export.compile.graph.match import producer_of
 from treeq_export.compile.passes.merge_transposes import MergeTransposes
 from treeq_export.runners.ort_runner import OrtRunner
 

@@ -30,7 +30,7 @@ TARGET = Target(
         FuseOutput(),
         FuseAttention(),
         RemoveUnusedNodesPass(),
-        AddFunctionBodies(),
+        AddFunctionBodies(half=False),
     ),
     ways=(Way(ORT, ORT, kernels=True, packed=True), Way("ort_body", ORT, packed=True)),
     audit=AUDIT_PACKED,

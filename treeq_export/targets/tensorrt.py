@@ -4,7 +4,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.compile.audits.tensorrt import AUDIT_FILE
 from treeq_export.compile.passes.add_branch import AddBranch
-from treeq_export.compile.passes.add_plugin_bodies import AddPluginBodies
+from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.passes.check_formats import CheckFormats
 from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.passes.clean_metadata import CleanMetadata
@@ -38,7 +38,7 @@ TARGET = Target(
         MarkPlugins(),
         RemoveUnusedNodesPass(),
         CheckPatterns(),
-        AddPluginBodies(),
+        AddFunctionBodies(half=True),
     ),
     ways=(Way(TENSORRT, TENSORRT, packed=True, half=True, emulated=True),),
     audit=AUDIT_FILE,

@@ -15,7 +15,6 @@ to unpack all of them at once.
 The targets of TensorRT are audited without a runtime, see compile/audits/tensorrt.py.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from treeq_export.compile.audits.entry import MISSING, audit_entry, digest_of
 from treeq_export.compile.graph.fused import packed_nodes
+from treeq_export.compile.passes.clean_metadata import foreign_metadata
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.records import AuditLayer
@@ -40,7 +41,6 @@ from treeq_export.scratch import scratch_folder
 INTEGER_OPS = frozenset(
     {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"}
 )
-_MISSING = "not found"
 _UINT8_ZERO = 128  # the only zero point of UINT8 weights, see `zero_points`
 _UINT4_ZERO = 8
 _BLOCK_PRODUCT = "MatMulNBits"
@@ -148,7 +148,7 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     """
     with scratch_folder() as folder:
         graph = optimized_graph(path, folder).graph
-        consumers = _consumers_by_digest(graph)
+        consumers = _consumers_bydigest_of(graph)
     return [
         _audit_layer(layer, _weight_of([layer.name], tensors), consumers) for layer in plan.layers
     ]
@@ -189,7 +189,7 @@ def audit_packed(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) ->
     return [
         entry.model_copy(
             update={
-                "op_type": left.get(site.node, _MISSING),
+                "op_type": left.get(site.node, MISSING),
                 "integer": entry.integer and site.node in left,
                 "without_kernels": entry.op_type,
             }
@@ -203,7 +203,7 @@ def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight
     with scratch_folder() as folder:
         path = folder / "layer.onnx"
         ir.save(cut, path)
-        consumers = _consumers_by_digest(optimized_graph(path, folder).graph)
+        consumers = _consumers_bydigest_of(optimized_graph(path, folder).graph)
     return _audit_layer(layer, weight, consumers)
 
 
@@ -222,30 +222,21 @@ def check_metadata(model: ir.Model) -> None:
     Raises:
         CompileError: A node or value still carries metadata of the exporter.
     """
-    graphs = (model.graph, *(function.graph for function in model.functions.values()))
-    for graph in graphs:
-        nodes = list(graph.all_nodes())
-        outputs = [output for node in nodes for output in node.outputs]
-        for holder in (*graph.inputs, *graph.initializers.values(), *nodes, *outputs):
-            if holder.metadata_props or holder.doc_string:
-                raise CompileError(
-                    f"{holder.name}: carries the exporter's metadata, which holds local paths. "
-                    "Run the CleanMetadata pass on this target."
-                )
+    for name in foreign_metadata(model):
+        raise CompileError(
+            f"{name}: carries the exporter's metadata, which holds local paths. "
+            "Run the CleanMetadata pass on this target."
+        )
 
 
-def _digest(array: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _consumers_by_digest(graph: ir.Graph) -> dict[str, list[str]]:
+def _consumers_bydigest_of(graph: ir.Graph) -> dict[str, list[str]]:
     """Return, by digest of every initializer that may be a weight, the operators that read it."""
     consumers: dict[str, list[str]] = {}
     for value in graph.initializers.values():
         if value.dtype in _WEIGHT_TYPES and value.const_value is not None:
             for use in value.uses():
                 codes = _read_codes(value.const_value.numpy(), use.node)
-                consumers.setdefault(_digest(codes), []).append(use.node.op_type)
+                consumers.setdefault(digest_of(codes), []).append(use.node.op_type)
     return consumers
 
 
@@ -270,14 +261,8 @@ def _weight_of(names: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Wei
 def _audit_layer(
     layer: LayerPlan, weight: Weight, consumers: Mapping[str, list[str]]
 ) -> AuditLayer:
-    ops = consumers.get(_digest(weight.codes.T), [])
-    weight_only = layer.activation.bits is None
-    if weight_only:
+    ops = consumers.get(digest_of(weight.codes.T), [])
+    if layer.activation.bits is None:
         for array in weight.float_forms():
-            ops = ops + consumers.get(_digest(array), [])
-    return AuditLayer(
-        name=layer.name,
-        op_type=" + ".join(sorted(set(ops))) or _MISSING,
-        integer=bool(ops) and all(op in INTEGER_OPS for op in ops),
-        weight_only=weight_only,
-    )
+            ops = ops + consumers.get(digest_of(array), [])
+    return audit_entry(layer, ops, INTEGER_OPS)

@@ -9,7 +9,6 @@ INT8 constant of a DequantizeLinear.
     weight-only           MatMul of a floating-point activation and the dequantized weight
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from treeq_export.compile.audits.entry import audit_entry, digest_of
 from treeq_export.compile.audits.onnx_runtime import Audit
+from treeq_export.compile.graph.match import producer_of
 from treeq_export.compile.graph.signature import QLINEAR, nodes_of
-from treeq_export.compile.passes.fuse_modulate import producer_of
+from treeq_export.compile.passes.mark_plugins import is_marked
 from treeq_export.errors import CompileError
-from treeq_export.ops import PLUGIN_ATTRIBUTES
 from treeq_export.plan import LayerPlan, Plan
 from treeq_export.quant.packing import pack
 from treeq_export.records import AuditLayer
@@ -31,7 +31,6 @@ from treeq_export.runners.graph_file import read_graph
 PLUGIN, INT8_GEMM, WEIGHT_ONLY = "QLinear plugin", "int8 Q/DQ gemm", "weight-only"
 FUNCTION_BODY, FLOAT_GEMM = "QLinear without plugin attributes", "float gemm"
 _INTEGER = frozenset({PLUGIN, INT8_GEMM})
-_MISSING = "not found"
 
 
 def audit_tensorrt(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> list[AuditLayer]:
@@ -58,20 +57,10 @@ AUDIT_FILE = Audit(audit_tensorrt, "in the compiled file", "Exclude them by sear
 def _audit_layer(
     layer: LayerPlan, codes: NDArray[np.int8], found: Mapping[str, set[str]]
 ) -> AuditLayer:
-    kinds = found.get(_digest(codes.T), set()) | found.get(
-        _digest(pack(codes, layer.weight.bits)), set()
+    kinds = found.get(digest_of(codes.T), set()) | found.get(
+        digest_of(pack(codes, layer.weight.bits)), set()
     )
-    weight_only = layer.activation.bits is None
-    return AuditLayer(
-        name=layer.name,
-        op_type=" + ".join(sorted(kinds)) or _MISSING,
-        integer=bool(kinds) and kinds <= _INTEGER,
-        weight_only=weight_only,
-    )
-
-
-def _digest(array: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return audit_entry(layer, kinds, _INTEGER)
 
 
 def _read_kinds(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -79,16 +68,15 @@ def _read_kinds(model: ir.Model) -> Iterator[tuple[str, str]]:
     for node in nodes_of(model, QLINEAR):
         planes = node.inputs[1]
         if planes is not None and planes.const_value is not None:
-            marked = all(
-                node.attributes.get_string(name, "") == value
-                for name, value in PLUGIN_ATTRIBUTES.items()
+            yield (
+                digest_of(planes.const_value.numpy()),
+                PLUGIN if is_marked(node) else FUNCTION_BODY,
             )
-            yield _digest(planes.const_value.numpy()), PLUGIN if marked else FUNCTION_BODY
     for value in model.graph.initializers.values():
         if value.dtype in (ir.DataType.INT4, ir.DataType.INT8) and value.const_value is not None:
             codes = value.const_value.numpy().astype(np.int8)
             for use in value.uses():
-                yield _digest(codes), _reader_kind(use.node)
+                yield digest_of(codes), _reader_kind(use.node)
 
 
 def _reader_kind(dequantize: ir.Node) -> str:

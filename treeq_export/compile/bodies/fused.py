@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from treeq_export.compile.bodies.qlinear import BodyWriter, write_packed
+from treeq_export.compile.bodies.functions import BranchShapes, make_function, monarch_overload
+from treeq_export.compile.bodies.monarch import write_monarch
+from treeq_export.compile.bodies.packed import write_packed
+from treeq_export.compile.bodies.writer import BodyWriter
 from treeq_export.compile.graph.fused import (
     BIAS,
     BRANCH_L,
@@ -23,18 +26,9 @@ from treeq_export.compile.graph.fused import (
     RESIDUAL,
     WEIGHT_SCALE,
     activation_of,
-    input_of,
 )
-from treeq_export.compile.graph.signature import DOMAIN, QLinearSignature
-from treeq_export.compile.passes.lower_monarch import write_monarch
-
-OPSET = 21
-BranchShapes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def monarch_overload(r_shape: tuple[int, ...], l_shape: tuple[int, ...]) -> str:
-    """Return the name of the Monarch function of a pair of factor shapes."""
-    return "_".join("x".join(str(d) for d in shape) for shape in (r_shape, l_shape))
+from treeq_export.compile.graph.match import input_of
+from treeq_export.compile.graph.signature import QLinearSignature
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class FusedForm:
         """Name of the function overload with this form."""
         parts = [self.signature.overload]
         if self.branch:
-            parts.append(f"branch_{monarch_overload(*self.branch)}")
+            parts.append(f"branch_{monarch_overload(self.branch)}")
         if self.norm_epsilon is not None:
             parts.append("norm" + self.norm_epsilon.hex().replace(".", "_").replace("+", ""))
         if self.activation != "none":
@@ -110,8 +104,7 @@ def make_fused_function(form: FusedForm) -> ir.Function:
     outputs = [y] if form.num_outputs == 1 else writer.split(y, form.num_outputs)
     for index, value in enumerate(outputs):
         value.name = f"y{index + 1}"
-    graph = ir.Graph(inputs, outputs, nodes=writer.tape.nodes, opset_imports={"": OPSET})
-    return ir.Function(DOMAIN, FUSED, form.overload, graph=graph, attributes=[])
+    return make_function(FUSED, form.overload, writer, inputs, outputs)
 
 
 def _row(writer: BodyWriter, value: ir.Value) -> ir.Value:

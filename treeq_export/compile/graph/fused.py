@@ -15,11 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from treeq_export import ops
+from treeq_export.compile.graph.match import input_of
+from treeq_export.compile.graph.rewrite import replace_values
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
-from treeq_export.runners.graph_meta import read_layers, write_layers
 
 FUSED = ops.FUSED.name
-MAX_OUTPUTS = 3
+MAX_OUTPUTS = ops.FUSED.num_outputs
 # Inputs by position.
 X, PLANES, WEIGHT_SCALE, BIAS, BRANCH_R, BRANCH_L = range(6)
 NORM_SCALE, NORM_SHIFT, GATE, RESIDUAL = range(6, 10)
@@ -37,19 +38,9 @@ INPUTS = (
 )
 
 
-def is_packed(node: ir.Node | None) -> bool:
-    """Whether a node is a `treeq::QLinear` or a `treeq::FusedQLinear`."""
-    return node is not None and node.domain == DOMAIN and node.op_type in (QLINEAR, FUSED)
-
-
 def packed_nodes(model: ir.Model) -> list[ir.Node]:
     """Return the graph's QLinear and FusedQLinear nodes in order."""
-    return [node for node in model.graph if is_packed(node)]
-
-
-def input_of(node: ir.Node, position: int) -> ir.Value | None:
-    """Return an input by position, None where it is left out."""
-    return node.inputs[position] if position < len(node.inputs) else None
+    return [n for n in model.graph if n.domain == DOMAIN and n.op_type in (QLINEAR, FUSED)]
 
 
 def activation_of(node: ir.Node) -> str:
@@ -57,17 +48,15 @@ def activation_of(node: ir.Node) -> str:
     return node.attributes["activation"].as_string() if node.op_type == FUSED else "none"
 
 
-def only_user(value: ir.Value) -> ir.Node | None:
-    """Return the one node that reads a value; None where there are more, or it is an output."""
-    users = {use.node for use in value.uses()}
-    return users.pop() if len(users) == 1 and not value.is_graph_output() else None
+def hides_input(node: ir.Node) -> bool:
+    """Whether what a node's linear reads is computed inside of the node, and no value."""
+    return node.op_type == FUSED and input_of(node, NORM_SCALE) is not None
 
 
-def constant_of(value: ir.Value | None) -> Any:
-    """Return the array of an initializer or Constant, None where the value is computed."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
+def hides_output(node: ir.Node) -> bool:
+    """Whether what a node's linear writes is used inside of the node, and no value."""
+    is_gated = node.op_type == FUSED and input_of(node, GATE) is not None
+    return is_gated or activation_of(node) != "none"
 
 
 def widen(
@@ -82,10 +71,10 @@ def widen(
 
     Args:
         graph: Holds the node.
-        node: A QLinear or FusedQLinear; it has no readers afterwards.
+        node: A QLinear or FusedQLinear; it is removed.
         inputs: Inputs to set, by position; the others stay.
-        outputs: The values that the new node computes from now on; their producers are removed by
-            RemoveUnusedNodes, and they keep name, type and shape.
+        outputs: The values that the new node computes from now on; they keep name, type and shape,
+            and what only they needed is removed.
         at: Before which node the new one goes; None is the producer of the last output, because
             everything that the new node reads is computed there.
         **attributes: Attributes to set; the others stay.
@@ -110,23 +99,5 @@ def widen(
         name=node.name,
     )
     place = at or outputs[-1].producer() or node
-    names = [value.name for value in outputs]
-    for old, new in zip(outputs, fused.outputs, strict=True):
-        new.type, new.shape = old.type, old.shape
-    graph.insert_before(place, fused)
-    ir.convenience.replace_all_uses_with(outputs, list(fused.outputs), replace_graph_outputs=True)
-    for value, name in zip(fused.outputs, names, strict=True):
-        value.name = name
+    replace_values(graph, place, [fused], outputs, fused.outputs)
     return fused
-
-
-def forget_values(model: ir.Model, names: set[str | None], **value: str) -> None:
-    """Let sites say that a value of theirs became part of a fused node.
-
-    Args:
-        model: Holds the sites.
-        names: Of the fused nodes.
-        **value: input="" or output="".
-    """
-    sites = read_layers(model)
-    write_layers(model, [site._replace(**value) if site.node in names else site for site in sites])

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from treeq_export.compile.graph.signature import DOMAIN
 
@@ -12,7 +14,16 @@ _BOOLEAN_RESULTS = frozenset(
 )
 # Position of the input that decides the output's type; 0 elsewhere.
 _DECIDING = {"DequantizeLinear": 1, "QuantizeLinear": 2, "Where": 1}
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+HALF_MAX = float(np.finfo(np.float16).max)
+FLOATS = frozenset({FLOAT, HALF, ir.DataType.BFLOAT16})
+
+
+def half_array(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
+    """Return a float32 tensor in float16, finite where it was finite."""
+    array = tensor.numpy()
+    clipped = np.clip(array, -HALF_MAX, HALF_MAX)
+    return np.where(np.isfinite(array), clipped, array).astype(np.float16)
 
 
 def infer_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:

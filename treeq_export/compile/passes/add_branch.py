@@ -7,48 +7,33 @@ Rules:
 The kernel then adds the branch in float32 before its one rounding, and a pass over y is saved.
 """
 
-import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from collections.abc import Iterator
 
-from treeq_export.compile.graph.fused import only_user
-from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
-from treeq_export.compile.passes.fuse_branch import find_branch
+import onnx_ir as ir
+
+from treeq_export.compile.graph.contract import RewritePass
+from treeq_export.compile.graph.match import Branched, find_branches, input_of
+from treeq_export.compile.graph.rewrite import replace_node
+from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
 
 ADDEND = 4
 
 
-class AddBranch(InPlacePass):
-    """Add branches inside of their layers; ensures that no QLinear + Monarch is left."""
+class AddBranch(RewritePass[Branched]):
+    """Add branches inside of their layers; no QLinear + Monarch of one input is left."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        modified = False
-        for node in nodes_of(model, QLINEAR):
-            monarch = find_branch(node)
-            if monarch is not None:
-                _add(model.graph, node, monarch)
-                modified = True
-        RemoveUnusedNodesPass()(model)
-        return PassResult(model, modified)
+    def _find(self, model: ir.Model) -> Iterator[Branched]:
+        yield from (f for f in find_branches(model) if input_of(f.layer, ADDEND) is None)
 
-
-def _add(graph: ir.Graph, node: ir.Node, monarch: ir.Node) -> None:
-    add = only_user(node.outputs[0])
-    assert add is not None
-    old = add.outputs[0]
-    inputs = list(node.inputs) + [None] * (ADDEND - len(node.inputs))
-    joined = ir.node(
-        QLINEAR,
-        [*inputs, monarch.outputs[0]],
-        attributes={name: attribute.value for name, attribute in node.attributes.items()},
-        domain=DOMAIN,
-        version=1,
-        name=node.name,
-    )
-    new, name = joined.outputs[0], old.name
-    new.type, new.shape = old.type, old.shape
-    graph.insert_before(add, joined)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = f"{name}/unused", name
-    node.name = f"{node.name}/without_branch"
+    def _rewrite(self, model: ir.Model, found: Branched) -> None:
+        node = found.layer
+        inputs = list(node.inputs) + [None] * (ADDEND - len(node.inputs))
+        joined = ir.node(
+            QLINEAR,
+            [*inputs, found.monarch.outputs[0]],
+            attributes={name: attribute.value for name, attribute in node.attributes.items()},
+            domain=DOMAIN,
+            version=1,
+            name=node.name,
+        )
+        replace_node(model.graph, found.total, [joined])

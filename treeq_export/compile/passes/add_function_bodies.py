@@ -1,10 +1,10 @@
-"""Pass `AddFunctionBodies`: give every treeq op a model-local function of standard ONNX.
+"""Pass `AddFunctionBodies`: give every `treeq` op a model-local function of standard ONNX.
 
 Rules:
-1. Layers of one signature share one overload, named by the signature; the node is set to it.
-2. A QLinear body unpacks the planes and then is the form of compile/bodies/qlinear.py. It ends in
+1. Layers of one structure share one overload, named by it; the node is set to it.
+2. A QLinear body unpacks the planes and then is the form of bodies/qlinear.py. It ends in
    DequantizeLinear + MatMul, which ONNX Runtime folds to INT8 weights and runs as integers.
-3. A Monarch body is the batched form of compile/passes/lower_monarch.py.
+3. A Monarch body is the batched form of bodies/monarch.py.
 4. A FusedQLinear body is those two, and what is fused in standard operators. The functions of its
    QLinear and Monarch are added beside it and named by attributes of the node, for who cuts the
    linear out (runners/plain_layer.py). It does not call them: ONNX Runtime does not find overloads
@@ -13,14 +13,21 @@ Rules:
 Runs last: optimizers inline model-local functions. A runtime with our kernels takes those instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
 
-from treeq_export.compile.bodies.fused import make_fused_function, monarch_overload, read_form
-from treeq_export.compile.bodies.qlinear import BodyWriter, write_packed
-from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, FUSED, input_of
+from treeq_export.compile.bodies.functions import (
+    BranchShapes,
+    make_monarch_function,
+    make_qlinear_function,
+    monarch_overload,
+    qlinear_overload,
+)
+from treeq_export.compile.bodies.fused import make_fused_function, read_form
+from treeq_export.compile.graph.contract import RewritePass, refuse
+from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, FUSED
+from treeq_export.compile.graph.match import input_of, static_shape
 from treeq_export.compile.graph.signature import (
     DOMAIN,
     MONARCH,
@@ -29,93 +36,77 @@ from treeq_export.compile.graph.signature import (
     nodes_of,
     read_signature,
 )
-from treeq_export.compile.passes.lower_monarch import write_monarch
+from treeq_export.compile.passes.add_branch import ADDEND
+from treeq_export.compile.passes.mark_plugins import is_marked
 from treeq_export.runners.plain_layer import BRANCH_FUNCTION, LINEAR_FUNCTION
 
-OPSET = 21
+
+class AddFunctionBodies(RewritePass[ir.Node]):
+    """Add the functions; every treeq node names an overload with a body.
+
+    Args:
+        half: Whether the nodes are plugins in a float16 body.
+    """
+
+    def __init__(self, *, half: bool) -> None:
+        super().__init__()
+        self._half = half
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that nodes of a float16 body are marked as plugins."""
+        nodes = [*nodes_of(model, QLINEAR), *nodes_of(model, MONARCH)] if self._half else []
+        refuse((node for node in nodes if not is_marked(node)), "is no plugin.")
+
+    def _find(self, model: ir.Model) -> Iterator[ir.Node]:
+        for op_type in (QLINEAR, MONARCH, FUSED):
+            for node in nodes_of(model, op_type):
+                if node.op_identifier() not in model.functions:
+                    yield node
+
+    def _rewrite(self, model: ir.Model, found: ir.Node) -> None:
+        if found.op_type == MONARCH:
+            found.overload = self._add_monarch(model, found, (1, 2))
+            return
+        signature = read_signature(found)
+        if found.op_type == QLINEAR:
+            found.overload = self._add_qlinear(model, signature, input_of(found, ADDEND))
+            return
+        linear = self._add_qlinear(model, signature, None)
+        found.attributes.add(ir.AttrString(LINEAR_FUNCTION, linear))
+        shapes = None
+        if input_of(found, BRANCH_R) is not None:
+            branch = self._add_monarch(model, found, (BRANCH_R, BRANCH_L))
+            found.attributes.add(ir.AttrString(BRANCH_FUNCTION, branch))
+            shapes = _shapes(found, (BRANCH_R, BRANCH_L))
+        form = read_form(found, signature, shapes)
+        found.overload = form.overload
+        _add(model, FUSED, form.overload, lambda: make_fused_function(form))
+
+    def _add_qlinear(
+        self, model: ir.Model, signature: QLinearSignature, addend: ir.Value | None
+    ) -> str:
+        has_addend = addend is not None
+        overload = qlinear_overload(signature, has_addend=has_addend)
+        _add(
+            model,
+            QLINEAR,
+            overload,
+            lambda: make_qlinear_function(signature, half=self._half, has_addend=has_addend),
+        )
+        return overload
+
+    def _add_monarch(self, model: ir.Model, node: ir.Node, factors: tuple[int, int]) -> str:
+        shapes = _shapes(node, factors)
+        overload = monarch_overload(shapes)
+        _add(model, MONARCH, overload, lambda: make_monarch_function(shapes, half=self._half))
+        return overload
 
 
-class AddFunctionBodies(InPlacePass):
-    """Add the functions; ensures that every treeq node names an overload with a body."""
-
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the model in place."""
-        for node in nodes_of(model, QLINEAR):
-            signature = read_signature(node)
-            node.overload = signature.overload
-            _add(model, signature.overload, QLINEAR, lambda s=signature: make_qlinear_function(s))
-        for node in nodes_of(model, MONARCH):
-            shapes = [tuple(_static_shape(node.inputs[index])) for index in (1, 2)]
-            node.overload = monarch_overload(*shapes)
-            _add(
-                model,
-                node.overload,
-                MONARCH,
-                lambda o=node.overload, s=shapes: make_monarch_function(o, s[0], s[1]),
-            )
-        for node in nodes_of(model, FUSED):
-            _add_fused(model, node)
-        return PassResult(model, bool(model.functions))
+def _shapes(node: ir.Node, factors: tuple[int, int]) -> BranchShapes:
+    return static_shape(node.inputs[factors[0]]), static_shape(node.inputs[factors[1]])
 
 
-def _add_fused(model: ir.Model, node: ir.Node) -> None:
-    """Add the body of a FusedQLinear, and those of its parts."""
-    signature = read_signature(node)
-    _add(model, signature.overload, QLINEAR, lambda: make_qlinear_function(signature))
-    node.attributes.add(ir.AttrString(LINEAR_FUNCTION, signature.overload))
-    shapes = None
-    if input_of(node, BRANCH_R) is not None:
-        r, l_factor = (tuple(_static_shape(node.inputs[i])) for i in (BRANCH_R, BRANCH_L))
-        shapes = (r, l_factor)
-        name = monarch_overload(r, l_factor)
-        _add(model, name, MONARCH, lambda: make_monarch_function(name, r, l_factor))
-        node.attributes.add(ir.AttrString(BRANCH_FUNCTION, name))
-    form = read_form(node, signature, shapes)
-    node.overload = form.overload
-    _add(model, form.overload, FUSED, lambda: make_fused_function(form))
-
-
-def _static_shape(value: ir.Value | None) -> list[int]:
-    assert value is not None
-    assert value.shape is not None
-    return [int(d) for d in value.shape.numpy()]
-
-
-def _add(model: ir.Model, overload: str, op_type: str, make: Callable[[], ir.Function]) -> None:
+def _add(model: ir.Model, op_type: str, overload: str, make: Callable[[], ir.Function]) -> None:
     if (DOMAIN, op_type, overload) not in model.functions:
         function = make()
         model.functions[function.identifier()] = function
-
-
-def _function(
-    op_type: str, overload: str, writer: BodyWriter, inputs: list[ir.Value], y: ir.Value
-) -> ir.Function:
-    graph = ir.Graph(inputs, [y], nodes=writer.tape.nodes, opset_imports={"": OPSET})
-    return ir.Function(DOMAIN, op_type, overload, graph=graph, attributes=[])
-
-
-def make_qlinear_function(signature: QLinearSignature) -> ir.Function:
-    """Return the function body of one signature.
-
-    Args:
-        signature: Of the layers that share it.
-
-    Returns:
-        A function of x, planes, weight_scale and, where there is one, bias.
-    """
-    names = ["x", "planes", "weight_scale", *(["bias"] if signature.has_bias else [])]
-    inputs = [ir.Value(name=name) for name in names]
-    writer = BodyWriter()
-    bias = inputs[3] if signature.has_bias else None
-    y = write_packed(writer, inputs[0], inputs[1], inputs[2], bias, signature)
-    return _function(QLINEAR, signature.overload, writer, inputs, y)
-
-
-def make_monarch_function(
-    overload: str, r_shape: tuple[int, ...], l_shape: tuple[int, ...]
-) -> ir.Function:
-    """Return the function body of one pair of factor shapes: a function of x, R and L."""
-    inputs = [ir.Value(name=name) for name in ("x", "R", "L")]
-    writer = BodyWriter()
-    y = write_monarch(writer, inputs[0], inputs[1], inputs[2], r_shape, l_shape)
-    return _function(MONARCH, overload, writer, inputs, y)

@@ -16,8 +16,9 @@ for weight-only layers in both:
 from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassResult
 
+from treeq_export.compile.graph.contract import LayerPass
 from treeq_export.compile.graph.signature import (
     QLINEAR,
     QLinearSignature,
@@ -32,8 +33,8 @@ MIN_BLOCK, MAX_BLOCK = 16, 128
 _SHOWN = 8
 
 
-class CheckFormats(InPlacePass):
-    """Check the formats; ensures that every QLinear has a form in the target.
+class CheckFormats(LayerPass):
+    """Check the formats; every QLinear has a form in the target then.
 
     Args:
         native: Whether the target is `tensorrt-native`.

@@ -17,12 +17,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassResult
 
+from treeq_export.compile.graph.contract import LayerPass
+from treeq_export.compile.graph.match import producer_of
 from treeq_export.compile.graph.signature import DOMAIN
 from treeq_export.compile.graph.value_types import FLOATS, infer_types
 from treeq_export.compile.passes.check_formats import MAX_BLOCK, MIN_BLOCK, describe_problems
-from treeq_export.compile.passes.fuse_modulate import producer_of
 from treeq_export.errors import CompileError
 
 _UNSUPPORTED_TYPES = frozenset({"UINT4", "INT2", "UINT2", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"})
@@ -36,8 +37,8 @@ _MIXED = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear", "Shape", "Size
 Types = dict[ir.Value, ir.DataType]
 
 
-class CheckPatterns(InPlacePass):
-    """Check the graph; ensures that no known-wrong pattern is in it."""
+class CheckPatterns(LayerPass):
+    """Check the graph; no known-wrong pattern is in it then."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change nothing.

@@ -5,44 +5,21 @@ Rules:
    where neither product is read by anything else.
 """
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, X, input_of, only_user, widen
-from treeq_export.compile.graph.signature import MONARCH, QLINEAR, nodes_of
-
-
-class FuseBranch(InPlacePass):
-    """Fuse branches into their layers; ensures that no QLinear + Monarch of one input is left."""
-
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        modified = False
-        for node in nodes_of(model, QLINEAR):
-            monarch = find_branch(node)
-            if monarch is not None:
-                add = only_user(node.outputs[0])
-                assert add is not None
-                factors = {BRANCH_R: monarch.inputs[1], BRANCH_L: monarch.inputs[2]}
-                widen(model.graph, node, factors, [add.outputs[0]])
-                modified = True
-        RemoveUnusedNodesPass()(model)  # what was fused still reads its inputs
-        return PassResult(model, modified)
+from treeq_export.compile.graph.contract import RewritePass
+from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, widen
+from treeq_export.compile.graph.match import Branched, find_branches
 
 
-def find_branch(node: ir.Node) -> ir.Node | None:
-    """Return the Monarch of a layer's input whose sum with the layer is all that is read."""
-    add = only_user(node.outputs[0])
-    if add is None or add.op_type != "Add":
-        return None
-    for value in add.inputs:
-        producer = None if value is None else value.producer()
-        if (
-            producer is not None
-            and producer.op_type == MONARCH
-            and producer.inputs[0] is input_of(node, X)
-            and only_user(producer.outputs[0]) is add
-        ):
-            return producer
-    return None
+class FuseBranch(RewritePass[Branched]):
+    """Fuse branches into their layers; no QLinear + Monarch of one input is left."""
+
+    def _find(self, model: ir.Model) -> Iterator[Branched]:
+        return find_branches(model)
+
+    def _rewrite(self, model: ir.Model, found: Branched) -> None:
+        factors = {BRANCH_R: found.monarch.inputs[1], BRANCH_L: found.monarch.inputs[2]}
+        widen(model.graph, found.layer, factors, [found.total])

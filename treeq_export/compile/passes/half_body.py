@@ -13,36 +13,38 @@ Rules:
 The result is strongly typed: all float inputs of a node have one type.
 """
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassResult
 
+from treeq_export.compile.graph.contract import LayerPass, refuse
 from treeq_export.compile.graph.float_island import find_float_nodes
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
+from treeq_export.compile.graph.value_types import FLOAT, HALF, half_array
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-HALF_MAX = float(np.finfo(np.float16).max)
 # Inputs of a QLinear that stay float32: weight_scale and bias.
 _FLOAT_INPUTS = (2, 3)
 # Operators whose output type does not follow from their input's.
 _ANY_TYPE = frozenset({"Cast", "Shape", "Size"})
 
 
-class HalfBody(InPlacePass):
-    """Turn the body to float16; ensures that every node is of one floating-point type."""
+class HalfBody(LayerPass):
+    """Turn the body to float16."""
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that no layer is lowered yet: the types around Q/DQ are its own matter."""
+        lowered = (node for node in model.graph if node.op_type == "DequantizeLinear")
+        refuse(lowered, "is lowered already.")
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the graph in place."""
         _Halver(model.graph).run()
         return PassResult(model, True)
 
-
-def half_array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Return a float32 tensor in float16, finite where it was finite."""
-    array = tensor.numpy()
-    finite = np.isfinite(array)
-    clipped = np.clip(array, -HALF_MAX, HALF_MAX)
-    return np.where(finite, clipped, array).astype(np.float16)
+    def ensures(self, model: ir.Model) -> None:
+        """Check that every standard node is of one floating-point type."""
+        standard = (n for n in model.graph if not n.domain and n.op_type not in _ANY_TYPE)
+        mixed = (n for n in standard if {FLOAT, HALF} <= {v.dtype for v in n.inputs if v})
+        refuse(mixed, "reads float16 and float32.")
 
 
 class _Halver:

@@ -18,36 +18,22 @@ that with saturation on x86 without VNNI if weights have 8 bits; targets keep it
 that by a session option.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
 
+from treeq_export.compile.bodies.layer import LoweredLayer
 from treeq_export.compile.bodies.qlinear import (
-    SIGNED,
-    BodyWriter,
     write_channel_product,
     write_codes,
     write_rotation,
     write_scale,
 )
-from treeq_export.compile.graph.signature import (
-    QLINEAR,
-    QLinearSignature,
-    layer_name,
-    nodes_of,
-    read_signature,
-)
-from treeq_export.compile.passes.lower_qlinear import (
-    add_initializer,
-    initializer_array,
-    replace_node,
-)
-from treeq_export.compile.passes.lower_weight_only import stored_weight
-from treeq_export.quant.rotation import hadamard
-
-FLOAT, HALF = ir.DataType.FLOAT.value, ir.DataType.FLOAT16.value
+from treeq_export.compile.bodies.storage import SIGNED
+from treeq_export.compile.graph.contract import RewritePass, refuse
+from treeq_export.compile.graph.signature import QLINEAR, nodes_of, read_signature
+from treeq_export.compile.graph.value_types import FLOAT, HALF
 
 
 class Quantized(NamedTuple):
@@ -57,46 +43,44 @@ class Quantized(NamedTuple):
     scale: ir.Value
 
 
-class LowerNative(InPlacePass):
-    """Lower quantized layers; ensures that no QLinear is left."""
-
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        nodes = nodes_of(model, QLINEAR)
-        shared: dict[tuple[object, ...], Quantized] = {}
-        for node in nodes:
-            _lower(model.graph, node, shared)
-        return PassResult(model, bool(nodes))
+Shared = dict[tuple[object, ...], Quantized]
 
 
-def _lower(graph: ir.Graph, node: ir.Node, shared: dict[tuple[object, ...], Quantized]) -> None:
-    signature, name = read_signature(node), layer_name(node)
-    writer = BodyWriter(f"{name}/", lambda key, array: add_initializer(graph, key, array))
-    x = node.inputs[0]
-    assert x is not None
-    key = (x, *signature.codes_key)
+class LowerNative(RewritePass[tuple[ir.Node, Shared]]):
+    """Lower quantized layers; no QLinear is left."""
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that each layer left has codes of its activation and one scale per channel."""
+        signatures = {node: read_signature(node) for node in nodes_of(model, QLINEAR)}
+        others = (n for n, s in signatures.items() if s.num_groups > 1 or not s.act_bits)
+        refuse(others, "has no Int8 product in TensorRT.")
+
+    def _find(self, model: ir.Model) -> Iterator[tuple[ir.Node, Shared]]:
+        shared: Shared = {}
+        for node in nodes_of(model, QLINEAR):
+            yield node, shared
+
+    def _rewrite(self, model: ir.Model, found: tuple[ir.Node, Shared]) -> None:
+        node, shared = found
+        layer = LoweredLayer(model.graph, node)
+        writer = layer.writer
+        codes, scale = _quantize(layer, shared)
+        weight = layer.store_codes(layer.codes)
+        weight_scale = layer.store("weight_quantized_scale", layer.scales[0])
+        product = write_channel_product(writer, codes, weight, weight_scale, SIGNED)
+        y = writer.op("Mul", product, scale)
+        if layer.bias is not None:
+            y = writer.op("Add", y, layer.bias)
+        writer.op("Cast", y, to=HALF.value)
+        layer.finish()
+
+
+def _quantize(layer: LoweredLayer, shared: Shared) -> Quantized:
+    writer, form = layer.writer, layer.signature
+    key = (layer.x, *form.codes_key)
     if key not in shared:
-        shared[key] = _quantize(writer, x, signature)
-    codes, scale = shared[key]
-    scales = np.ascontiguousarray(initializer_array(node.inputs[2])[:, 0])
-    product = write_channel_product(
-        writer,
-        codes,
-        stored_weight(graph, node, signature),
-        add_initializer(graph, f"{name}.weight_quantized_scale", scales),
-        SIGNED,
-    )
-    y = writer.op("Mul", product, scale)
-    if signature.has_bias:
-        bias = node.inputs[3]
-        assert bias is not None
-        y = writer.op("Add", y, bias)
-    replace_node(graph, node, writer, writer.op("Cast", y, to=HALF))
-
-
-def _quantize(writer: BodyWriter, x: ir.Value, signature: QLinearSignature) -> Quantized:
-    wide = writer.op("Cast", x, to=FLOAT)
-    matrix = hadamard(signature.rotation_group).astype(np.float32)
-    rotated = write_rotation(writer, wide, signature, matrix)
-    scale = write_scale(writer, rotated, signature)
-    return Quantized(write_codes(writer, rotated, scale, signature, SIGNED), scale)
+        wide = writer.op("Cast", layer.x, to=FLOAT.value)
+        rotated = write_rotation(writer, wide, form)
+        scale = write_scale(writer, rotated, form)
+        shared[key] = Quantized(write_codes(writer, rotated, scale, form, SIGNED), scale)
+    return shared[key]

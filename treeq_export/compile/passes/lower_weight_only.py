@@ -14,37 +14,29 @@ Rules:
    1.32, Zen 4), and with blocks that it does not have weights are dequantized at each call.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
-from onnx_ir.passes import InPlacePass, PassResult
 
-from treeq_export.compile.bodies.qlinear import BodyWriter, write_rotation
+from treeq_export.compile.bodies.layer import LoweredLayer
+from treeq_export.compile.bodies.qlinear import write_rotation
+from treeq_export.compile.bodies.storage import INT4_BITS
+from treeq_export.compile.graph.contract import RewritePass, refuse
 from treeq_export.compile.graph.signature import (
     QLINEAR,
     QLinearSignature,
-    layer_name,
     nodes_of,
     read_signature,
 )
-from treeq_export.compile.passes.half_body import half_array
-from treeq_export.compile.passes.lower_qlinear import (
-    add_initializer,
-    initializer_array,
-    replace_node,
-)
-from treeq_export.quant.packing import unpack
-from treeq_export.quant.rotation import hadamard
+from treeq_export.compile.graph.value_types import FLOAT, half_array
 
-_INT4_BITS = 4
 _BLOCK_SIZES = frozenset({16, 32, 64, 128, 256})
 _LEAST_HALF = np.float16(2.0**-24)
 
 
-class LowerWeightOnly(InPlacePass):
+class LowerWeightOnly(RewritePass[ir.Node]):
     """Lower weight-only layers; in float16, every QLinear left has quantized activations.
 
     Args:
@@ -55,68 +47,44 @@ class LowerWeightOnly(InPlacePass):
         super().__init__()
         self._half = half
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        nodes = []
+    def requires(self, model: ir.Model) -> None:
+        """Check that the body is float16 already, if it is to be."""
+        layers = nodes_of(model, QLINEAR) if self._half else []
+        wide = (node for node in layers if node.inputs[0] and node.inputs[0].dtype == FLOAT)
+        refuse(wide, "reads float32 in a float16 body.")
+
+    def _find(self, model: ir.Model) -> Iterator[ir.Node]:
         for node in nodes_of(model, QLINEAR):
             signature = read_signature(node)
             if not signature.act_bits and (self._half or _has_block_product(signature)):
-                _lower(model.graph, node, signature, self._half)
-                nodes.append(node)
-        return PassResult(model, bool(nodes))
+                yield node
+
+    def _rewrite(self, model: ir.Model, found: ir.Node) -> None:
+        layer = LoweredLayer(model.graph, found, half=self._half)
+        writer, signature, scales = layer.writer, layer.signature, layer.scales
+        rotated = write_rotation(writer, layer.x, signature)
+        weight = layer.store_codes(layer.codes)
+        if self._half:
+            scales = np.maximum(scales.astype(np.float16), _LEAST_HALF)
+        form: dict[str, Any] = {"axis": 1}
+        if signature.num_groups > 1:
+            form = {"axis": 0, "block_size": signature.group_size}
+        else:
+            scales = scales[0]
+        scale = layer.store("weight_quantized_scale", scales)
+        dequantized = writer.op("DequantizeLinear", weight, scale, **form)
+        y = writer.op("MatMul", rotated, dequantized, label="product")
+        bias = layer.bias
+        if bias is not None:
+            if self._half and bias.const_value is not None:
+                bias = layer.store("bias/half", half_array(bias.const_value))
+            writer.op("Add", y, bias)
+        layer.finish()
 
 
 def _has_block_product(signature: QLinearSignature) -> bool:
     """Whether ONNX Runtime has a fast MatMulNBits of a layer's weights."""
     blocked = signature.num_groups > 1
-    return signature.weight_bits <= _INT4_BITS and (
+    return signature.weight_bits <= INT4_BITS and (
         not blocked or signature.group_size in _BLOCK_SIZES
     )
-
-
-def stored_weight(graph: ir.Graph, node: ir.Node, signature: QLinearSignature) -> ir.Value:
-    """Return a layer's codes as an initializer (K, N): INT4 up to 4 bits, INT8 above."""
-    codes = np.ascontiguousarray(unpack(initializer_array(node.inputs[1]), signature.in_features).T)
-    if signature.weight_bits <= _INT4_BITS:
-        codes = codes.astype(ml_dtypes.int4)
-    return add_initializer(graph, f"{layer_name(node)}.weight_quantized", codes)
-
-
-def _lower(graph: ir.Graph, node: ir.Node, signature: QLinearSignature, half: bool) -> None:
-    name = layer_name(node)
-
-    def shared(key: str, array: NDArray[Any]) -> ir.Value:
-        if half:
-            return add_initializer(graph, f"{key}/half", array.astype(np.float16))
-        return add_initializer(graph, key, array)
-
-    writer = BodyWriter(f"{name}/", shared)
-    x = node.inputs[0]
-    assert x is not None
-    matrix = hadamard(signature.rotation_group).astype(np.float32)
-    rotated = write_rotation(writer, x, signature, matrix)
-    weight = stored_weight(graph, node, signature)
-    scales = np.ascontiguousarray(initializer_array(node.inputs[2]).T)
-    if half:
-        scales = np.maximum(scales.astype(np.float16), _LEAST_HALF)
-    is_blocked = signature.num_groups > 1
-    scale = add_initializer(
-        graph, f"{name}.weight_quantized_scale", scales if is_blocked else scales[0]
-    )
-    form: dict[str, Any] = {"axis": 1}
-    if is_blocked:
-        form = {"axis": 0, "block_size": signature.group_size}
-    dequantized = writer.op("DequantizeLinear", weight, scale, **form)
-    y = writer.op("MatMul", rotated, dequantized, label="product")
-    if signature.has_bias:
-        y = writer.op("Add", y, _bias(graph, node, name, half))
-    replace_node(graph, node, writer, y)
-
-
-def _bias(graph: ir.Graph, node: ir.Node, name: str, half: bool) -> ir.Value:
-    bias = node.inputs[3]
-    assert bias is not None
-    if not half:
-        return bias
-    assert bias.const_value is not None
-    return add_initializer(graph, f"{name}.bias/half", half_array(bias.const_value))

@@ -11,102 +11,91 @@ Rules:
 So q, k and v rotate and quantize their input once.
 """
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.fused import (
     BIAS,
     BRANCH_L,
     BRANCH_R,
-    GATE,
     MAX_OUTPUTS,
-    NORM_SCALE,
     PLANES,
     WEIGHT_SCALE,
     X,
-    constant_of,
-    input_of,
+    hides_input,
+    hides_output,
     packed_nodes,
     widen,
 )
-from treeq_export.compile.passes.lower_qlinear import add_initializer
-from treeq_export.runners.graph_meta import read_layers, write_layers
+from treeq_export.compile.graph.match import constant_of, input_of
+from treeq_export.compile.graph.rewrite import add_initializer
+from treeq_export.compile.graph.sites import read_layers, write_layers
 
 _TILE = 32
-# How the siblings' arrays are joined: axis of the output channels.
-_AXES = {PLANES: 1, WEIGHT_SCALE: 0, BIAS: 0, BRANCH_R: 2, BRANCH_L: 0}
-_NAMES = {
-    PLANES: "planes",
-    WEIGHT_SCALE: "weight_scale",
-    BIAS: "bias",
-    BRANCH_R: "branch.R",
-    BRANCH_L: "branch.L",
+# How the siblings' arrays are joined: what the new one is called, and the axis of output channels.
+_JOINED = {
+    PLANES: ("planes", 1),
+    WEIGHT_SCALE: ("weight_scale", 0),
+    BIAS: ("bias", 0),
+    BRANCH_R: ("branch.R", 2),
+    BRANCH_L: ("branch.L", 0),
 }
 
 
-class MergeSiblings(InPlacePass):
-    """Merge siblings; ensures that no two mergeable nodes read the same value."""
+class MergeSiblings(RewritePass[list[ir.Node]]):
+    """Merge siblings; no two mergeable nodes read the same value."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        modified = False
-        nodes = packed_nodes(model)
-        readers: dict[ir.Value, list[ir.Node]] = {}
-        for node in nodes:
-            x = input_of(node, X)
-            assert x is not None
-            readers.setdefault(x, []).append(node)
+    def _find(self, model: ir.Model) -> Iterator[list[ir.Node]]:
+        readers: dict[ir.Value | None, list[ir.Node]] = {}
+        for node in packed_nodes(model):
+            readers.setdefault(input_of(node, X), []).append(node)
         for siblings in readers.values():
             by_format = sorted(siblings, key=lambda node: repr(_format(node)))
             for key, group in groupby(by_format, key=_format):
                 alike = sorted(group, key=siblings.index)
                 if key is not None and 2 <= len(alike) <= MAX_OUTPUTS:
-                    _merge(model, alike)
-                    modified = True
-        RemoveUnusedNodesPass()(model)  # what was fused still reads its inputs
-        return PassResult(model, modified)
+                    yield alike
+
+    def _rewrite(self, model: ir.Model, found: list[ir.Node]) -> None:
+        first, *others = found
+        names = [first.name or "", *((node.name or "").split(".")[-1] for node in others)]
+        name = "+".join(names)
+        inputs: dict[int, ir.Value | None] = {}
+        for position, (suffix, axis) in _JOINED.items():
+            if input_of(first, position) is not None:
+                arrays = [constant_of(input_of(node, position)) for node in found]
+                joined = np.concatenate(arrays, axis=axis)
+                inputs[position] = add_initializer(model.graph, f"model.{name}.{suffix}", joined)
+        size = first.attributes["out_features"].as_int()
+        outputs = [node.outputs[0] for node in found]
+        # What reads the first one's output may stand before the other siblings.
+        wide = widen(model.graph, first, inputs, outputs, at=first, out_features=size * len(found))
+        wide.name = name
+        _share_node(model, found, wide, size)
 
 
 def _format(node: ir.Node) -> tuple[Any, ...] | None:
     """Return what siblings have to agree in; None where the node cannot be merged."""
     if node.attributes["out_features"].as_int() % _TILE or len(node.outputs) > 1:
         return None
-    if any(input_of(node, position) is not None for position in (NORM_SCALE, GATE)):
+    if hides_input(node) or hides_output(node):
         return None  # those are one's own
-    shapes = tuple(
-        None if (value := input_of(node, position)) is None else tuple(constant_of(value).shape)
-        for position in _AXES
-    )
+    arrays = [constant_of(input_of(node, position)) for position in _JOINED]
+    shapes = tuple(None if array is None else tuple(array.shape) for array in arrays)
     attributes = tuple(sorted((name, str(a.value)) for name, a in node.attributes.items()))
     return shapes, attributes
 
 
-def _merge(model: ir.Model, nodes: list[ir.Node]) -> None:
-    name = "+".join(
-        [nodes[0].name or "", *((node.name or "").split(".")[-1] for node in nodes[1:])]
-    )
-    inputs: dict[int, ir.Value | None] = {}
-    for position, axis in _AXES.items():
-        values = [input_of(node, position) for node in nodes]
-        if values[0] is None:
-            continue
-        joined = np.concatenate([constant_of(value) for value in values], axis=axis)
-        value = f"model.{name}.{_NAMES[position]}"
-        inputs[position] = add_initializer(model.graph, value, joined)
-    size = nodes[0].attributes["out_features"].as_int()
-    outputs = [node.outputs[0] for node in nodes]
-    first = nodes[0]  # what reads its output may stand before the other siblings
-    out_features = size * len(nodes)
-    merged = widen(model.graph, first, inputs, outputs, at=first, out_features=out_features)
-    merged.name = name
+def _share_node(model: ir.Model, nodes: list[ir.Node], wide: ir.Node, size: int) -> None:
+    """Let the sites of the siblings name the node that they share, and their channels in it."""
     offsets = {node.name: index * size for index, node in enumerate(nodes)}
     sites = [
-        site._replace(node=name, offset=offsets[site.node], size=size)
+        site._replace(node=wide.name, offset=offsets[site.node], size=size)
         if site.node in offsets
         else site
         for site in read_layers(model)

@@ -5,51 +5,46 @@ Rules:
 2. The layer's output is the node's output; where the only consumer adds the layer's Monarch
    branch, it is the sum. That value is named `<layer>.output`.
 3. The list of layers goes into the model's metadata as `treeq.layers`, JSON, in graph order:
-   name, input value, output value, node. Later passes keep these names, or say what became of them.
+   name, input value, output value, node. It is kept true from then on (graph/contract.py).
 """
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassError, PassResult
 
-from treeq_export.compile.graph.signature import DOMAIN, MONARCH, QLINEAR, layer_name, nodes_of
-from treeq_export.runners.graph_meta import LayerSite, write_layers
+from treeq_export.compile.graph.contract import LayerPass
+from treeq_export.compile.graph.match import find_branches
+from treeq_export.compile.graph.signature import QLINEAR, layer_name, nodes_of
+from treeq_export.compile.graph.sites import LayerSite, read_layers, write_layers
 
 
-class NameLayers(InPlacePass):
-    """Name the layers; ensures that `graph_meta.read_layers` finds them."""
+class NameLayers(LayerPass):
+    """Name the layers."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the model in place."""
-        outputs = set(model.graph.outputs)
+        branched = {found.layer: found for found in find_branches(model)}
         layers = []
         for node in nodes_of(model, QLINEAR):
-            name = layer_name(node)
-            node.name = name
-            output = _layer_output(node)
-            if output not in outputs:
-                output.name = f"{name}.output"
+            node.name = layer_name(node)
+            output = node.outputs[0]
+            found = branched.get(node)
+            if found is not None and layer_name(found.monarch) == node.name:
+                found.monarch.name = f"{node.name}/branch"
+                output = found.total
+            if not output.is_graph_output():
+                output.name = f"{node.name}.output"
             source = node.inputs[0]
             assert source is not None
-            assert source.name is not None
-            assert output.name is not None
-            layers.append(LayerSite(name, source.name, output.name, node=name))
+            layers.append(
+                LayerSite(node.name, source.name or "", output.name or "", node=node.name)
+            )
         write_layers(model, layers)
         return PassResult(model, bool(layers))
 
-
-def _layer_output(node: ir.Node) -> ir.Value:
-    """Return the node's output, or the sum with its branch."""
-    output = node.outputs[0]
-    consumers = [use.node for use in output.uses()]
-    if len(consumers) != 1 or consumers[0].op_type != "Add":
-        return output
-    for other in consumers[0].inputs:
-        producer = None if other is None else other.producer()
-        if (
-            producer is not None
-            and (producer.domain, producer.op_type) == (DOMAIN, MONARCH)
-            and layer_name(producer) == layer_name(node)
-        ):
-            producer.name = f"{layer_name(node)}/branch"
-            return consumers[0].outputs[0]
-    return output
+    def ensures(self, model: ir.Model) -> None:
+        """Check that the list has every layer once, with both of its values."""
+        sites = read_layers(model)
+        if len({site.name for site in sites}) != len(nodes_of(model, QLINEAR)):
+            raise PassError("two layers have one name.")
+        if not all(site.input and site.output for site in sites):
+            raise PassError("a layer's value has no name.")

@@ -7,29 +7,28 @@ TensorRT's bindings of class labels then are what every host framework hands ove
 Values beyond 2^31 are no labels, so nothing is lost.
 """
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.graph.contract import RewritePass
+
+_WIDE, _NARROW = ir.DataType.INT64, ir.DataType.INT32
 
 
-class NarrowInputs(InPlacePass):
-    """Narrow the inputs; ensures that no graph input is INT64."""
+class NarrowInputs(RewritePass[ir.Value]):
+    """Narrow the inputs; no graph input is INT64."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        wide = [value for value in model.graph.inputs if value.dtype == ir.DataType.INT64]
-        for value in wide:
-            cast = ir.node(
-                "Cast",
-                [value],
-                attributes={"to": ir.DataType.INT64.value},
-                name=f"{value.name}/int64",
-            )
-            output = cast.outputs[0]
-            output.name, output.shape = f"{value.name}/int64", value.shape
-            output.type = ir.TensorType(ir.DataType.INT64)
-            for use in list(value.uses()):
-                if use.node is not cast:
-                    use.node.replace_input_with(use.idx, output)
-            value.type = ir.TensorType(ir.DataType.INT32)
-            model.graph.insert_before(model.graph[0], cast)
-        return PassResult(model, bool(wide))
+    def _find(self, model: ir.Model) -> Iterator[ir.Value]:
+        yield from (value for value in model.graph.inputs if value.dtype == _WIDE)
+
+    def _rewrite(self, model: ir.Model, found: ir.Value) -> None:
+        name = f"{found.name}/int64"
+        cast = ir.node("Cast", [found], attributes={"to": _WIDE.value}, name=name)
+        output = cast.outputs[0]
+        output.name, output.shape, output.type = name, found.shape, ir.TensorType(_WIDE)
+        for use in found.uses():
+            if use.node is not cast:
+                use.node.replace_input_with(use.idx, output)
+        found.type = ir.TensorType(_NARROW)
+        model.graph.insert_before(model.graph[0], cast)

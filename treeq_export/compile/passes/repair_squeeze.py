@@ -10,46 +10,41 @@ The exporter writes it for PixArt's caption embedding, `hidden_states.squeeze(1)
 (batch, tokens, width).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.graph.contract import RewritePass
+from treeq_export.compile.graph.match import constant_of
+from treeq_export.compile.graph.rewrite import add_initializer
 
 
-class RepairSqueeze(InPlacePass):
-    """Repair illegal Squeeze nodes; ensures that each one left drops axes of extent 1."""
+class RepairSqueeze(RewritePass[ir.Node]):
+    """Repair illegal Squeeze nodes; each one left drops axes of extent 1."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the model in place."""
-        modified = False
+    def _find(self, model: ir.Model) -> Iterator[ir.Node]:
         for node in model.graph:
-            legal = _legal_axes(node)
-            if legal is not None:
-                _repair(model.graph, node, legal)
-                modified = True
-        return PassResult(model, modified)
+            if node.op_type == "Squeeze" and not node.domain and len(node.inputs) > 1:
+                given, legal = _axes(node)
+                if legal != given:
+                    yield node
+
+    def _rewrite(self, model: ir.Model, found: ir.Node) -> None:
+        _, legal = _axes(found)
+        if not legal:
+            found.op_type = "Identity"
+            found.resize_inputs(1)
+            return
+        name = f"{found.outputs[0].name}/axes"
+        axes = add_initializer(model.graph, name, np.array(legal, dtype=np.int64))
+        found.replace_input_with(1, axes)
 
 
-def _legal_axes(node: ir.Node) -> list[int] | None:
-    """Return the axes that may stay; None where the node is no illegal Squeeze."""
-    if node.op_type != "Squeeze" or node.domain or len(node.inputs) < 2:
-        return None
-    source, axes = node.inputs
+def _axes(node: ir.Node) -> tuple[list[int], list[int]]:
+    """Return the axes of a Squeeze, and those that may stay; none where nothing is known."""
+    source, axes = node.inputs[0], constant_of(node.inputs[1])
     if source is None or source.shape is None or axes is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(axes)
-    if tensor is None:
-        return None
-    given = [int(axis) for axis in tensor.numpy().reshape(-1)]
-    legal = [axis for axis in given if source.shape[axis] == 1 or source.shape.is_dynamic(axis)]
-    return legal if len(legal) < len(given) else None
-
-
-def _repair(graph: ir.Graph, node: ir.Node, legal: list[int]) -> None:
-    if not legal:
-        node.op_type = "Identity"
-        node.resize_inputs(1)
-        return
-    tensor = ir.tensor(np.array(legal, dtype=np.int64))
-    axes = ir.val(f"{node.outputs[0].name}/axes", const_value=tensor)
-    graph.register_initializer(axes)
-    node.replace_input_with(1, axes)
+        return [], []
+    shape, given = source.shape, [int(axis) for axis in axes.reshape(-1)]
+    return given, [axis for axis in given if shape[axis] == 1 or shape.is_dynamic(axis)]

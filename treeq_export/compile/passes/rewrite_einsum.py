@@ -5,30 +5,34 @@ Rules:
 2. Everything else stays: TensorRT contracts up to two operands in a layer of its own.
 """
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+
+from treeq_export.compile.graph.contract import RewritePass
+
+Found = tuple[ir.Node, list[int]]
 
 
-class RewriteEinsum(InPlacePass):
-    """Rewrite permutations; ensures that each Einsum left contracts something."""
+class RewriteEinsum(RewritePass[Found]):
+    """Rewrite permutations; each Einsum left contracts something."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change the graph in place."""
-        modified = False
+    def _find(self, model: ir.Model) -> Iterator[Found]:
         for node in model.graph:
-            perm = _permutation(node)
-            if perm is not None:
-                node.op_type = "Transpose"
-                node.attributes.clear()
-                node.attributes.add(ir.AttrInt64s("perm", perm))
-                modified = True
-        return PassResult(model, modified)
+            if node.op_type == "Einsum" and not node.domain and len(node.inputs) == 1:
+                perm = _permutation(node.attributes["equation"].as_string())
+                if perm is not None:
+                    yield node, perm
+
+    def _rewrite(self, model: ir.Model, found: Found) -> None:
+        node, perm = found
+        node.op_type = "Transpose"
+        node.attributes.clear()
+        node.attributes.add(ir.AttrInt64s("perm", perm))
 
 
-def _permutation(node: ir.Node) -> list[int] | None:
-    if node.op_type != "Einsum" or node.domain or len(node.inputs) != 1:
-        return None
-    source, arrow, target = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+def _permutation(equation: str) -> list[int] | None:
+    source, arrow, target = equation.replace(" ", "").partition("->")
     if not arrow or "." in source or len(set(source)) != len(source):
         return None
     if sorted(source) != sorted(target):

@@ -1,0 +1,64 @@
+"""A `treeq::QLinear` node on its way to standard operators, with its tensors as arrays."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from treeq_export.compile.bodies.storage import SIGNED, stored_codes
+from treeq_export.compile.bodies.writer import BodyWriter
+from treeq_export.compile.graph.match import input_of
+from treeq_export.compile.graph.rewrite import add_initializer, initializer_array, replace_node
+from treeq_export.compile.graph.signature import layer_name, read_signature
+from treeq_export.quant.packing import unpack
+
+
+class LoweredLayer:
+    """A layer, and the nodes that take its place.
+
+    Args:
+        graph: Holds the node.
+        node: A `treeq::QLinear`.
+        half: Whether shared constants are float16.
+
+    Attributes:
+        signature: Formats and sizes.
+        writer: Records the nodes; they and their values bear the layer's name.
+        x: What the layer reads, (..., K).
+        codes: Weight codes (K, N), int8.
+        scales: Weight scales (G, N), float32.
+        bias: (N,), or None.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, *, half: bool = False) -> None:
+        x = node.inputs[0]
+        assert x is not None
+        self._graph, self._node, self._half = graph, node, half
+        self._name = layer_name(node)
+        self.signature = read_signature(node)
+        self.writer = BodyWriter(f"{self._name}/", self._share)
+        self.x = x
+        codes = unpack(initializer_array(node.inputs[1]), self.signature.in_features)
+        self.codes = np.ascontiguousarray(codes.T)
+        self.scales = np.ascontiguousarray(initializer_array(node.inputs[2]).T)
+        self.bias = input_of(node, 3)
+
+    def _share(self, name: str, array: NDArray[Any]) -> ir.Value:
+        if self._half:
+            return add_initializer(self._graph, f"{name}/half", array.astype(np.float16))
+        return add_initializer(self._graph, name, array)
+
+    def store(self, suffix: str, array: NDArray[Any]) -> ir.Value:
+        """Return a new initializer of the layer."""
+        return add_initializer(self._graph, f"{self._name}.{suffix}", array)
+
+    def store_codes(
+        self, codes: NDArray[np.int8], zero: np.int8 | np.uint8 = SIGNED.weight
+    ) -> ir.Value:
+        """Return the weight codes as an initializer: INT4 up to 4 bits, INT8 or UINT8 above."""
+        return self.store("weight_quantized", stored_codes(codes, self.signature.weight_bits, zero))
+
+    def finish(self) -> None:
+        """Put the recorded nodes in the layer's place; the last one computes its output."""
+        replace_node(self._graph, self._node.outputs[0], self.writer.tape.nodes)
