@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from treeq_export import __version__
 from treeq_export.baseline import open_baseline
@@ -158,7 +157,8 @@ def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
 
 
 def _report(workspace: Workspace, on_step: OnStep) -> Report:
-    report = write_report(workspace.run, **_report_parts(workspace))
+    report = read_report(workspace)
+    write_report(report)
     on_step(1.0)
     return report
 
@@ -169,16 +169,13 @@ def read_report(workspace: Workspace) -> Report:
     Raises:
         PlanError: The plan or compile.json is missing, or a record is malformed.
     """
-    return make_report(workspace.run, **_report_parts(workspace))
-
-
-def _report_parts(workspace: Workspace) -> dict[str, Any]:
     seconds = {name: record.seconds for name, record in workspace.stages.items()}
-    return {
-        "stages": {stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
-        "recipe": workspace.recipe,
-        "commands": reproduce_commands(workspace),
-    }
+    return make_report(
+        workspace.run,
+        stages={stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
+        recipe=workspace.recipe,
+        commands=reproduce_commands(workspace),
+    )
 
 
 def _compiled_files(workspace: Workspace) -> list[str]:

@@ -35,7 +35,7 @@ from treeq_gpu.instantiations import DType, Instantiation
 
 from experimental.quick_plugins.ptx import float_bits, reorder_params
 from treeq_export.errors import RunnerError
-from treeq_export.ops import DOMAIN
+from treeq_export.ops import DOMAIN, ActScale
 from treeq_export.reading import read_text
 from treeq_export.runners.cubin_launcher import pick_architecture, read_manifest
 from treeq_export.runners.tensorrt_library import Runtime
@@ -221,7 +221,7 @@ class QuickPlugins:
         """Return kernel and launch: one program for 16 tokens."""
         k, tokens = node.in_features, _num_tokens(node.x.shape_expr)
         made = instantiations.quantize(
-            node.act_scale.rstrip("\0"), node.rotation_group, _DTYPES[node.x.dtype.name]
+            ActScale(node.act_scale.rstrip("\0")), node.rotation_group, _DTYPES[node.x.dtype.name]
         )
         values = {
             "M": tokens,

@@ -21,14 +21,14 @@ from experimental.quick_plugins.plugin import (
 )
 from experimental.quick_plugins.ptx import float_bits, reorder_params
 from treeq_export.errors import RunnerError
-from treeq_export.ops import QLINEAR
+from treeq_export.ops import QLINEAR, ActScale
 from treeq_export.runners.tensorrt_library import Runtime
 from treeq_export.runners.tensorrt_plugin import KERNELS_VARIABLE
 
 pytestmark = pytest.mark.slow
 
 ARCHITECTURE = "sm_80"
-QUANTIZE = quantize("token_rms", 64, "fp16")
+QUANTIZE = quantize(ActScale.TOKEN_RMS, 64, "fp16")
 PRODUCT = qlinear(3, "token", "fp16")
 
 
@@ -250,7 +250,7 @@ def test_kernels_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RunnerError, match=r"no GPU kernels.*treeq_gpu\.ahead"):
         register_quick_plugins(runtime, "sm_80")
     monkeypatch.setenv(KERNELS_VARIABLE, str(tmp_path))
-    with pytest.raises(RunnerError, match=r"kernels\.json: missing"):
+    with pytest.raises(RunnerError, match=r"kernels\.json: cannot be read"):
         register_quick_plugins(runtime, "sm_80")
     (tmp_path / "kernels.json").write_text('{"kernels": [{"arch": "sm_90"}]}')
     with pytest.raises(RunnerError, match="kernels for sm_90, but the GPU is sm_80"):

@@ -42,9 +42,7 @@ from treeq_export.records import (
     save_record,
 )
 from treeq_export.records.build import ShapeRange
-from treeq_export.report import Report, figures, print_report, write_report
-from treeq_export.report.evidence import read_evidence
-from treeq_export.report.summary import summarize
+from treeq_export.report import Report, figures, make_report, print_report, write_report
 
 # A 2x1 greyscale PNG.
 PNG = bytes.fromhex(
@@ -392,7 +390,7 @@ def build(run: Path, recipe: Recipe) -> Callable[[], Report]:
     """Return a function that builds the report of `run` without writing files."""
 
     def build_now() -> Report:
-        return summarize(read_evidence(run, recipe, []), STAGES)
+        return make_report(run, stages=STAGES, recipe=recipe, commands=[])
 
     return build_now
 
@@ -402,12 +400,14 @@ def write(run: Path, recipe: Recipe) -> Callable[[], Report]:
     """Return a function that writes the report of `run`."""
 
     def write_now() -> Report:
-        return write_report(
+        report = make_report(
             run,
             stages=STAGES,
             recipe=recipe,
             commands=["treeq-export run recipe.yaml --out runs/tiny"],
         )
+        write_report(report)
+        return report
 
     return write_now
 

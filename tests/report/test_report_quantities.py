@@ -14,8 +14,8 @@ from treeq_export.report.quantities import (
     format_count,
     format_db,
     format_fixed,
+    format_gate,
     format_limit,
-    format_measured,
     format_number,
     format_percent,
     format_ratio,
@@ -65,9 +65,16 @@ def test_shown_values(shown: str, expected: str) -> None:
 
 @given(st.floats(), st.floats(allow_nan=False))
 def test_a_gate_is_shown_on_its_side_of_the_limit(measured: float, limit: float) -> None:
-    shown, shown_limit = float(format_measured(measured, limit)), float(format_limit(limit))
-    assert shown_limit == limit
+    shown, shown_limit = map(float, format_gate(measured, limit))
+    assert shown_limit == pytest.approx(limit, rel=5e-4)
     assert (shown < shown_limit, shown > shown_limit) == (measured < limit, measured > limit)
+
+
+@given(st.integers(0, 9999), st.integers(0, 4))
+def test_a_limit_that_was_written_is_shown_exactly(number: int, decimals: int) -> None:
+    limit = number / 10**decimals
+    assert float(format_limit(limit)) == limit
+    assert float(format_gate(1.0, limit)[1]) == limit
 
 
 @given(st.integers(0, 10**15))

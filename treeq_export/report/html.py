@@ -26,9 +26,9 @@ from treeq_export.recipe import Recipe
 from treeq_export.records import AuditLayer, TargetParity
 from treeq_export.report import figures, quantities, search_figures
 from treeq_export.report.branches import tabulate_branches
-from treeq_export.report.evidence import STAGE_OF_SECTION, Evidence, judge
 from treeq_export.report.heatmap import lay_out_bits
-from treeq_export.report.summary import Report, baseline_speedups, sort_worst_first
+from treeq_export.report.report import STAGE_OF_SECTION, Report, judge
+from treeq_export.report.summary import baseline_speedups, sort_worst_first
 from treeq_export.report.tiles import describe_speedup, make_tiles
 from treeq_export.report.tree import draw_tree
 from treeq_export.targets.names import FP32
@@ -70,7 +70,7 @@ class AuditRow:
 
     Attributes:
         name: The layer.
-        entries: One per target, in the order of `Evidence.targets`; None where it is not listed.
+        entries: One per target, in the order of `Report.targets`; None where it is not listed.
     """
 
     name: str
@@ -85,18 +85,8 @@ class AuditRow:
 
 
 def render_html(report: Report) -> str:
-    """Return the page.
-
-    Args:
-        report: A report with its evidence.
-
-    Raises:
-        ValueError: The report was read back from report.json and has no evidence.
-    """
-    if report.evidence is None:
-        raise ValueError("report.json does not hold what report.html shows: build the report anew")
-    view = _make_view(report, report.evidence)
-    return make_environment().get_template(TEMPLATE).render(view) + "\n"
+    """Return the page."""
+    return make_environment().get_template(TEMPLATE).render(_make_view(report)) + "\n"
 
 
 def make_environment(*packages: str) -> Environment:
@@ -138,56 +128,55 @@ def make_environment(*packages: str) -> Environment:
     return environment
 
 
-def _make_view(report: Report, evidence: Evidence) -> dict[str, Any]:
+def _make_view(report: Report) -> dict[str, Any]:
     """Return what the template shows."""
     return {
         "version": __version__,
         "report": report,
-        "evidence": evidence,
-        "plan": evidence.plan,
-        "recipe": evidence.recipe,
-        "verdict": judge(evidence),
-        "tiles": make_tiles(report, evidence),
-        "heatmap": lay_out_bits(evidence.plan),
-        "gates": evidence.gates,
-        "measured": quantities.format_measured,
+        "plan": report.plan,
+        "recipe": report.recipe,
+        "verdict": judge(report),
+        "tiles": make_tiles(report),
+        "heatmap": lay_out_bits(report.plan),
+        "gates": report.gates,
+        "gate_texts": quantities.format_gate,
         "remedies": {
             section: f"treeq-export {stage} --run DIR"
             for section, stage in STAGE_OF_SECTION.items()
         },
-        "plots": _draw_plots(report, evidence),
-        "grids": _read_grids(evidence),
-        "branches": tabulate_branches(evidence.search.branches if evidence.search else {}),
-        "speedups": baseline_speedups(evidence.bench) if evidence.bench else [],
-        "layers": {layer.name: layer for layer in evidence.plan.layers},
+        "plots": _draw_plots(report),
+        "grids": _read_grids(report),
+        "branches": tabulate_branches(report.search.branches if report.search else {}),
+        "speedups": baseline_speedups(report.bench) if report.bench else [],
+        "layers": {layer.name: layer for layer in report.plan.layers},
         "parity_tables": [
             (target, _summarize_layers(target))
-            for target in (evidence.parity.targets if evidence.parity else [])
+            for target in (report.parity.targets if report.parity else [])
         ],
-        "audit": _collect_audit(evidence),
-        "environment": quantities.flatten(evidence.bench.environment) if evidence.bench else [],
-        "recipe_yaml": dump_recipe(evidence.recipe, evidence.run),
-        "fp32_compiled": any(entry.target == FP32 for entry in evidence.compiled.targets),
+        "audit": _collect_audit(report),
+        "environment": quantities.flatten(report.bench.environment) if report.bench else [],
+        "recipe_yaml": dump_recipe(report.recipe, report.run),
+        "fp32_compiled": any(entry.target == FP32 for entry in report.compiled.targets),
     }
 
 
-def _draw_plots(report: Report, evidence: Evidence) -> dict[str, Markup]:
+def _draw_plots(report: Report) -> dict[str, Markup]:
     """Return the plots by section, empty where there is nothing to draw."""
     names = ("parity", "speed", "size", "tree", "front", "training")
     plots: dict[str, Markup] = {name: Markup("") for name in names}
-    if evidence.parity and evidence.parity.targets:
-        blocks = {layer.name: layer.tree.block for layer in evidence.plan.layers}
-        limit = evidence.recipe.validate_.gates.min_layer_sqnr_db
-        plots["parity"] = Markup(figures.draw_parity(evidence.parity.targets, blocks, limit))
-    if evidence.bench and evidence.bench.rows:
-        plots["speed"] = Markup(figures.draw_speed(evidence.bench.rows, evidence.targets))
-    if evidence.search and evidence.search.nodes:
-        plots["tree"] = Markup(draw_tree(evidence.search.nodes))
-    if evidence.search and evidence.search.front:
-        plots["front"] = Markup(search_figures.draw_front(evidence.search))
-    if evidence.finetune and evidence.finetune.curve:
-        plots["training"] = Markup(search_figures.draw_training(evidence.finetune))
-    sizes = [(entry.target, entry.size_bytes) for entry in evidence.compiled.targets]
+    if report.parity and report.parity.targets:
+        blocks = {layer.name: layer.tree.block for layer in report.plan.layers}
+        limit = report.recipe.validate_.gates.min_layer_sqnr_db
+        plots["parity"] = Markup(figures.draw_parity(report.parity.targets, blocks, limit))
+    if report.bench and report.bench.rows:
+        plots["speed"] = Markup(figures.draw_speed(report.bench.rows, report.targets))
+    if report.search and report.search.nodes:
+        plots["tree"] = Markup(draw_tree(report.search.nodes))
+    if report.search and report.search.front:
+        plots["front"] = Markup(search_figures.draw_front(report.search))
+    if report.finetune and report.finetune.curve:
+        plots["training"] = Markup(search_figures.draw_training(report.finetune))
+    sizes = [(entry.target, entry.size_bytes) for entry in report.compiled.targets]
     if sizes:
         plots["size"] = Markup(figures.draw_sizes(sizes, report.size["fp32_bytes"]))
     return plots
@@ -207,26 +196,26 @@ def _summarize_layers(target: TargetParity) -> dict[str, Any]:
     }
 
 
-def _collect_audit(evidence: Evidence) -> list[AuditRow]:
+def _collect_audit(report: Report) -> list[AuditRow]:
     by_target = {
         compiled.target: {entry.name: entry for entry in compiled.audit}
-        for compiled in evidence.compiled.targets
+        for compiled in report.compiled.targets
         if compiled.target != FP32
     }
     names = dict.fromkeys(name for audit in by_target.values() for name in audit)
     return [
-        AuditRow(name, tuple(by_target[target].get(name) for target in evidence.targets))
+        AuditRow(name, tuple(by_target[target].get(name) for target in report.targets))
         for name in names
     ]
 
 
-def _read_grids(evidence: Evidence) -> list[Grid]:
-    quality = evidence.quality
+def _read_grids(report: Report) -> list[Grid]:
+    quality = report.quality
     if quality is None:
         return []
     titles = {"fp": "Full precision", "baseline": "Baseline", "quantized": "Quantized"}
     if quality.baseline is not None:
-        base, plan = quality.baseline, evidence.plan
+        base, plan = quality.baseline, report.plan
         titles["baseline"] = _bits_title(
             f"{base.strategy.capitalize()} bits", base.weight_bits, base.activation_bits
         )
@@ -235,7 +224,7 @@ def _read_grids(evidence: Evidence) -> list[Grid]:
         )
     found = quality.grids
     ordered = sorted(found, key=lambda key: [*titles, key].index(key))
-    return [read_grid(evidence.run, titles.get(key, key), found[key]) for key in ordered]
+    return [read_grid(report.run, titles.get(key, key), found[key]) for key in ordered]
 
 
 def _bits_title(what: str, weight_bits: float, activation_bits: float) -> str:

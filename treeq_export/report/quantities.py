@@ -12,6 +12,7 @@ from treeq_export.records import ORT_CPU, Spread
 
 DASH = "-"
 INFINITY = "inf"
+_LONGEST_WRITTEN = 9  # characters of a limit that somebody wrote; longer ones were computed
 
 
 def name_with_runtime(target: str, runtime: str) -> str:
@@ -138,26 +139,36 @@ def format_spread(spread: Spread | None, decimals: int) -> str:
 
 
 def format_limit(limit: float) -> str:
-    """Return a gate's limit exactly, in its shortest form.
+    """Return a limit as it was written; one that was computed has four significant digits.
 
-    >>> format_limit(40.0), format_limit(0.99995)
-    ('40', '0.99995')
+    >>> format_limit(40.0), format_limit(0.99995), format_limit(26.84889849857438)
+    ('40', '0.99995', '26.85')
     """
-    return repr(limit).removesuffix(".0")
+    return _shorten(limit, 4 if len(repr(limit)) > _LONGEST_WRITTEN else 17)
 
 
-def format_measured(measured: float, limit: float) -> str:
-    """Return a gate's value with enough digits to see on which side of the limit it lies.
+def format_gate(measured: float, limit: float) -> tuple[str, str]:
+    """Return a gate's value and limit with enough digits to see on which side the value lies.
 
-    >>> format_measured(47.3149, 40.0), format_measured(39.9999999, 40.0)
-    ('47.31', '39.9999999')
+    >>> format_gate(47.3149, 40.0), format_gate(39.9999999, 40.0)
+    (('47.31', '40'), ('39.9999999', '40'))
+    >>> format_gate(32.671, 26.84889849857438)
+    ('32.67', '26.85')
     """
     side = (measured < limit, measured > limit)
+    texts = _shorten(measured, 17), _shorten(limit, 17)
     for digits in range(4, 17):
+        short = limit if len(repr(limit)) <= _LONGEST_WRITTEN else float(f"{limit:.{digits}g}")
         shown = float(f"{measured:.{digits}g}")
-        if (shown < limit, shown > limit) == side:
-            return repr(shown).removesuffix(".0")
-    return repr(measured)
+        rounded = math.isinf(short) == math.isinf(limit)  # else the largest floats became inf
+        if rounded and (shown < short, shown > short) == side:
+            return _shorten(shown, 17), _shorten(short, 17)
+    return texts
+
+
+def _shorten(value: float, digits: int) -> str:
+    """Return a number in its shortest form of so many significant digits."""
+    return repr(float(f"{value:.{digits}g}")).removesuffix(".0")
 
 
 def format_bits(bits: int | None) -> str:
@@ -172,8 +183,8 @@ def format_bits(bits: int | None) -> str:
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return nested settings as (dotted name, text) pairs, in the order given.
 
-    >>> flatten({"cpu": {"model": "x", "cores": 2}, "flags": ["a", "b"]})
-    [('cpu.model', 'x'), ('cpu.cores', '2'), ('flags', 'a, b')]
+    >>> flatten({"cpu": {"model": "x", "cores": 2}, "flags": ["a", "b"], "ram_bytes": 25279059648})
+    [('cpu.model', 'x'), ('cpu.cores', '2'), ('flags', 'a, b'), ('ram_bytes', '25.3 GB')]
     """
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
@@ -181,7 +192,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         if isinstance(value, Mapping):
             rows += flatten(cast("Mapping[str, Any]", value), f"{name}.")
         elif isinstance(value, list | tuple):
-            rows.append((name, ", ".join(str(item) for item in cast("list[Any]", value))))
+            rows.append((name, ", ".join(map(_format_setting, cast("list[Any]", value)))))
+        elif key.endswith("_bytes") and isinstance(value, int):
+            rows.append((name, format_bytes(value)))
         else:
-            rows.append((name, DASH if value is None else str(value)))
+            rows.append((name, _format_setting(value)))
     return rows
+
+
+def _format_setting(value: Any) -> str:
+    if value is None:
+        return DASH
+    return format_number(value) if isinstance(value, float) else str(value)

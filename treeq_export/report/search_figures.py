@@ -154,6 +154,6 @@ def draw_training(record: FinetuneRecord) -> str:
         for axes in (above, below):
             axes.axvline(record.best_step, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.set_ylim(bottom=0)
-        above.legend(loc="upper right", fontsize=8)
+        above.legend(loc="lower left", fontsize=8)
 
     return to_svg("training", 4.6, draw)

@@ -8,39 +8,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from treeq_export.records import BenchRecord, ParityRecord, QualityRecord, QualityScores
 from treeq_export.report import quantities
-from treeq_export.report.evidence import STAGE_OF_SECTION, Evidence, judge
-from treeq_export.report.summary import (
-    HTML_FILE,
-    BenchSummary,
-    FullPrecisionScores,
-    ParitySummary,
-    QualitySummary,
-    Report,
-    baseline_speedups,
-    sort_worst_first,
-)
+from treeq_export.report.report import STAGE_OF_SECTION, Report, judge
+from treeq_export.report.summary import HTML_FILE, baseline_speedups, sort_worst_first
 
 NUM_WORST = 5
 _VERDICT_STYLES = {"passed": "bold green", "failed": "bold red", "incomplete": "bold yellow"}
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report.
-
-    Args:
-        report: From `write_report`; one read back from report.json lacks gates and memory, which
-            that file does not hold.
-        console: Where to print.
-    """
+    """Print a report."""
     _print_model(report, console)
     _print_search(report, console)
-    _print_quality(report.quality, report.evidence, console)
-    _print_parity(report.parity, report.evidence, console)
-    _print_bench(report.bench, report.evidence, console)
+    for section, record, show in (
+        ("quality", report.quality, _print_quality),
+        ("parity", report.parity, _print_parity),
+        ("bench", report.bench, _print_bench),
+    ):
+        if record is None:
+            command = f"treeq-export {STAGE_OF_SECTION[section]} --run {report.run}"
+            text = f"{section}: not measured: run `{command}`"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+        else:
+            show(record, console)
     _print_sizes(report, console)
-    if report.evidence is not None:
-        _print_gates(report.evidence, console)
+    _print_gates(report, console)
 
 
 def _make_table(title: str | None, first: str, *columns: str) -> Table:
@@ -56,19 +49,13 @@ def _add(table: Table, *cells: str | Text) -> None:
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def _print_unmeasured(section: str, evidence: Evidence | None, console: Console) -> None:
-    run = evidence.run if evidence else "DIR"
-    text = f"{section}: not measured: run `treeq-export {STAGE_OF_SECTION[section]} --run {run}`"
-    console.print(Text(text, style="yellow"), soft_wrap=True)
-
-
 def _print_model(report: Report, console: Console) -> None:
     table = _make_table("Model and plan", "", "")
     table.show_header = False
-    model, plan = report.model, report.plan
-    _add(table, "model", model.name)
-    _add(table, "parameters", quantities.format_count(model.num_parameters))
-    _add(table, "quantized layers", quantities.format_count(model.num_quantized_layers))
+    plan = report.plan
+    _add(table, "model", plan.model.name)
+    _add(table, "parameters", quantities.format_count(plan.model.num_parameters))
+    _add(table, "quantized layers", quantities.format_count(len(plan.layers)))
     _add(table, "average weight bits", quantities.format_fixed(plan.average_weight_bits))
     _add(table, "average activation bits", quantities.format_fixed(plan.average_activation_bits))
     fraction = quantities.format_percent(plan.branch_parameter_fraction)
@@ -79,13 +66,14 @@ def _print_model(report: Report, console: Console) -> None:
 def _print_search(report: Report, console: Console) -> None:
     """Print a line on the search and one on training, where there is something to say."""
     search, finetune = report.search, report.finetune
-    if search is not None and search.num_leaves is not None:
+    if search is not None and search.cost is not None:
         announced = ""
-        if search.num_evaluations_announced is not None:
-            announced = f" ({quantities.format_count(search.num_evaluations_announced)} announced)"
+        if search.nodes:
+            announced = f" ({quantities.format_count(search.cost.num_evaluations)} announced)"
+        measured = search.num_measured + search.num_from_journal
         text = (
-            f"Search: {search.strategy}, {search.num_leaves} leaves, "
-            f"{quantities.format_count(search.num_evaluations)} evaluations{announced} "
+            f"Search: {search.strategy}, {search.cost.num_leaves} leaves, "
+            f"{quantities.format_count(measured)} evaluations{announced} "
             f"in {quantities.format_seconds(search.seconds)}, "
             f"network MSE {quantities.format_number(search.network_mse, 3)}"
         )
@@ -101,17 +89,12 @@ def _print_search(report: Report, console: Console) -> None:
         console.print(Text(text), soft_wrap=True)
 
 
-def _print_quality(
-    quality: QualitySummary | None, evidence: Evidence | None, console: Console
-) -> None:
-    if quality is None:
-        _print_unmeasured("quality", evidence, console)
-        return
+def _print_quality(quality: QualityRecord, console: Console) -> None:
     title = f"Quality: {quality.num_samples} images, equal seeds"
-    sides: dict[str, FullPrecisionScores] = {"full precision": quality.fp}
+    sides: dict[str, QualityScores] = {"full precision": quality.fp}
     errors: list[float | None] = [0.0]
     if quality.baseline is not None:
-        sides[f"{quality.baseline.strategy} bits"] = quality.baseline
+        sides[f"{quality.baseline.strategy} bits"] = quality.baseline.scores
         errors.append(quality.baseline.network_mse)
     sides["quantized"] = quality.quantized
     errors.append(quality.network_mse)
@@ -122,7 +105,7 @@ def _print_quality(
     accuracies = [side.class_accuracy for side in sides.values()]
     shown = [_score(value, quantities.format_percent(value)) for value in accuracies]
     _add(table, "class accuracy", *shown)
-    psnrs = [getattr(side, "psnr_db", None) for side in list(sides.values())[1:]]
+    psnrs = [side.psnr_db for side in list(sides.values())[1:]]
     shown = [_score(value, f"{quantities.format_db(value)} dB") for value in psnrs]
     _add(table, "PSNR to full precision", "", *shown)
     if quality.network_mse is not None:
@@ -135,16 +118,11 @@ def _score(value: float | None, text: str) -> str:
     return "not measured" if value is None else text
 
 
-def _print_parity(
-    parity: dict[str, ParitySummary] | None, evidence: Evidence | None, console: Console
-) -> None:
-    if parity is None:
-        _print_unmeasured("parity", evidence, console)
-        return
-    for name, target in parity.items():
+def _print_parity(parity: ParityRecord, console: Console) -> None:
+    for target in parity.targets:
+        name = quantities.name_with_runtime(target.target, target.runtime)
         title = (
-            f"Parity of {quantities.name_with_runtime(name, target.runtime)} with the quantized "
-            "PyTorch reference: "
+            f"Parity of {name} with the quantized PyTorch reference: "
             f"{quantities.format_db(target.sqnr_db)} dB end to end, "
             f"max abs error {quantities.format_number(target.max_abs_error)}, "
             f"{'passed' if target.passed else 'FAILED'}"
@@ -159,44 +137,29 @@ def _print_parity(
         console.print(table)
 
 
-def _print_bench(bench: BenchSummary | None, evidence: Evidence | None, console: Console) -> None:
-    if bench is None:
-        _print_unmeasured("bench", evidence, console)
-        return
+def _print_bench(bench: BenchRecord, console: Console) -> None:
     table = _make_table("Speed", "target", "batch", "median, ms", "ratio", "95 % interval")
-    ratios = _collect_ratios(bench, evidence)
+    speedups = {(s.target, s.batch): s for s in baseline_speedups(bench)}
     for row in bench.rows:
-        median = quantities.format_number(row.median_ms)
-        _add(table, row.target, str(row.batch), median, *ratios.get((row.target, row.batch), ()))
+        cells = [row.target, str(row.batch), quantities.format_number(row.median_ms)]
+        speedup = speedups.get((row.target, row.batch))
+        if speedup is not None:
+            low, high = (quantities.format_fixed(end) for end in (speedup.low, speedup.high))
+            cells += [quantities.format_ratio(speedup.ratio), f"{low} .. {high}"]
+        _add(table, *cells)
     console.print(table)
-    if evidence is not None and evidence.bench is not None and evidence.bench.memory:
-        memory = _make_table("Memory", "target", "after load", "peak", "load")
-        for entry in evidence.bench.memory:
-            _add(
-                memory,
-                entry.target,
-                quantities.format_bytes(entry.after_load_bytes),
-                quantities.format_bytes(entry.peak_bytes),
-                quantities.format_seconds(entry.load_s),
-            )
-        console.print(memory)
-
-
-def _collect_ratios(
-    bench: BenchSummary, evidence: Evidence | None
-) -> dict[tuple[str, int], tuple[str, str]]:
-    """Return ratio and interval by target and batch; report.json has the first batch only."""
-    if evidence is not None and evidence.bench is not None:
-        speedups = {(s.target, s.batch): s for s in baseline_speedups(evidence.bench)}
-    else:
-        speedups = {(name, bench.rows[0].batch): s for name, s in bench.speedup.items()}
-    return {
-        key: (
-            quantities.format_ratio(speedup.ratio),
-            f"{quantities.format_fixed(speedup.low)} .. {quantities.format_fixed(speedup.high)}",
+    if not bench.memory:
+        return
+    memory = _make_table("Memory", "target", "after load", "peak", "load")
+    for entry in bench.memory:
+        _add(
+            memory,
+            entry.target,
+            quantities.format_bytes(entry.after_load_bytes),
+            quantities.format_bytes(entry.peak_bytes),
+            quantities.format_seconds(entry.load_s),
         )
-        for key, speedup in speedups.items()
-    }
+    console.print(memory)
 
 
 def _print_sizes(report: Report, console: Console) -> None:
@@ -208,20 +171,24 @@ def _print_sizes(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _print_gates(evidence: Evidence, console: Console) -> None:
-    verdict = judge(evidence)
-    if evidence.gates:
+def _print_gates(report: Report, console: Console) -> None:
+    """Print a line for each group of gates that passed, and every gate of one that failed."""
+    verdict = judge(report)
+    if report.gates:
         table = _make_table("Gates", "gate", "measured", "limit", "")
-        for gate in evidence.gates:
-            result = Text("passed", "green") if gate.passed else Text("FAILED", "bold red")
-            sign = ">=" if gate.at_least else "<="
-            measured = quantities.format_measured(gate.measured, gate.limit)
-            _add(
-                table, gate.name, measured, f"{sign} {quantities.format_limit(gate.limit)}", result
-            )
+        for group in report.gate_groups:
+            if group.num_passed == len(group.gates):
+                passed = Text(f"all {len(group.gates)} passed", "green")
+                _add(table, group.title, "", "", passed)
+                continue
+            for gate in group.gates:
+                result = Text("passed", "green") if gate.passed else Text("FAILED", "bold red")
+                measured, limit = quantities.format_gate(gate.measured, gate.limit)
+                sign = ">=" if gate.at_least else "<="
+                _add(table, gate.name, measured, f"{sign} {limit}", result)
         console.print(table)
     names = f": {'; '.join(verdict.failed)}" if verdict.failed else ""
     console.print(
         Text(f"{verdict.headline}{names}", _VERDICT_STYLES[verdict.state]), soft_wrap=True
     )
-    console.print(Text(f"Page: {evidence.run / HTML_FILE}"), soft_wrap=True)
+    console.print(Text(f"Page: {report.run / HTML_FILE}"), soft_wrap=True)

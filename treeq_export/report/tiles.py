@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from treeq_export.records import Speedup
-from treeq_export.report.evidence import Evidence
 from treeq_export.report.quantities import (
     format_bytes,
     format_db,
@@ -12,7 +11,8 @@ from treeq_export.report.quantities import (
     format_ratio,
     name_with_runtime,
 )
-from treeq_export.report.summary import Report, baseline_speedups
+from treeq_export.report.report import Report
+from treeq_export.report.summary import headline_speedups
 
 UNMEASURED = "not measured"
 
@@ -34,15 +34,15 @@ class Tile:
     measured: bool = True
 
 
-def make_tiles(report: Report, evidence: Evidence) -> list[Tile]:
+def make_tiles(report: Report) -> list[Tile]:
     """Return bits, size, speed, Frechet distance, accuracy and parity, in this order."""
     return [
         _tile_bits(report),
-        _tile_size(report, evidence),
-        _tile_speed(evidence),
+        _tile_size(report),
+        _tile_speed(report),
         _tile_frechet(report),
         _tile_images(report),
-        _tile_parity(report, evidence),
+        _tile_parity(report),
     ]
 
 
@@ -54,21 +54,21 @@ def _tile_bits(report: Report) -> Tile:
         "Average bits",
         f"W {weight} · A {activation}",
         (
-            f"over {report.model.num_quantized_layers} layers, weighted by size",
+            f"over {len(plan.layers)} layers, weighted by size",
             f"branch parameters: {format_percent(plan.branch_parameter_fraction)} of the weights",
         ),
     )
 
 
-def _tile_size(report: Report, evidence: Evidence) -> Tile:
+def _tile_size(report: Report) -> Tile:
     full = report.size["fp32_bytes"]
     lines = [
         f"{name}: {format_bytes(report.size[name])} ({format_ratio(full / report.size[name])})"
-        for name in evidence.targets
+        for name in report.targets
     ]
     if not lines:
         return Tile("Smaller than float32", UNMEASURED, ("no target compiled",), measured=False)
-    first = evidence.targets[0]
+    first = report.targets[0]
     return Tile(
         f"Smaller than float32, {first}",
         format_ratio(full / report.size[first]),
@@ -76,17 +76,12 @@ def _tile_size(report: Report, evidence: Evidence) -> Tile:
     )
 
 
-def _tile_speed(evidence: Evidence) -> Tile:
+def _tile_speed(report: Report) -> Tile:
     label = "Speed against float32"
-    if evidence.bench is None:
+    if report.bench is None:
         return Tile(label, UNMEASURED, ("run treeq-export bench",), measured=False)
-    rows = {row.batch for row in evidence.bench.rows[:1]}
-    speedups = {
-        speedup.target: speedup
-        for speedup in baseline_speedups(evidence.bench)
-        if speedup.batch in rows
-    }
-    shown = [speedups[name] for name in evidence.targets if name in speedups]
+    speedups = {speedup.target: speedup for speedup in headline_speedups(report.bench)}
+    shown = [speedups[name] for name in report.targets if name in speedups]
     if not shown:
         return Tile(label, UNMEASURED, ("no baseline was timed",), measured=False)
     return Tile(
@@ -147,17 +142,22 @@ def _tile_images(report: Report) -> Tile:
     )
 
 
-def _tile_parity(report: Report, evidence: Evidence) -> Tile:
+def _tile_parity(report: Report) -> Tile:
     label = "Parity, end to end"
-    shown = [name for name in evidence.targets if report.parity and name in report.parity]
-    if not report.parity or not shown:
+    targets = report.parity.targets if report.parity else []
+    shown = [target for name in report.targets for target in targets if target.target == name]
+    if not shown:
         return Tile(label, UNMEASURED, ("run treeq-export validate",), measured=False)
-    names = {name: name_with_runtime(name, report.parity[name].runtime) for name in shown}
+    lines = {
+        name_with_runtime(target.target, target.runtime): f"{format_db(target.sqnr_db)} dB"
+        for target in shown
+    }
+    first = next(iter(lines))
     return Tile(
-        f"{label}, {names[shown[0]]}",
-        f"{format_db(report.parity[shown[0]].sqnr_db)} dB",
+        f"{label}, {first}",
+        lines[first],
         (
-            *(f"{names[name]}: {format_db(report.parity[name].sqnr_db)} dB" for name in shown),
+            *(f"{name}: {value}" for name, value in lines.items()),
             "SQNR against the PyTorch reference with the same quantization",
         ),
     )

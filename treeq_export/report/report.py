@@ -1,4 +1,4 @@
-"""What a report is made of: the records of a run, and whether its gates are met."""
+"""The report of a run: its records, and whether its gates are met."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from treeq_export.records import (
     SearchRecord,
     load_record,
 )
+from treeq_export.report.quantities import name_with_runtime
 from treeq_export.targets.names import FP32
 
 # The section of report.json that a stage fills.
@@ -29,25 +30,27 @@ Measured = TypeVar("Measured", bound=Record)
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Everything a report is made of, as the stages left it.
+class Report:
+    """The records of a run as the stages left them; report.json, the page and the terminal show it.
 
     Attributes:
         run: The run folder.
-        plan: Its plan.
+        stages: Seconds that each stage took.
+        plan: The run's plan.
         plan_sha256: Digest of plan.json.
         recipe: The recipe, with absolute paths.
         compiled: Result of compile.
         parity: Result of validate; None if it has not run.
         bench: Result of bench; None if it has not run.
         quality: Result of evaluate; None if it has not run.
-        search: How the search went; None where search.json is missing.
+        search: Result of search; None where search.json is missing.
         finetune: Result of finetune; None if nothing was trained.
         build: Result of build; None if no engine was built.
         commands: Command lines that repeat the run.
     """
 
     run: Path
+    stages: dict[str, float]
     plan: Plan
     plan_sha256: str
     recipe: Recipe
@@ -63,9 +66,17 @@ class Evidence:
     @property
     def gates(self) -> list[GateResult]:
         """All gates that were measured: parity, target by target, then quality."""
-        targets = self.parity.targets if self.parity else []
-        gates = [gate for target in targets for gate in target.gates]
-        return gates + (self.quality.gates if self.quality else [])
+        return [gate for group in self.gate_groups for gate in group.gates]
+
+    @property
+    def gate_groups(self) -> list["GateGroup"]:
+        """The gates by target, then those of the images; groups without gates are left out."""
+        groups = [
+            GateGroup(name_with_runtime(target.target, target.runtime), target.gates)
+            for target in (self.parity.targets if self.parity else [])
+        ]
+        groups.append(GateGroup("images", self.quality.gates if self.quality else []))
+        return [group for group in groups if group.gates]
 
     @property
     def targets(self) -> list[str]:
@@ -82,9 +93,38 @@ class Evidence:
         return [engine for engine in built if engine.manifest.graph_sha256 in current]
 
     @property
+    def size(self) -> dict[str, int]:
+        """Bytes: "fp32_bytes", or 4 a parameter without that graph, and an entry per target."""
+        sizes = {entry.target: entry.size_bytes for entry in self.compiled.targets}
+        full = sizes.pop(FP32, 4 * self.plan.model.num_parameters)
+        return {"fp32_bytes": full, **sizes}
+
+    @property
     def missing(self) -> list[str]:
         """Sections that have not been measured."""
         return [name for name in STAGE_OF_SECTION if getattr(self, name) is None]
+
+
+@dataclass(frozen=True)
+class GateGroup:
+    """Gates that are shown together.
+
+    Attributes:
+        title: The target with its runtime, or "images".
+        gates: The gates, one at least.
+    """
+
+    title: str
+    gates: list[GateResult]
+
+    @property
+    def num_passed(self) -> int:
+        """Number of gates that are met."""
+        return sum(gate.passed for gate in self.gates)
+
+    def short_name(self, gate: GateResult) -> str:
+        """Return a gate's name without its target, which the title says."""
+        return gate.name.partition(": ")[2] or gate.name
 
 
 @dataclass(frozen=True)
@@ -104,11 +144,14 @@ class Verdict:
     missing: tuple[str, ...]
 
 
-def read_evidence(run: Path, recipe: Recipe, commands: list[str]) -> Evidence:
-    """Read the records of a run.
+def make_report(
+    run: Path, *, stages: dict[str, float], recipe: Recipe, commands: list[str]
+) -> Report:
+    """Return the report of a run without writing it.
 
     Args:
-        run: The run folder; plan.json and compile.json have to be there.
+        run: The run folder; plan.json and compile.json have to exist.
+        stages: Seconds that each stage took.
         recipe: The recipe of the run.
         commands: Command lines that repeat the run.
 
@@ -116,8 +159,9 @@ def read_evidence(run: Path, recipe: Recipe, commands: list[str]) -> Evidence:
         PlanError: The plan or compile.json is missing, or a record is malformed; the message
             names the stage to run.
     """
-    return Evidence(
+    return Report(
         run=run,
+        stages={name: float(seconds) for name, seconds in stages.items()},
         plan=load_plan(run),
         plan_sha256=sha256_of_file(run / PLAN_FILE),
         recipe=recipe,
@@ -136,13 +180,13 @@ def _read_optional(path: Path, kind: type[Measured], stage: str) -> Measured | N
     return load_record(path, kind, stage) if path.is_file() else None
 
 
-def judge(evidence: Evidence) -> Verdict:
+def judge(report: Report) -> Verdict:
     """Say whether the gates of a run are met."""
-    gates, missing = evidence.gates, evidence.missing
+    gates, missing = report.gates, report.missing
     failed = [gate.name for gate in gates if not gate.passed]
     failed += [
         f"{target.target} parity"
-        for target in (evidence.parity.targets if evidence.parity else [])
+        for target in (report.parity.targets if report.parity else [])
         if not target.passed and all(gate.passed for gate in target.gates)
     ]
     state: Literal["passed", "failed", "incomplete"] = "passed"
