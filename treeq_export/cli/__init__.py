@@ -15,6 +15,7 @@ from treeq_export.cli import (
     search,
     serve,
     stages,
+    validate,
 )  # each adds its commands
 from treeq_export.cli.console import main
 
@@ -30,4 +31,5 @@ __all__ = [
     "search",
     "serve",
     "stages",
+    "validate",
 ]

@@ -137,19 +137,6 @@ def compile_command(run: Path, as_json: bool) -> None:
 @main.command()
 @run_option
 @json_option
-def validate(run: Path, as_json: bool) -> None:
-    """Compare every layer of every target with the reference.
-
-    Exit status 3 if a gate is not met.
-    """
-    run_one(run, "validate")
-    print_record(run, "parity.json", as_json)
-    _check_gates_of(run, "parity.json")
-
-
-@main.command()
-@run_option
-@json_option
 def bench(run: Path, as_json: bool) -> None:
     """Time all targets in one interleaved run, and their memory."""
     run_one(run, "bench")
