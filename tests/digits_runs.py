@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from treeq_export.pipeline import run_stage, stage_named
+from treeq_export.pipeline.run import run_stage, stage_named
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.recipe import Recipe
-from treeq_export.workspace import Workspace
 
 
 @pytest.fixture(scope="session")

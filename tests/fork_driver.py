@@ -43,9 +43,10 @@ import treeq_export.compile.stage
 from tests.commands import measure_nothing
 from tests.export_cache import export_once
 from tests.killer import Killer
-from treeq_export import artefacts, pipeline
+from treeq_export import artefacts
 from treeq_export.cli import main
-from treeq_export.workspace import Workspace
+from treeq_export.pipeline import run as pipeline
+from treeq_export.pipeline.workspace import Workspace
 
 
 class Trap:

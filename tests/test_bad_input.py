@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.recipe import load_recipe
-from treeq_export.workspace import Workspace
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn1.to_q"  # K = 64

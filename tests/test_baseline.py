@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from treeq_export import baseline
-from treeq_export.baseline import open_baseline, uniform_recipe
 from treeq_export.errors import PlanError
-from treeq_export.pipeline import is_up_to_date, require_stages, run_stage, stage_named
+from treeq_export.pipeline import baseline
+from treeq_export.pipeline.baseline import open_baseline, uniform_recipe
+from treeq_export.pipeline.run import is_up_to_date, require_stages, run_stage, stage_named
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import load_plan
 from treeq_export.recipe import Recipe, load_recipe
 from treeq_export.records import QualityRecord, load_record
-from treeq_export.workspace import Workspace
 
 SEARCHED = (
     "search.budget={weight_bits: 3, activation_bits: 4}",

@@ -15,12 +15,13 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from tests.commands import measure_nothing
-from treeq_export import __version__, pipeline
+from treeq_export import __version__
 from treeq_export.bench import stage as bench_stage
 from treeq_export.cli import console, main, stages
 from treeq_export.errors import CompileError, GateError, TreeqError
+from treeq_export.pipeline import run as pipeline
+from treeq_export.pipeline.stages import STAGE_NAMES
 from treeq_export.plan import json_schema, load_plan, plan_to_json
-from treeq_export.stages import STAGE_NAMES
 
 UNREACHABLE = "validate.gates.min_end_to_end_sqnr_db=1000"
 

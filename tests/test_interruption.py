@@ -20,7 +20,7 @@ from onnx.checker import ValidationError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from treeq_export.stages import STAGE_NAMES
+from treeq_export.pipeline.stages import STAGE_NAMES
 
 # The n-th renaming is missing: a file or folder is complete, but not in its place. Of calibrate,
 # finetune, compile, evaluate and report others already are.

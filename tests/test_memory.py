@@ -9,12 +9,13 @@ import pytest
 import torch
 from onnx import helper
 
-from treeq_export import memory, pipeline
+from treeq_export import memory
 from treeq_export.errors import OutOfMemoryError, PlanError, RunnerError
 from treeq_export.memory import explain_memory, is_out_of_memory, out_of_memory
+from treeq_export.pipeline import run as pipeline
+from treeq_export.pipeline.stages import STAGES
 from treeq_export.recipe import Recipe
 from treeq_export.runners.ort_runner import OrtRunner
-from treeq_export.stages import STAGES
 
 KEYS = ("sampler.batch_size", "calibrate.num_samples")
 LINE = (

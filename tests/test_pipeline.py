@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from treeq_export import pipeline
 from treeq_export.errors import GateError, PlanError, RecipeError, TreeqError
-from treeq_export.pipeline import (
+from treeq_export.pipeline import run as pipeline
+from treeq_export.pipeline.run import (
     check_recipe,
     recipe_with_digests,
     require_stages,
@@ -20,6 +20,8 @@ from treeq_export.pipeline import (
     run_stage,
     stage_named,
 )
+from treeq_export.pipeline.stages import STAGE_NAMES, reproduce_commands
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import (
     LayerPlan,
     ModelRecord,
@@ -33,8 +35,6 @@ from treeq_export.quant.spec import ActivationFormat, WeightFormat
 from treeq_export.recipe import load_recipe, strategy_options
 from treeq_export.records import GateResult, check_gates, gate_results
 from treeq_export.report import Report
-from treeq_export.stages import STAGE_NAMES, reproduce_commands
-from treeq_export.workspace import Workspace
 
 ALL = set(STAGE_NAMES)
 FROM_CALIBRATE = ALL - {"search"}

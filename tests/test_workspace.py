@@ -11,9 +11,9 @@ import pytest
 from treeq_export.artefacts import atomic_path
 from treeq_export.errors import CheckpointError, OutputError, PlanError
 from treeq_export.model.checkpoint import open_checkpoint
+from treeq_export.pipeline.workspace import StageRecord, Workspace, read_run
 from treeq_export.plan import ModelRecord, Plan, StrategyRecord, save_plan
 from treeq_export.recipe import Recipe, load_recipe
-from treeq_export.workspace import StageRecord, Workspace, read_run
 
 STAGE = StageRecord(fingerprint="f", seconds=1.5, outputs={"plan.json": "0" * 64})
 

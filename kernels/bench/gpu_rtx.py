@@ -39,8 +39,8 @@ def write_data(run: Path, target: str, folder: Path) -> None:
     """Write an input and what the compiled graph makes of it on the CPU."""
     from safetensors.numpy import save_file
 
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.targets.table import open_way
-    from treeq_export.workspace import Workspace
 
     with Workspace.reopen(run) as workspace, open_way(run, target) as runner:
         example = workspace.denoiser.make_example_inputs(2, seed=0)

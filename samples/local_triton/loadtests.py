@@ -58,11 +58,11 @@ from treeq_export.environment import describe_environment
 from treeq_export.model.checkpoint import build_model
 from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.sampler import sample
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import PLAN_FILE
 from treeq_export.records import Record
 from treeq_export.records.loadtest import LoadTestRecord, describe_errors
 from treeq_export.targets.table import open_way
-from treeq_export.workspace import Workspace
 
 RECORD_FILE, FIGURE_FILE = "serving.json", "serving.png"
 VARIANTS = {

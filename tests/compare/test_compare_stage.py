@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from treeq_export import pipeline
 from treeq_export.cli import main
 from treeq_export.compare import peer_cells, stage
 from treeq_export.errors import TreeqError
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
+from treeq_export.pipeline import run as pipeline
+from treeq_export.pipeline.workspace import read_run
 from treeq_export.records import CompareRecord, load_record
-from treeq_export.workspace import read_run
 
 SETTINGS = (
     "evaluate.seeds=[0,1,2]",

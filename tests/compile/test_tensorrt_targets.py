@@ -10,10 +10,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from treeq_export import stages
 from treeq_export.compile.audits.tensorrt import INT8_GEMM, PLUGIN
 from treeq_export.compile.graph.value_types import FLOATS, infer_types
 from treeq_export.compile.stage import compile_target
+from treeq_export.pipeline import stages
 from treeq_export.recipe import CompileSection, Recipe, ValidateSection
 from treeq_export.records import EMULATED
 from treeq_export.runners.graph_meta import load_compiled, read_profile

@@ -26,6 +26,7 @@ from treeq_export.evaluate.scores import _load_reference
 from treeq_export.model.checkpoint import open_checkpoint
 from treeq_export.model.conditioning import load_prompts
 from treeq_export.model.torch_file import read_torch_file
+from treeq_export.pipeline.workspace import read_run
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, load_plan, load_tensors
 from treeq_export.recipe import load_recipe
 from treeq_export.records import (
@@ -48,7 +49,6 @@ from treeq_export.search.store import Store
 from treeq_export.serve.lint import lint_repository
 from treeq_export.serve.tensors import read_graph as read_served
 from treeq_export.serve.vae import open_vae
-from treeq_export.workspace import read_run
 from treeq_served import check_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from treeq_export.model.pipeline_scheduler import (
     describe_scheduler,
     resolve_scheduler,
 )
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.recipe import Recipe
-from treeq_export.workspace import Workspace
 from treeq_served.denoise import denoise, make_scheduler
 from treeq_served.settings import SamplerSettings
 

@@ -19,6 +19,7 @@ from tests.required import skip_or_fail
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.model.sampler import sample
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.records.build import (
     EngineManifest,
     PluginReference,
@@ -26,7 +27,6 @@ from treeq_export.records.build import (
     VerifierSummary,
 )
 from treeq_export.targets.table import open_way
-from treeq_export.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 

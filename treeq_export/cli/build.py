@@ -60,8 +60,8 @@ def build(
 ) -> None:
     """Build TensorRT engines and verify every planned layer."""
     from treeq_export.engines import BuildOptions, run_build
-    from treeq_export.pipeline import require_result
-    from treeq_export.workspace import Workspace
+    from treeq_export.pipeline.run import require_result
+    from treeq_export.pipeline.workspace import Workspace
 
     options = BuildOptions(runtime=runtime, gpus=gpus, targets=targets, cache=cache)
     options.check()

@@ -50,8 +50,8 @@ def search(
 
 def _prepare_run(run: Path, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:
     """Start a new run, or change the recipe of an existing one."""
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.recipe import load_recipe, override_recipe
-    from treeq_export.workspace import Workspace
 
     if recipe_path is not None:
         recipe = load_recipe(recipe_path, overrides)
@@ -65,8 +65,8 @@ def _prepare_run(run: Path, recipe_path: Path | None, overrides: tuple[str, ...]
 
 
 def _estimate_search(run: Path, as_json: bool) -> None:
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.search.stage import estimate_search
-    from treeq_export.workspace import Workspace
 
     with Workspace.reopen(run) as workspace:
         denoiser, checkpoint = workspace.denoiser, workspace.checkpoint

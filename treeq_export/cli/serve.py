@@ -85,10 +85,10 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write a Triton model repository, and lint it."""
     from treeq_export.model.checkpoint import build_model
     from treeq_export.model.conditioning import make_denoiser
-    from treeq_export.pipeline import require_result
+    from treeq_export.pipeline.run import require_result
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.serve.options import ServeOptions
     from treeq_export.serve.stage import run_serve
-    from treeq_export.workspace import Workspace
 
     chosen = ServeOptions(**options)
     chosen.check()

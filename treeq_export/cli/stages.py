@@ -52,9 +52,9 @@ def run_command(
     from treeq_export.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
-    from treeq_export.pipeline import run_all
+    from treeq_export.pipeline.run import run_all
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.records import check_gates, gate_results
-    from treeq_export.workspace import Workspace
 
     with Workspace(out, recipe, str(recipe_path), overrides) as workspace:
         workspace.save()
@@ -77,8 +77,8 @@ def show_report(report: Any, run: Path, *, as_json: bool) -> None:
 
 def run_one(run: Path, name: str) -> object:
     """Run one stage of an existing run and return its result."""
-    from treeq_export.pipeline import check_recipe, require_stages, run_stage, stage_named
-    from treeq_export.workspace import Workspace
+    from treeq_export.pipeline.run import check_recipe, require_stages, run_stage, stage_named
+    from treeq_export.pipeline.workspace import Workspace
 
     stage = stage_named(name)
     with Workspace.reopen(run) as workspace, stage_progress() as progress:
@@ -174,10 +174,10 @@ def report(run: Path, as_json: bool) -> None:
 
 def _show_unwritten(run: Path, *, as_json: bool) -> None:
     from treeq_export.artefacts import json_text
-    from treeq_export.pipeline import require_stages, stage_named
+    from treeq_export.pipeline.run import require_stages, stage_named
+    from treeq_export.pipeline.stages import read_report
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.report import print_report, report_to_json
-    from treeq_export.stages import read_report
-    from treeq_export.workspace import Workspace
 
     with Workspace.reopen(run, read_only=True) as workspace:
         require_stages(workspace, stage_named("report"))

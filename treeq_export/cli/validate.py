@@ -35,11 +35,11 @@ def validate(
 
     Exit status 3 if a gate is not met, or an error has grown too much.
     """
+    from treeq_export.pipeline.workspace import Workspace
     from treeq_export.records import ParityRecord, check_gates, gate_results, load_record
     from treeq_export.validate.growth import Growth, describe_faults, find_growth, load_earlier
     from treeq_export.validate.junit import write_junit
     from treeq_export.validate.stage import RECORD_FILE
-    from treeq_export.workspace import Workspace
 
     with Workspace.reopen(run, read_only=True) as workspace:
         section, seed = workspace.recipe.validate_, workspace.recipe.seed

@@ -18,11 +18,11 @@ from treeq_export.model.layers import discover_linears
 from treeq_export.model.trajectories import collect_rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.peers import PEERS, quantize_with_peer
-from treeq_export.pipeline import recipe_with_digests
+from treeq_export.pipeline.run import recipe_with_digests
+from treeq_export.pipeline.workspace import StageRecord, Workspace
 from treeq_export.records import CompareRow
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.network import select_linears
-from treeq_export.workspace import StageRecord, Workspace
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate"
 FLOAT_BITS = 32

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treeq_export.compare.cells import Cell
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.records import (
     CompareRow,
     QualityRecord,
@@ -14,7 +15,6 @@ from treeq_export.records import (
     Spread,
     load_record,
 )
-from treeq_export.workspace import Workspace
 
 SEARCH_FILE = "search.json"
 QUALITY_FILE = "quality.json"

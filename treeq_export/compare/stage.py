@@ -24,7 +24,7 @@ from treeq_export.compare.peer_cells import is_peer_finished, make_peer_row, pee
 from treeq_export.compare.rows import make_row, read_quality, spread_accuracy, spread_distance
 from treeq_export.environment import describe_environment
 from treeq_export.errors import OutputError, PlanError
-from treeq_export.pipeline import (
+from treeq_export.pipeline.run import (
     check_recipe,
     fingerprint,
     is_up_to_date,
@@ -32,10 +32,10 @@ from treeq_export.pipeline import (
     run_stage,
     stage_named,
 )
+from treeq_export.pipeline.workspace import RUN_FILE, Workspace, read_run
 from treeq_export.recipe import Recipe
 from treeq_export.records import CompareRecord, CompareRow, QualityRecord, load_record, save_record
 from treeq_export.sealed import Say, say_nothing
-from treeq_export.workspace import RUN_FILE, Workspace, read_run
 
 COMPARE_FILE = "compare.json"
 HTML_FILE = "compare.html"

@@ -16,12 +16,12 @@ from treeq_export.calibrate import run_calibrate
 from treeq_export.evaluate.samples import digest_quantized
 from treeq_export.evaluate.stage import Baseline
 from treeq_export.model.quantized import quantize_model
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import PLAN_FILE, TENSORS_FILE, Plan, Tensors, load_plan, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.sealed import read_sealed_json, write_sealed_json
 from treeq_export.search.stage import run_search
-from treeq_export.workspace import Workspace
 
 BASELINE_FOLDER = "baseline"
 _KEY_FILE = "made_of.json"

@@ -24,12 +24,12 @@ from treeq_export.artefacts import sha256_of_file
 from treeq_export.environment import available_memory
 from treeq_export.errors import OutOfMemoryError, PlanError, RecipeError
 from treeq_export.memory import explain_memory
+from treeq_export.pipeline.stages import STAGE_NAMES, STAGES, OnStage, OnStep, Stage
+from treeq_export.pipeline.workspace import StageRecord, Workspace
 from treeq_export.plan import PLAN_FILE
 from treeq_export.reading import read_object
 from treeq_export.recipe import Recipe, strategy_options
 from treeq_export.report import Report
-from treeq_export.stages import STAGE_NAMES, STAGES, OnStage, OnStep, Stage
-from treeq_export.workspace import StageRecord, Workspace
 
 
 def stage_named(name: str) -> Stage:

@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from treeq_export import __version__
-from treeq_export.baseline import open_baseline
 from treeq_export.bench.stage import run_bench
 from treeq_export.calibrate import run_calibrate
 from treeq_export.compile.stage import run_compile
 from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.finetune.stage import run_finetune
 from treeq_export.model.quantized import quantize_model
+from treeq_export.pipeline.baseline import open_baseline
+from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
 from treeq_export.recipe import Recipe
 from treeq_export.report import Report, make_report, write_report
@@ -23,7 +24,6 @@ from treeq_export.search.stage import run_search
 from treeq_export.targets.names import FP32
 from treeq_export.targets.table import different_ways, open_way
 from treeq_export.validate.stage import run_validate
-from treeq_export.workspace import Workspace
 
 OnStep = Callable[[float], None]
 _BASELINE_SHARE = 0.1  # of evaluate's work, where the recipe asks for a baseline
