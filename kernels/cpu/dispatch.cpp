@@ -74,8 +74,8 @@ const char* treeq_status_message(treeq_status status) {
              "avx2, neon or portable";
     case TREEQ_OUT_OF_MEMORY: return "out of memory";
     case TREEQ_BAD_FUSION:
-      return "the fused activation is unknown, tokens do not divide the rows, or the outputs do not "
-             "share the channels in tiles of 32";
+      return "the fused activation is unknown, tokens do not divide the rows, the outputs do not "
+             "share the channels in tiles of 32, or addend and gate are both given";
     case TREEQ_SUM_OVERFLOW: return "in_features is so large that an int32 sum could overflow";
   }
   return "unknown status";

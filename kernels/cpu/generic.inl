@@ -13,10 +13,10 @@
  *
  *   void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes)   2..7 bits
  *   void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
- *                       const treeq_qlinear_config& config, int32_t* sums)   sums[rows][32]
- *   bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config)   are m tokens few enough for
+ *                       const treeq_layer_format& format, int32_t* sums)   sums[rows][32]
+ *   bool can_multiply_packed(int64_t m, const treeq_layer_format& format)   are m tokens few enough for
  *   void multiply_packed(const uint8_t* stream, const int32_t* x, int rows, int64_t chunks,
- *                        const treeq_qlinear_config& config, int32_t* sums)
+ *                        const treeq_layer_format& format, int32_t* sums)
  *                                                                the same, straight from the stream
  */
 

@@ -29,7 +29,7 @@ struct Branch {
 };
 
 struct Layer {
-  treeq_qlinear_config config;
+  treeq_layer_format format;
   int64_t num_groups, group_size;
   int64_t group_words;    // 32-bit words of codes of one group, padded to whole chunks
   int64_t num_words;      // of all groups
@@ -97,7 +97,7 @@ static inline size_t prepare_scratch_bytes(int64_t in_features, bool is_normalis
 }
 static inline size_t tile_scratch_bytes(const Layer& layer) {
   const size_t codes = size_t(layer.num_words) * kTile * kInputs;
-  return layer.config.act_bits ? codes * kTilesPerTask : codes * (1 + sizeof(float));
+  return layer.format.act_bits ? codes * kTilesPerTask : codes * (1 + sizeof(float));
 }
 
 const Kernels* portable_kernels();

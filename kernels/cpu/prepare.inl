@@ -42,15 +42,15 @@ void normalise_token(const float* x, int64_t k, float epsilon, const float* scal
 
 void prepare_layer(const Run& run, int64_t first, int rows, const float* x, uint8_t* scratch) {
   const Layer& layer = *run.layer;
-  const int64_t k = layer.config.in_features, padded = padded_features(k);
+  const int64_t k = layer.format.in_features, padded = padded_features(k);
   for (int t = 0; t < rows; ++t) {
     const int64_t row = first + t;
-    if (layer.config.act_bits) {
+    if (layer.format.act_bits) {
       quantize_token(run, x + t * k, row, t, rows, run.codes + first * layer.num_words, scratch);
       continue;
     }
     float* out = run.rotated + row * padded;
-    const float* rotated = rotate_token(x + t * k, k, layer.config.rotation_group, out);
+    const float* rotated = rotate_token(x + t * k, k, layer.format.rotation_group, out);
     if (rotated != out) __builtin_memcpy(out, rotated, size_t(k) * sizeof(float));
   }
 }
@@ -58,7 +58,7 @@ void prepare_layer(const Run& run, int64_t first, int rows, const float* x, uint
 void prepare_panel(const Run& run, int64_t p, uint8_t* scratch) {
   const int64_t first = first_row(run.panels, p);
   const int rows = num_rows(run.panels, p);
-  const int64_t k = run.layer ? run.layer->config.in_features : run.branch->in_features;
+  const int64_t k = run.layer ? run.layer->format.in_features : run.branch->in_features;
   const float* x = run.x + first * k;
   const treeq_fusion& fusion = run.fusion;
   if (fusion.norm_scale) {

@@ -28,11 +28,13 @@ namespace {
 constexpr int64_t kMaxFeatures = int64_t(1) << 30;
 constexpr int64_t kMaxTokens = int64_t(1) << 40;
 
-treeq_status check_activation(const treeq_qlinear_config& c) {
+bool is_bits(int32_t bits) { return bits >= TREEQ_MIN_BITS && bits <= TREEQ_MAX_BITS; }
+
+treeq_status check_activation(const treeq_layer_format& c) {
   if (c.act_scale < TREEQ_SCALE_NONE || c.act_scale > TREEQ_SCALE_TENSOR_STATIC)
     return TREEQ_BAD_ACT_SCALE;
   if (c.act_scale == TREEQ_SCALE_NONE) return c.act_bits == 0 ? TREEQ_OK : TREEQ_BAD_ACT_BITS;
-  if (c.act_bits < 2 || c.act_bits > 8) return TREEQ_BAD_ACT_BITS;
+  if (!is_bits(c.act_bits)) return TREEQ_BAD_ACT_BITS;
   if (!std::isfinite(c.act_step) || c.act_step <= 0.0f) return TREEQ_BAD_ACT_SCALE;
   const int64_t largest = ((int64_t(1) << c.weight_bits) - 1) << (c.act_bits - 1);
   return c.in_features > INT32_MAX / largest ? TREEQ_SUM_OVERFLOW : TREEQ_OK;
@@ -45,22 +47,24 @@ treeq_status check_branch(int64_t in_features, int64_t out_features, int64_t bra
   return in_features % branch_in || out_features % branch_out ? TREEQ_BAD_BRANCH : TREEQ_OK;
 }
 
-treeq_status check(const treeq_qlinear_config& c) {
-  if (c.abi_version != TREEQ_ABI_VERSION) return TREEQ_BAD_VERSION;
+treeq_status check(const treeq_qlinear_config& config) {
+  if (config.abi_version != TREEQ_ABI_VERSION) return TREEQ_BAD_VERSION;
+  const treeq_layer_format& c = config.layer;
   if (c.in_features < 1 || c.out_features < 1 || c.in_features > kMaxFeatures ||
       c.out_features > kMaxFeatures)
     return TREEQ_BAD_SHAPE;
-  if (c.weight_bits < 2 || c.weight_bits > 8) return TREEQ_BAD_WEIGHT_BITS;
+  if (!is_bits(c.weight_bits)) return TREEQ_BAD_WEIGHT_BITS;
   if (const treeq_status status = check_activation(c)) return status;
   const int32_t g = c.rotation_group;
   if (g < 1 || (g & (g - 1)) || c.in_features % g) return TREEQ_BAD_ROTATION;
   if (c.group_size < 0 || (c.group_size && c.in_features % c.group_size)) return TREEQ_BAD_GROUP;
-  if (!c.branch_rank) return TREEQ_OK;
-  return check_branch(c.in_features, c.out_features, c.branch_in, c.branch_out, c.branch_rank);
+  if (!config.branch_rank) return TREEQ_OK;
+  return check_branch(c.in_features, c.out_features, config.branch_in, config.branch_out,
+                      config.branch_rank);
 }
 
 void fill_sizes(Layer& layer) {
-  const treeq_qlinear_config& c = layer.config;
+  const treeq_layer_format& c = layer.format;
   layer.group_size = c.group_size ? c.group_size : c.in_features;
   layer.num_groups = c.in_features / layer.group_size;
   layer.group_words = int64_t(round_up(size_t(layer.group_size), kChunk)) / kInputs;
@@ -120,12 +124,12 @@ struct Cutter {
 size_t cut_workspace(const Layer& layer, Run& run, uint8_t* base) {
   Cutter cutter = {base, 0};
   const int64_t m = run.panels.m;
-  if (layer.config.act_bits) {
+  if (layer.format.act_bits) {
     cutter.take(run.codes, m * layer.num_words);
     cutter.take(run.scales, m);
     cutter.take(run.row_sums, m * layer.num_groups);
   } else {
-    cutter.take(run.rotated, m * padded_features(layer.config.in_features));
+    cutter.take(run.rotated, m * padded_features(layer.format.in_features));
   }
   if (run.branch) cutter.take(run.z, m * run.branch->num_out * run.branch->depth);
   return cutter.used;
@@ -133,19 +137,20 @@ size_t cut_workspace(const Layer& layer, Run& run, uint8_t* base) {
 
 treeq_status run_layer(const treeq_qlinear& q, Run& run, const treeq_parallel* parallel) {
   return run_phases(q.kernels, run, q.layer.num_tiles,
-                    prepare_scratch_bytes(q.layer.config.in_features, run.fusion.norm_scale),
+                    prepare_scratch_bytes(q.layer.format.in_features, run.fusion.norm_scale),
                     tile_scratch_bytes(q.layer), parallel);
 }
 
 constexpr treeq_fusion kNoFusion = {nullptr, nullptr, 0.0f, TREEQ_ACTIVATION_NONE,
-                                    nullptr, nullptr, 1,    1};
+                                    nullptr, nullptr, 1,    1, nullptr};
 
 treeq_status check_fusion(const treeq_fusion& f, int64_t m, int64_t out_features) {
   if (f.activation != TREEQ_ACTIVATION_NONE && f.activation != TREEQ_ACTIVATION_GELU_TANH)
     return TREEQ_BAD_FUSION;
   if (f.num_outputs < 1 || f.num_outputs > TREEQ_MAX_OUTPUTS || out_features % f.num_outputs)
     return TREEQ_BAD_FUSION;
-  if (f.num_outputs > 1 && (f.gate || out_features / f.num_outputs % kTile))
+  if (f.addend && f.gate) return TREEQ_BAD_FUSION;
+  if (f.num_outputs > 1 && (f.gate || f.addend || out_features / f.num_outputs % kTile))
     return TREEQ_BAD_FUSION;
   if (f.tokens < 1 || m % f.tokens) return TREEQ_BAD_FUSION;
   if ((f.norm_scale == nullptr) != (f.norm_shift == nullptr)) return TREEQ_NULL_POINTER;
@@ -158,10 +163,10 @@ void copy_codes(const Layer& layer, const Run& run, int8_t* codes) {
     const int rows = num_rows(run.panels, p);
     const int8_t* panel = reinterpret_cast<const int8_t*>(run.codes + first * layer.num_words);
     for (int t = 0; t < rows; ++t)
-      for (int64_t k = 0; k < layer.config.in_features; ++k) {
+      for (int64_t k = 0; k < layer.format.in_features; ++k) {
         const int64_t g = k / layer.group_size, i = k % layer.group_size;
         const int64_t word = g * layer.group_words + i / kInputs;
-        codes[(first + t) * layer.config.in_features + k] =
+        codes[(first + t) * layer.format.in_features + k] =
             panel[(word * rows + t) * kInputs + i % kInputs];
       }
   }
@@ -186,22 +191,22 @@ treeq_status treeq_qlinear_create(const treeq_qlinear_config* config, const int3
     auto made = std::make_unique<treeq_qlinear>();
     Layer& l = made->layer;
     l = {};
-    l.config = *config;
+    l.format = config->layer;
     fill_sizes(l);
     made->kernels = kernels;
     made->stream = repack_planes(l, planes);
-    made->weight_scale = tile_channels(weight_scale, config->out_features, l.num_groups);
+    made->weight_scale = tile_channels(weight_scale, l.format.out_features, l.num_groups);
     l.stream = made->stream.get();
     l.weight_scale = reinterpret_cast<const float*>(made->weight_scale.get());
     const size_t tiles = size_t(l.num_tiles);
     made->bytes = tiles * (l.tile_bytes + size_t(l.num_groups) * kTile * sizeof(float));
     if (bias) {
-      made->bias = tile_channels(bias, config->out_features, 1);
+      made->bias = tile_channels(bias, l.format.out_features, 1);
       l.bias = reinterpret_cast<const float*>(made->bias.get());
       made->bytes += tiles * kTile * sizeof(float);
     }
     if (config->branch_rank) {
-      made->branch = repack_branch(config->in_features, config->out_features, config->branch_in,
+      made->branch = repack_branch(l.format.in_features, l.format.out_features, config->branch_in,
                                    config->branch_out, config->branch_rank, branch_r, branch_l);
       l.branch = &made->branch->branch;
       made->bytes += made->branch->bytes;
@@ -232,7 +237,7 @@ treeq_status treeq_qlinear_run_fused(const treeq_qlinear* layer, const float* x,
   run.branch = layer->layer.branch;
   run.x = x;
   run.fusion = fusion ? *fusion : kNoFusion;
-  if (const treeq_status status = check_fusion(run.fusion, m, layer->layer.config.out_features))
+  if (const treeq_status status = check_fusion(run.fusion, m, layer->layer.format.out_features))
     return status;
   for (int32_t i = 0; i < run.fusion.num_outputs; ++i) {
     if (!y[i]) return TREEQ_NULL_POINTER;
@@ -251,7 +256,7 @@ treeq_status treeq_qlinear_run_fused(const treeq_qlinear* layer, const float* x,
 treeq_status treeq_qlinear_inspect(const treeq_qlinear* layer, const float* x, int64_t m,
                                    int8_t* codes, float* scales, int32_t* sums) {
   if (!layer) return TREEQ_NULL_POINTER;
-  if (!layer->layer.config.act_bits) return TREEQ_BAD_ACT_SCALE;
+  if (!layer->layer.format.act_bits) return TREEQ_BAD_ACT_SCALE;
   if (m < 0 || m > kMaxTokens) return TREEQ_BAD_SHAPE;
   if (m == 0) return TREEQ_OK;
   if (!x) return TREEQ_NULL_POINTER;
@@ -263,7 +268,7 @@ treeq_status treeq_qlinear_inspect(const treeq_qlinear* layer, const float* x, i
   run.panels = cut_panels(m);
   run.sums = sums;
   try {
-    const Buffer y = allocate(size_t(m * l.config.out_features) * sizeof(float));
+    const Buffer y = allocate(size_t(m * l.format.out_features) * sizeof(float));
     run.y[0] = reinterpret_cast<float*>(y.get());
     const Lease workspace(cut_workspace(l, run, nullptr));
     cut_workspace(l, run, workspace.get());

@@ -71,8 +71,8 @@ void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes
 
 /* How many sums of two products may be added up in 16 bits: 585 for W3A3, 136 for W4A4, 8 for W6A6, 1
  * for W8A7, and 0 for W8A8, of which not even one fits. */
-int64_t safe_steps(const treeq_qlinear_config& config) {
-  const int32_t pair = 2 * ((1 << config.weight_bits) - 1) * (1 << (config.act_bits - 1));
+int64_t safe_steps(const treeq_layer_format& format) {
+  const int32_t pair = 2 * ((1 << format.weight_bits) - 1) * (1 << (format.act_bits - 1));
   return 32767 / pair;
 }
 constexpr int64_t kWorthwhileSteps = 4;  // fewer are widened at once, in registers
@@ -215,8 +215,8 @@ void multiply_wide_panel(const uint8_t* codes, const int32_t* x, int rows, int64
 }
 
 void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
-                    const treeq_qlinear_config& config, int32_t* sums) {
-  const int64_t steps = safe_steps(config);
+                    const treeq_layer_format& format, int32_t* sums) {
+  const int64_t steps = safe_steps(format);
   if (!steps) return multiply_wide_panel(codes, x, rows, words, sums);
   for (int half = 0; half < 2; ++half, codes += kVector, sums += kLanes) {
     if (steps >= kWorthwhileSteps)
@@ -234,8 +234,8 @@ void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t wo
 constexpr int kMaxPackedRows = 2;
 constexpr int kPrefetchBytes = 2048;
 
-bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config) {
-  return m <= kMaxPackedRows && safe_steps(config) >= kWorthwhileSteps;
+bool can_multiply_packed(int64_t m, const treeq_layer_format& format) {
+  return m <= kMaxPackedRows && safe_steps(format) >= kWorthwhileSteps;
 }
 
 template <int kBits, int kRows>
@@ -272,9 +272,9 @@ void multiply_packed_bits(const uint8_t* stream, const int32_t* x, int rows, int
 }
 
 void multiply_packed(const uint8_t* stream, const int32_t* x, int rows, int64_t chunks,
-                     const treeq_qlinear_config& config, int32_t* sums) {
-  const int64_t steps = safe_steps(config);
-  switch (config.weight_bits) {
+                     const treeq_layer_format& format, int32_t* sums) {
+  const int64_t steps = safe_steps(format);
+  switch (format.weight_bits) {
     case 2: return multiply_packed_bits<2>(stream, x, rows, chunks, steps, sums);
     case 3: return multiply_packed_bits<3>(stream, x, rows, chunks, steps, sums);
     case 4: return multiply_packed_bits<4>(stream, x, rows, chunks, steps, sums);

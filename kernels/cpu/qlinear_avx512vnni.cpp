@@ -104,7 +104,7 @@ TREEQ_NOINLINE void multiply_rows(const uint8_t* codes, const int32_t* x, int64_
 }
 
 void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
-                    const treeq_qlinear_config&, int32_t* sums) {
+                    const treeq_layer_format&, int32_t* sums) {
   switch (rows) {
     case 1: return multiply_rows<1>(codes, x, words, sums);
     case 2: return multiply_rows<2>(codes, x, words, sums);
@@ -125,8 +125,8 @@ void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t wo
 constexpr int kMaxPackedRows = 4;
 constexpr int kPrefetchBytes = 2048;
 
-bool can_multiply_packed(int64_t m, const treeq_qlinear_config& config) {
-  return m <= kMaxPackedRows && config.weight_bits < 8;
+bool can_multiply_packed(int64_t m, const treeq_layer_format& format) {
+  return m <= kMaxPackedRows && format.weight_bits < 8;
 }
 
 template <int kBits, int kRows>
@@ -165,8 +165,8 @@ void multiply_packed_bits(const uint8_t* stream, const int32_t* x, int rows, int
 }
 
 void multiply_packed(const uint8_t* stream, const int32_t* x, int rows, int64_t chunks,
-                     const treeq_qlinear_config& config, int32_t* sums) {
-  switch (config.weight_bits) {
+                     const treeq_layer_format& format, int32_t* sums) {
+  switch (format.weight_bits) {
     case 2: return multiply_packed_bits<2>(stream, x, rows, chunks, sums);
     case 3: return multiply_packed_bits<3>(stream, x, rows, chunks, sums);
     case 4: return multiply_packed_bits<4>(stream, x, rows, chunks, sums);

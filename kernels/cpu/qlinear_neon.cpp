@@ -52,8 +52,8 @@ void multiply_all(const uint8_t* codes, const int32_t* x, int rows, int64_t word
 }
 
 void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
-                    const treeq_qlinear_config& config, int32_t* sums) {
-  if (config.weight_bits < 8)
+                    const treeq_layer_format& format, int32_t* sums) {
+  if (format.weight_bits < 8)
     multiply_all<false>(codes, x, rows, words, sums);
   else
     multiply_all<true>(codes, x, rows, words, sums);

@@ -9,7 +9,7 @@ namespace {
 #include "unpack.inl"
 
 void multiply_panel(const uint8_t* codes, const int32_t* x, int rows, int64_t words,
-                    const treeq_qlinear_config&, int32_t* sums) {
+                    const treeq_layer_format&, int32_t* sums) {
   for (int i = 0; i < rows * kTile; ++i) sums[i] = 0;
   for (int64_t w = 0; w < words; ++w, x += rows, codes += 2 * kVector)
     for (int t = 0; t < rows; ++t) {

@@ -119,12 +119,12 @@ float absolute_maximum(const float* x, int64_t k) {
 
 constexpr float kScaleFloor = 1e-20f;
 
-float activation_scale(const treeq_qlinear_config& config, const float* x) {
-  float scale = config.act_step;
-  if (config.act_scale == TREEQ_SCALE_TOKEN_RMS)
-    scale *= root_mean_square(x, config.in_features);
-  else if (config.act_scale == TREEQ_SCALE_TOKEN_ABSMAX)
-    scale *= absolute_maximum(x, config.in_features);
+float activation_scale(const treeq_layer_format& format, const float* x) {
+  float scale = format.act_step;
+  if (format.act_scale == TREEQ_SCALE_TOKEN_RMS)
+    scale *= root_mean_square(x, format.in_features);
+  else if (format.act_scale == TREEQ_SCALE_TOKEN_ABSMAX)
+    scale *= absolute_maximum(x, format.in_features);
   return scale < kScaleFloor ? kScaleFloor : scale;  // NaN stays
 }
 
@@ -156,14 +156,14 @@ void scatter_codes(const Layer& layer, const int8_t* q, int rows, int32_t* panel
 void quantize_token(const Run& run, const float* source, int64_t row, int column, int rows,
                     int32_t* panel, uint8_t* scratch) {
   const Layer& layer = *run.layer;
-  const treeq_qlinear_config& config = layer.config;
-  const int64_t k = config.in_features, padded = padded_features(k);
+  const treeq_layer_format& format = layer.format;
+  const int64_t k = format.in_features, padded = padded_features(k);
   float* buffer = reinterpret_cast<float*>(scratch);
   int8_t* q = reinterpret_cast<int8_t*>(buffer + padded);
-  const float* x = rotate_token(source, k, config.rotation_group, buffer);
-  const float scale = activation_scale(config, x);
+  const float* x = rotate_token(source, k, format.rotation_group, buffer);
+  const float scale = activation_scale(format, x);
   const Floats inverse = splat(1.0f / scale);
-  const float high = float((1 << (config.act_bits - 1)) - 1);
+  const float high = float((1 << (format.act_bits - 1)) - 1);
   const Floats highs = splat(high), lows = splat(-high - 1.0f);
   int32_t* sums = run.row_sums + row * layer.num_groups;
   /* Zeros behind the last input have the code 0. */

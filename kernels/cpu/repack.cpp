@@ -15,12 +15,12 @@ uint8_t gather_bits(uint64_t bytes) {
 
 /* Unsigned codes of one output channel, K of them in whole words. */
 void unpack_channel(const Layer& layer, const int32_t* planes, int64_t n, uint8_t* codes) {
-  const int64_t words = (layer.config.in_features + kWordBits - 1) / kWordBits;
-  const int64_t plane_words = words * layer.config.out_features;
+  const int64_t words = (layer.format.in_features + kWordBits - 1) / kWordBits;
+  const int64_t plane_words = words * layer.format.out_features;
   for (int64_t w = 0; w < words; ++w)
     for (int part = 0; part < kWordBits; part += 8) {
       uint64_t eight = 0;
-      for (int p = 0; p < layer.config.weight_bits; ++p) {
+      for (int p = 0; p < layer.format.weight_bits; ++p) {
         const uint32_t word = uint32_t(planes[p * plane_words + n * words + w]);
         eight |= spread_bits(word >> part & 255) << p;
       }
@@ -79,19 +79,19 @@ uint8_t* pack_chunk(const uint8_t* codes, int bits, uint8_t* out) {
 
 Buffer repack_planes(const Layer& layer, const int32_t* planes) {
   Buffer stream = allocate(size_t(layer.num_tiles) * layer.tile_bytes);
-  const size_t k = round_up(size_t(layer.config.in_features), kWordBits);
+  const size_t k = round_up(size_t(layer.format.in_features), kWordBits);
   const size_t tile_codes = size_t(layer.num_words) * kTile * kInputs;
   std::vector<uint8_t> channel(k), tile(tile_codes);
   for (int64_t t = 0; t < layer.num_tiles; ++t) {
     std::fill(tile.begin(), tile.end(), uint8_t(0));
-    const int64_t count = std::min<int64_t>(kTile, layer.config.out_features - t * kTile);
+    const int64_t count = std::min<int64_t>(kTile, layer.format.out_features - t * kTile);
     for (int64_t n = 0; n < count; ++n) {
       unpack_channel(layer, planes, t * kTile + n, channel.data());
       place_channel(layer, channel.data(), n, tile.data());
     }
     uint8_t* out = stream.get() + size_t(t) * layer.tile_bytes;
     for (size_t at = 0; at < tile_codes; at += kChunkCodes)
-      out = pack_chunk(tile.data() + at, layer.config.weight_bits, out);
+      out = pack_chunk(tile.data() + at, layer.format.weight_bits, out);
   }
   return stream;
 }

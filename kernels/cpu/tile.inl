@@ -53,7 +53,7 @@ struct Target {
 };
 
 Target find_target(const Run& run, int64_t tile) {
-  const int64_t all = run.layer ? run.layer->config.out_features : run.branch->out_features;
+  const int64_t all = run.layer ? run.layer->format.out_features : run.branch->out_features;
   const int64_t n = all / run.fusion.num_outputs, column = tile * kTile;
   const int64_t left = n - column % n;  // several outputs hold whole tiles
   return {run.y[column / n] + column % n, n, left < kTile ? int(left) : kTile};
@@ -85,10 +85,10 @@ TREEQ_INLINE Floats scaled_sum(const Run& run, int64_t tile, int64_t group,
                                                         int64_t row, int h, const int32_t* sums) {
   const Layer& layer = *run.layer;
   const int32_t offset = run.row_sums[row * layer.num_groups + group] *
-                         (1 << (layer.config.weight_bits - 1));
+                         (1 << (layer.format.weight_bits - 1));
   const Ints v = load(sums + h * kLanes) - splat(offset);
   if (__builtin_expect(run.sums != nullptr, 0)) {
-    const int64_t n = layer.config.out_features, column = tile * kTile + h * kLanes;
+    const int64_t n = layer.format.out_features, column = tile * kTile + h * kLanes;
     int32_t* target = run.sums + (row * layer.num_groups + group) * n + column;
     if (column < n) store_some(target, v, n - column < kLanes ? n - column : kLanes);
   }
@@ -147,13 +147,19 @@ void write_rows(const Run& run, int64_t tile, int64_t first, int rows, const Pro
       TREEQ_UNROLL
       for (int h = 0; h < 2; ++h) y[h] = residual[h] + gate[h] * y[h];
     }
+    if (fusion.addend) {
+      Floats addend[2];
+      load_part(fusion.addend + row * target.stride + tile * kTile, target.width, addend);
+      TREEQ_UNROLL
+      for (int h = 0; h < 2; ++h) y[h] = y[h] + addend[h];
+    }
     store_part(target.y + row * target.stride, target.width, y);
   }
 }
 
 /* Codes of an unpacked tile as floats times s_w: [group_size][32] per group. */
 void dequantize_tile(const Layer& layer, int64_t tile, const uint8_t* codes, float* weight) {
-  const Ints offset = splat(1 << (layer.config.weight_bits - 1)), mask = splat(255);
+  const Ints offset = splat(1 << (layer.format.weight_bits - 1)), mask = splat(255);
   for (int64_t g = 0; g < layer.num_groups; ++g) {
     const float* scales = layer.weight_scale + (tile * layer.num_groups + g) * kTile;
     const Floats scale[2] = {load(scales), load(scales + kLanes)};
@@ -181,7 +187,7 @@ void multiply_floats(const float* x, int64_t stride, const float* weight, int64_
 
 void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* weight) {
   const Layer& layer = *run.layer;
-  const int64_t k = layer.config.in_features, stride = padded_features(k);
+  const int64_t k = layer.format.in_features, stride = padded_features(k);
   dequantize_tile(layer, tile, codes, weight);
   for (int64_t p = 0; p < run.panels.count; ++p) {
     const int64_t first = first_row(run.panels, p);
@@ -198,7 +204,7 @@ void run_float_tile(const Run& run, int64_t tile, const uint8_t* codes, float* w
 /* The sums and the outputs of one panel and one tile, whose codes are unpacked, or null. */
 void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
   const Layer& layer = *run.layer;
-  const int bits = layer.config.weight_bits;
+  const int bits = layer.format.weight_bits;
   const int64_t chunks = layer.group_words * kInputs / kChunk;
   const int64_t first = first_row(run.panels, p);
   const int rows = num_rows(run.panels, p);
@@ -210,11 +216,11 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
   for (int64_t g = 0; g < layer.num_groups; ++g) {
     const int32_t* xg = x + g * layer.group_words * rows;
     if (codes)
-      multiply_panel(codes + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.config,
+      multiply_panel(codes + g * chunks * kChunkCodes, xg, rows, layer.group_words, layer.format,
                      sums);
     else
       multiply_packed(stream + size_t(g * chunks) * chunk_bytes(bits), xg, rows, chunks,
-                      layer.config, sums);
+                      layer.format, sums);
     if (g + 1 < layer.num_groups) add_group(run, tile, g, first, rows, sums, out);
   }
   write_rows(run, tile, first, rows, {layer.num_groups > 1 ? out : nullptr, sums});
@@ -223,8 +229,8 @@ void run_panel(const Run& run, int64_t tile, int64_t p, const uint8_t* codes) {
 /* The codes of a tile: whole bytes lie in the stream, others are unpacked into scratch. */
 const uint8_t* find_codes(const Layer& layer, int64_t tile, uint8_t* scratch) {
   const uint8_t* stream = layer.stream + size_t(tile) * layer.tile_bytes;
-  if (layer.config.weight_bits == 8) return stream;
-  unpack_tile(stream, layer.config.weight_bits, layer.num_words * kInputs / kChunk, scratch);
+  if (layer.format.weight_bits == 8) return stream;
+  unpack_tile(stream, layer.format.weight_bits, layer.num_words * kInputs / kChunk, scratch);
   return scratch;
 }
 
@@ -232,7 +238,7 @@ void run_integer_tiles(const Run& run, int64_t begin, int64_t end, uint8_t* scra
   const Layer& layer = *run.layer;
   const size_t size = size_t(layer.num_words) * kTile * kInputs;
   const uint8_t* codes[kTilesPerTask] = {};
-  if (!can_multiply_packed(run.panels.m, layer.config))
+  if (!can_multiply_packed(run.panels.m, layer.format))
     for (int64_t i = 0; i < end - begin; ++i)
       codes[i] = find_codes(layer, begin + i, scratch + size_t(i) * size);
   for (int64_t p = 0; p < run.panels.count; ++p)
@@ -251,10 +257,10 @@ void run_weight_only_tile(const Run& run, int64_t tile, uint8_t* scratch) {
 }
 
 void run_tiles(const Run& run, int64_t task, uint8_t* scratch) {
-  const int64_t n = run.layer ? run.layer->config.out_features : run.branch->out_features;
+  const int64_t n = run.layer ? run.layer->format.out_features : run.branch->out_features;
   const int64_t tiles = (n + kTile - 1) / kTile, begin = task * kTilesPerTask;
   const int64_t end = begin + kTilesPerTask < tiles ? begin + kTilesPerTask : tiles;
-  if (run.layer && run.layer->config.act_bits) return run_integer_tiles(run, begin, end, scratch);
+  if (run.layer && run.layer->format.act_bits) return run_integer_tiles(run, begin, end, scratch);
   for (int64_t tile = begin; tile < end; ++tile)
     run.layer ? run_weight_only_tile(run, tile, scratch) : run_branch_tile(run, tile);
 }

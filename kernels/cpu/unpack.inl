@@ -45,6 +45,6 @@ void unpack_tile(const uint8_t* stream, int bits, int64_t chunks, uint8_t* codes
   }
 }
 
-bool can_multiply_packed(int64_t, const treeq_qlinear_config&) { return false; }
-void multiply_packed(const uint8_t*, const int32_t*, int, int64_t, const treeq_qlinear_config&,
+bool can_multiply_packed(int64_t, const treeq_layer_format&) { return false; }
+void multiply_packed(const uint8_t*, const int32_t*, int, int64_t, const treeq_layer_format&,
                      int32_t*) {}

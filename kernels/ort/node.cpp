@@ -21,11 +21,11 @@ std::string read_name(const KernelInfo* info) {
       call<Status*>(g_api, kKernelInfoGetNodeName, info, static_cast<char*>(nullptr), &size);
   if (status) call<void>(g_api, kReleaseStatus, status);
   std::string name(size, '\0');
-  if (!size) return "treeq";
+  if (!size) return TREEQ_DOMAIN;
   status = call<Status*>(g_api, kKernelInfoGetNodeName, info, name.data(), &size);
   if (status) {
     call<void>(g_api, kReleaseStatus, status);
-    return "treeq";
+    return TREEQ_DOMAIN;
   }
   name.resize(size - 1);
   return name;

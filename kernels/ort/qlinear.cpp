@@ -1,8 +1,8 @@
-/* treeq::QLinear, treeq::FusedQLinear and treeq::Monarch, version 1, as custom ops of ONNX Runtime:
+/* The ops of treeq/op.h as custom ops of ONNX Runtime:
  *
  *   session_options.register_custom_ops_library("libtreeq_ort.so")
  *
- *   QLinear       x, planes, weight_scale, bias? -> y
+ *   QLinear       x, planes, weight_scale, bias?, addend? -> y
  *   FusedQLinear  x, planes, weight_scale, bias?, branch_R?, branch_L?, norm_scale?, norm_shift?,
  *                 gate?, residual? -> y, y2?, y3?      what qlinear.h calls a fusion
  *   Monarch       x, R, L -> y
@@ -24,7 +24,7 @@ struct Layer {
   std::string name;
   treeq_qlinear* handle = nullptr;
   int64_t in_features, out_features;
-  treeq_fusion fusion = {nullptr, nullptr, 0.0f, TREEQ_ACTIVATION_NONE, nullptr, nullptr, 1, 1};
+  treeq_fusion fusion = {nullptr, nullptr, 0.0f, TREEQ_ACTIVATION_NONE, nullptr, nullptr, 1, 1, nullptr};
   ~Layer() { treeq_qlinear_destroy(handle); }
 };
 
@@ -50,34 +50,34 @@ void give_back(const Tensor& tensor, size_t element_bytes) {
 #endif
 }
 
-Status* read_act_scale(const Node& node, int32_t& out) {
+/* The number of an attribute's text among names; `expected` lists them in words. */
+template <size_t kCount>
+Status* read_choice(const Node& node, const char* what, const char* const (&names)[kCount],
+                    const char* expected, int32_t& out) {
   std::string text;
-  if (Status* status = node.read("act_scale", text)) return status;
-  static const char* const kNames[] = {"none", "token_rms", "token_absmax", "tensor_static"};
-  for (int32_t i = 0; i < 4; ++i)
-    if (text == kNames[i]) {
-      out = i;
-      return nullptr;
-    }
-  return node.error("attribute act_scale is \"" + text +
-                    "\", expected token_rms, token_absmax, tensor_static or none");
+  if (Status* status = node.read(what, text)) return status;
+  for (out = 0; out < int32_t(kCount); ++out)
+    if (text == names[out]) return nullptr;
+  return node.error(std::string("attribute ") + what + " is \"" + text + "\", expected " + expected);
 }
 
-Status* read_config(const Node& node, treeq_qlinear_config& c) {
-  int64_t weight_bits, act_bits, rotation_group;
-  if (Status* status = node.read("weight_bits", weight_bits)) return status;
-  if (Status* status = node.read("act_bits", act_bits)) return status;
-  if (Status* status = node.read("rotation_group", rotation_group)) return status;
-  if (Status* status = node.read("group_size", c.group_size)) return status;
-  if (Status* status = node.read("in_features", c.in_features)) return status;
-  if (Status* status = node.read("out_features", c.out_features)) return status;
-  if (Status* status = node.read("act_step", c.act_step)) return status;
-  if (Status* status = read_act_scale(node, c.act_scale)) return status;
-  const auto narrow = [](int64_t v) { return v < 0 || v > INT32_MAX ? int32_t(-1) : int32_t(v); };
-  c.abi_version = TREEQ_ABI_VERSION;
-  c.weight_bits = narrow(weight_bits);
-  c.act_bits = narrow(act_bits);
-  c.rotation_group = narrow(rotation_group);
+Status* read_integer(const Node& node, const char* what, int32_t& out) {
+  int64_t value;
+  if (Status* status = node.read(what, value)) return status;
+  out = value < 0 || value > INT32_MAX ? -1 : int32_t(value);
+  return nullptr;
+}
+
+Status* read_format(const Node& node, treeq_layer_format& f) {
+  static const char* const kNames[] = TREEQ_SCALE_NAMES;
+  constexpr const char* kExpected = "token_rms, token_absmax, tensor_static or none";
+#define TREEQ_INT(name) \
+  if (Status* status = read_integer(node, #name, f.name)) return status;
+#define TREEQ_REAL(name) \
+  if (Status* status = node.read(#name, f.name)) return status;
+#define TREEQ_SCALE(name) \
+  if (Status* status = read_choice(node, #name, kNames, kExpected, f.name)) return status;
+  TREEQ_LAYER_FIELDS(TREEQ_INT, TREEQ_REAL, TREEQ_SCALE)
   return nullptr;
 }
 
@@ -85,12 +85,15 @@ struct Arrays {
   Tensor planes, scale, bias, r, l;
 };
 
-Status* read_arrays(const Node& node, Arrays& a) {
-  if (Status* status = node.read(1, "planes", 3, true, a.planes)) return status;
-  if (Status* status = node.read(2, "weight_scale", 2, true, a.scale)) return status;
-  if (Status* status = node.read(3, "bias", 1, false, a.bias)) return status;
-  if (Status* status = node.read(4, "branch_R", 3, false, a.r)) return status;
-  return node.read(5, "branch_L", 3, a.r.data != nullptr, a.l);
+/* The linear's inputs are in the same places of both ops; the branch is FusedQLinear's. */
+Status* read_arrays(const Node& node, bool is_fused, Arrays& a) {
+  if (Status* status = node.read(TREEQ_QLINEAR_PLANES, "planes", 3, true, a.planes)) return status;
+  if (Status* status = node.read(TREEQ_QLINEAR_WEIGHT_SCALE, "weight_scale", 2, true, a.scale))
+    return status;
+  if (Status* status = node.read(TREEQ_QLINEAR_BIAS, "bias", 1, false, a.bias)) return status;
+  if (!is_fused) return nullptr;
+  if (Status* status = node.read(TREEQ_FUSED_BRANCH_R, "branch_R", 3, false, a.r)) return status;
+  return node.read(TREEQ_FUSED_BRANCH_L, "branch_L", 3, a.r.data != nullptr, a.l);
 }
 
 Status* expect(const Node& node, const char* what, const std::vector<int64_t>& shape,
@@ -116,7 +119,9 @@ Status* check_branch(const Node& node, const char* const names[2], int64_t in_fe
   return expect(node, names[1], l.shape, {b_out, b_in * rank, out_features / b_out});
 }
 
-Status* check_shapes(const Node& node, treeq_qlinear_config& c, const Arrays& a, int64_t words) {
+Status* check_shapes(const Node& node, treeq_qlinear_config& config, const Arrays& a,
+                     int64_t words) {
+  const treeq_layer_format& c = config.layer;
   const int64_t k = c.in_features;
   if (words != (k + 31) / 32)
     return node.error("planes hold " + std::to_string(words) + " words a row, expected " +
@@ -132,15 +137,17 @@ Status* check_shapes(const Node& node, treeq_qlinear_config& c, const Arrays& a,
   if (!a.r.data && a.l.data) return node.error("input branch_R is missing, branch_L is there");
   if (!a.r.data) return nullptr;
   static const char* const kNames[] = {"branch_R", "branch_L"};
-  return check_branch(node, kNames, k, c.out_features, a.r, a.l, c.branch_in, c.branch_out,
-                      c.branch_rank);
+  return check_branch(node, kNames, k, c.out_features, a.r, a.l, config.branch_in,
+                      config.branch_out, config.branch_rank);
 }
 
+template <bool kIsFused>
 Status* make_layer(const Node& node, Layer& layer) {
   treeq_qlinear_config c = {};
+  c.abi_version = TREEQ_ABI_VERSION;
   Arrays a;
-  if (Status* status = read_config(node, c)) return status;
-  if (Status* status = read_arrays(node, a)) return status;
+  if (Status* status = read_format(node, c.layer)) return status;
+  if (Status* status = read_arrays(node, kIsFused, a)) return status;
   if (Status* status = check_shapes(node, c, a, a.planes.dimension(2))) return status;
   const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.data); };
   const treeq_status made = treeq_qlinear_create(&c, static_cast<const int32_t*>(a.planes.data),
@@ -148,15 +155,15 @@ Status* make_layer(const Node& node, Layer& layer) {
                                                  floats(a.l), &layer.handle);
   give_back(a.planes, sizeof(int32_t));
   layer.name = node.name();
-  layer.in_features = c.in_features;
-  layer.out_features = c.out_features;
+  layer.in_features = c.layer.in_features;
+  layer.out_features = c.layer.out_features;
   return status_of(made, node.name());
 }
 
 Status* make_branch(const Node& node, Branch& branch) {
   Tensor r, l;
-  if (Status* status = node.read(1, "R", 3, true, r)) return status;
-  if (Status* status = node.read(2, "L", 3, true, l)) return status;
+  if (Status* status = node.read(TREEQ_MONARCH_R, "R", 3, true, r)) return status;
+  if (Status* status = node.read(TREEQ_MONARCH_L, "L", 3, true, l)) return status;
   static const char* const kNames[] = {"R", "L"};
   int64_t b_in, b_out, rank;
   branch.in_features = r.dimension(0) * r.dimension(1);
@@ -186,26 +193,15 @@ Status* create_kernel(const CustomOp*, ApiTable, const KernelInfo* info, void** 
 }
 
 Status* make_fused(const Node& node, Layer& layer) {
-  std::string activation;
-  if (Status* status = node.read("activation", activation)) return status;
+  static const char* const kNames[] = TREEQ_ACTIVATION_NAMES;
+  int32_t& activation = layer.fusion.activation;
+  if (Status* status = read_choice(node, "activation", kNames, "gelu_tanh or none", activation))
+    return status;
   if (Status* status = node.read("norm_epsilon", layer.fusion.norm_epsilon)) return status;
-  if (activation == "gelu_tanh")
-    layer.fusion.activation = TREEQ_ACTIVATION_GELU_TANH;
-  else if (activation != "none")
-    return node.error("attribute activation is \"" + activation + "\", expected gelu_tanh or none");
-  return make_layer(node, layer);
+  return make_layer<true>(node, layer);
 }
 
-Status* compute_layer(void* kernel, KernelContext* context) {
-  const Layer& k = *static_cast<const Layer*>(kernel);
-  Call c(context, k.name);
-  if (Status* status = c.open(k.in_features)) return status;
-  float* y = nullptr;
-  if (Status* status = c.output(0, k.out_features, &y)) return status;
-  const treeq_parallel parallel = parallel_of(context);
-  return status_of(treeq_qlinear_run(k.handle, c.x(), c.m(), y, &parallel), k.name);
-}
-
+template <bool kIsFused>
 Status* read_fusion(const Layer& k, const Call& c, treeq_fusion& f) {
   f = k.fusion;
   size_t count = 1;
@@ -214,19 +210,23 @@ Status* read_fusion(const Layer& k, const Call& c, treeq_fusion& f) {
   f.tokens = c.images() > 0 && c.m() > 0 ? c.m() / c.images() : 1;
   std::vector<int64_t> full = c.shape();
   full.back() = k.out_features;
+  if (!kIsFused) return c.input(TREEQ_QLINEAR_ADDEND, "addend", full, &f.addend);
   const std::vector<int64_t> norm = {c.images(), k.in_features}, gate = {c.images(), k.out_features};
-  if (Status* status = c.input(6, "norm_scale", norm, &f.norm_scale)) return status;
-  if (Status* status = c.input(7, "norm_shift", norm, &f.norm_shift)) return status;
-  if (Status* status = c.input(8, "gate", gate, &f.gate)) return status;
-  return c.input(9, "residual", full, &f.residual);
+  if (Status* status = c.input(TREEQ_FUSED_NORM_SCALE, "norm_scale", norm, &f.norm_scale))
+    return status;
+  if (Status* status = c.input(TREEQ_FUSED_NORM_SHIFT, "norm_shift", norm, &f.norm_shift))
+    return status;
+  if (Status* status = c.input(TREEQ_FUSED_GATE, "gate", gate, &f.gate)) return status;
+  return c.input(TREEQ_FUSED_RESIDUAL, "residual", full, &f.residual);
 }
 
-Status* compute_fused(void* kernel, KernelContext* context) {
+template <bool kIsFused>
+Status* compute_layer(void* kernel, KernelContext* context) {
   const Layer& k = *static_cast<const Layer*>(kernel);
   Call c(context, k.name);
   if (Status* status = c.open(k.in_features)) return status;
   treeq_fusion fusion;
-  if (Status* status = read_fusion(k, c, fusion)) return status;
+  if (Status* status = read_fusion<kIsFused>(k, c, fusion)) return status;
   float* y[TREEQ_MAX_OUTPUTS] = {};
   for (int32_t i = 0; i < fusion.num_outputs; ++i)
     if (Status* status = c.output(size_t(i), k.out_features / fusion.num_outputs, &y[i]))
@@ -250,7 +250,7 @@ void destroy_kernel(void* kernel) {
   delete static_cast<Kernel*>(kernel);
 }
 
-/* What both ops answer alike. */
+/* What all ops answer alike. */
 CustomOp common_op() {
   CustomOp op = {};
   op.version = kApiVersion;
@@ -270,35 +270,37 @@ CustomOp common_op() {
 
 CustomOp qlinear_op() {
   CustomOp op = common_op();
-  op.get_name = [](const CustomOp*) { return "QLinear"; };
-  op.get_input_count = [](const CustomOp*) { return size_t(4); };
-  op.get_input_type = [](const CustomOp*, size_t i) { return i == 1 ? kInt32 : kFloat; };
-  op.get_input_characteristic = [](const CustomOp*, size_t i) {
-    return i < 3 ? kRequired : kOptional;
+  op.get_name = [](const CustomOp*) { return TREEQ_QLINEAR; };
+  op.get_input_count = [](const CustomOp*) { return size_t(TREEQ_QLINEAR_INPUTS); };
+  op.get_input_type = [](const CustomOp*, size_t i) {
+    return i == TREEQ_QLINEAR_PLANES ? kInt32 : kFloat;
   };
-  op.create_kernel_v2 = create_kernel<Layer, make_layer>;
-  op.compute_v2 = compute_layer;
+  op.get_input_characteristic = [](const CustomOp*, size_t i) {
+    return i < TREEQ_QLINEAR_REQUIRED ? kRequired : kOptional;
+  };
+  op.create_kernel_v2 = create_kernel<Layer, make_layer<false>>;
+  op.compute_v2 = compute_layer<false>;
   op.destroy = destroy_kernel<Layer>;
   return op;
 }
 
 CustomOp fused_op() {
   CustomOp op = qlinear_op();
-  op.get_name = [](const CustomOp*) { return "FusedQLinear"; };
-  op.get_input_count = [](const CustomOp*) { return size_t(10); };
+  op.get_name = [](const CustomOp*) { return TREEQ_FUSED; };
+  op.get_input_count = [](const CustomOp*) { return size_t(TREEQ_FUSED_INPUTS); };
   op.get_output_count = [](const CustomOp*) { return size_t(TREEQ_MAX_OUTPUTS); };
   op.get_output_characteristic = [](const CustomOp*, size_t i) {
     return i < 1 ? kRequired : kOptional;
   };
   op.create_kernel_v2 = create_kernel<Layer, make_fused>;
-  op.compute_v2 = compute_fused;
+  op.compute_v2 = compute_layer<true>;
   return op;
 }
 
 CustomOp monarch_op() {
   CustomOp op = common_op();
-  op.get_name = [](const CustomOp*) { return "Monarch"; };
-  op.get_input_count = [](const CustomOp*) { return size_t(3); };
+  op.get_name = [](const CustomOp*) { return TREEQ_MONARCH; };
+  op.get_input_count = [](const CustomOp*) { return size_t(TREEQ_MONARCH_INPUTS); };
   op.get_input_type = [](const CustomOp*, size_t) { return kFloat; };
   op.get_input_characteristic = [](const CustomOp*, size_t) { return kRequired; };
   op.create_kernel_v2 = create_kernel<Branch, make_branch>;
@@ -322,7 +324,8 @@ extern "C" TREEQ_API treeq::ort::Status* RegisterCustomOps(treeq::ort::SessionOp
   }
   static const CustomOp qlinear = qlinear_op(), fused = fused_op(), monarch = monarch_op();
   Domain* domain = nullptr;
-  if (Status* status = call<Status*>(g_api, kCreateCustomOpDomain, "treeq", &domain)) return status;
+  if (Status* status = call<Status*>(g_api, kCreateCustomOpDomain, TREEQ_DOMAIN, &domain))
+    return status;
   for (const CustomOp* op : {&qlinear, &fused, &monarch})
     if (Status* status = call<Status*>(g_api, kCustomOpDomainAdd, domain, op)) return status;
   return call<Status*>(g_api, kAddCustomOpDomain, options, domain);

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "treeq/op.h"
+
 namespace treeq::trt {
 namespace {
 
@@ -60,9 +62,10 @@ void name_qlinear(Launch& launch, const Tile& tile, int32_t weight_bits, int32_t
 }
 
 /* rms for token_rms, absmax for token_absmax, static for tensor_static. */
-const char* kind_of(const char* act_scale) noexcept {
-  const char* end = std::strchr(act_scale, '_');
-  return end ? end + 1 : act_scale;
+const char* kind_of(int32_t act_scale) noexcept {
+  static constexpr const char* kNames[] = TREEQ_SCALE_NAMES;
+  const char* end = std::strchr(kNames[act_scale], '_');
+  return end ? end + 1 : kNames[act_scale];
 }
 
 }  // namespace
@@ -94,7 +97,7 @@ QLinearChoice choose_qlinear(int64_t m, int64_t n, int64_t k, int32_t weight_bit
   return choice;
 }
 
-QuantizeChoice choose_quantize(int64_t m, int64_t k, const char* act_scale, int32_t rotation_group,
+QuantizeChoice choose_quantize(int64_t m, int64_t k, int32_t act_scale, int32_t rotation_group,
                                int32_t num_sms, const char* dtype) noexcept {
   const int64_t rows = ceil_div(m, kQuantizeRows), steps = padded(k) / kCodesPadding;
   const int64_t parts = std::max(int64_t(1), std::min(steps, num_sms / rows));
@@ -145,7 +148,7 @@ TREEQ_API void treeq_plugin_choose_qlinear(int64_t m, int64_t n, int64_t k, int3
   *out = treeq::trt::choose_qlinear(m, n, k, weight_bits, group_size, num_sms, dtype);
 }
 
-TREEQ_API void treeq_plugin_choose_quantize(int64_t m, int64_t k, const char* act_scale,
+TREEQ_API void treeq_plugin_choose_quantize(int64_t m, int64_t k, int32_t act_scale,
                                             int32_t rotation_group, int32_t num_sms,
                                             const char* dtype, treeq::trt::QuantizeChoice* out) {
   *out = treeq::trt::choose_quantize(m, k, act_scale, rotation_group, num_sms, dtype);

@@ -49,7 +49,7 @@ int64_t padded(int64_t k) noexcept;
 /* m >= 1; dtype: fp16, bf16 or fp32. */
 QLinearChoice choose_qlinear(int64_t m, int64_t n, int64_t k, int32_t weight_bits,
                              int32_t group_size, int32_t num_sms, const char* dtype) noexcept;
-QuantizeChoice choose_quantize(int64_t m, int64_t k, const char* act_scale, int32_t rotation_group,
+QuantizeChoice choose_quantize(int64_t m, int64_t k, int32_t act_scale, int32_t rotation_group,
                                int32_t num_sms, const char* dtype) noexcept;
 MonarchChoice choose_monarch(int64_t m, int32_t b_in, int32_t b_out, int32_t rank,
                              int32_t block_out, const char* dtype) noexcept;

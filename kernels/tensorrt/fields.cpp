@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "log.h"
 
@@ -13,24 +14,20 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 
-constexpr int32_t kMaxInFeatures = 130944;  // the int32 sum of so many products of bytes is exact
-
 struct FieldInfo {
   const char* name;
   PluginFieldType type;
   size_t offset;
 };
 
-constexpr FieldInfo kInfos[kNumQLinearFields] = {
-    {"weight_bits", PluginFieldType::kINT32, offsetof(QLinearFields, weight_bits)},
-    {"act_bits", PluginFieldType::kINT32, offsetof(QLinearFields, act_bits)},
-    {"act_scale", PluginFieldType::kCHAR, offsetof(QLinearFields, act_scale)},
-    {"act_step", PluginFieldType::kFLOAT32, offsetof(QLinearFields, act_step)},
-    {"rotation_group", PluginFieldType::kINT32, offsetof(QLinearFields, rotation_group)},
-    {"group_size", PluginFieldType::kINT32, offsetof(QLinearFields, group_size)},
-    {"in_features", PluginFieldType::kINT32, offsetof(QLinearFields, in_features)},
-    {"out_features", PluginFieldType::kINT32, offsetof(QLinearFields, out_features)},
-};
+/* TensorRT has no 64-bit fields; text is of characters. */
+constexpr FieldInfo kInfos[kNumFields] = {
+#define TREEQ_INT(name) {#name, PluginFieldType::kINT32, offsetof(treeq_layer_format, name)},
+#define TREEQ_REAL(name) {#name, PluginFieldType::kFLOAT32, offsetof(treeq_layer_format, name)},
+#define TREEQ_TEXT(name) {#name, PluginFieldType::kCHAR, offsetof(treeq_layer_format, name)},
+    TREEQ_LAYER_FIELDS(TREEQ_INT, TREEQ_REAL, TREEQ_TEXT)};
+constexpr const char* kScales = "token_rms, token_absmax or tensor_static";
+constexpr size_t kMaxText = 15;  // characters that are shown of an unknown one
 
 const PluginField* find(const PluginFieldCollection& fields, const char* name) noexcept {
   for (int32_t i = 0; i < fields.nbFields; ++i) {
@@ -40,18 +37,26 @@ const PluginField* find(const PluginFieldCollection& fields, const char* name) n
   return nullptr;
 }
 
-/* Copies text of `length` characters, with or without a zero at its end. */
-bool copy_text(const PluginField& field, char* out, size_t capacity) noexcept {
+/* The number of an activation scale: text of `length` characters, with or without a zero behind. */
+bool read_scale(const char* layer, const PluginField& field, void* out) noexcept {
   const char* text = static_cast<const char*>(field.data);
   const size_t length = strnlen(text, size_t(std::max(field.length, 0)));
-  if (length >= capacity) return false;
-  std::memcpy(out, text, length);
-  out[length] = '\0';
-  return true;
+  for (int32_t i = 0; i < int32_t(std::size(kScaleNames)); ++i) {
+    if (std::strlen(kScaleNames[i]) != length || std::memcmp(kScaleNames[i], text, length)) continue;
+    std::memcpy(out, &i, sizeof(i));
+    return true;
+  }
+  if (length > kMaxText) {
+    log_error("%s: field %s is %d characters long, expected %s", layer, field.name, field.length,
+              kScales);
+  } else {
+    log_error("%s: %s is \"%.*s\", expected %s", layer, field.name, int(length), text, kScales);
+  }
+  return false;
 }
 
 bool read_field(const char* layer, const PluginFieldCollection& fields, const FieldInfo& info,
-                char* out) noexcept {
+                void* out) noexcept {
   const PluginField* field = find(fields, info.name);
   if (!field || !field->data) {
     log_error("%s: field %s is missing; compile the model with this version's treeq-export", layer,
@@ -63,12 +68,7 @@ bool read_field(const char* layer, const PluginFieldCollection& fields, const Fi
               int(field->type), int(info.type));
     return false;
   }
-  if (info.type == PluginFieldType::kCHAR) {
-    if (copy_text(*field, out, sizeof(QLinearFields::act_scale))) return true;
-    log_error("%s: field %s is %d characters long, expected token_rms, token_absmax or "
-              "tensor_static", layer, info.name, field->length);
-    return false;
-  }
+  if (info.type == PluginFieldType::kCHAR) return read_scale(layer, *field, out);
   std::memcpy(out, field->data, sizeof(int32_t));  // a float is as long
   return true;
 }
@@ -86,13 +86,9 @@ bool check_divides(const char* layer, const char* name, int32_t value, int32_t k
   return false;
 }
 
-bool check_act(const char* layer, const QLinearFields& fields) noexcept {
-  const bool is_known = !std::strcmp(fields.act_scale, "token_rms") ||
-                        !std::strcmp(fields.act_scale, "token_absmax") ||
-                        !std::strcmp(fields.act_scale, "tensor_static");
-  if (!is_known) {
-    log_error("%s: act_scale is \"%s\", expected token_rms, token_absmax or tensor_static", layer,
-              fields.act_scale);
+bool check_act(const char* layer, const treeq_layer_format& fields) noexcept {
+  if (fields.act_scale == TREEQ_SCALE_NONE) {
+    log_error("%s: act_scale is \"none\", expected %s", layer, kScales);
     return false;
   }
   if (std::isfinite(fields.act_step) && fields.act_step > 0) return true;
@@ -100,31 +96,32 @@ bool check_act(const char* layer, const QLinearFields& fields) noexcept {
   return false;
 }
 
-bool check_groups(const char* layer, const QLinearFields& fields) noexcept {
+bool check_groups(const char* layer, const treeq_layer_format& fields) noexcept {
   const int32_t rotation = fields.rotation_group, group = fields.group_size;
-  if (!check_range(layer, "rotation_group", rotation, 1, 128)) return false;
+  if (!check_range(layer, "rotation_group", rotation, 1, TREEQ_MAX_ROTATION)) return false;
   if (rotation & (rotation - 1)) {
     log_error("%s: rotation_group is %d, expected a power of two", layer, rotation);
     return false;
   }
   if (!check_divides(layer, "rotation_group", rotation, fields.in_features)) return false;
   if (group == 0) return true;
-  if (group < 0 || group % 32) {
-    log_error("%s: group_size is %d, expected 0 or a multiple of 32", layer, group);
+  if (group < 0 || group % TREEQ_PACK_WORD) {
+    log_error("%s: group_size is %d, expected 0 or a multiple of %d", layer, group,
+              TREEQ_PACK_WORD);
     return false;
   }
   return check_divides(layer, "group_size", group, fields.in_features);
 }
 
-bool check(const char* layer, const QLinearFields& fields) noexcept {
+bool check(const char* layer, const treeq_layer_format& fields) noexcept {
   if (fields.act_bits == 0) {
     log_error("%s: act_bits is 0; a weight-only layer has no plugin: compile for TensorRT again, "
               "which lowers it to DequantizeLinear and MatMul", layer);
     return false;
   }
-  return check_range(layer, "weight_bits", fields.weight_bits, 2, 8) &&
-         check_range(layer, "act_bits", fields.act_bits, 2, 8) &&
-         check_range(layer, "in_features", fields.in_features, 1, kMaxInFeatures) &&
+  return check_range(layer, "weight_bits", fields.weight_bits, TREEQ_MIN_BITS, TREEQ_MAX_BITS) &&
+         check_range(layer, "act_bits", fields.act_bits, TREEQ_MIN_BITS, TREEQ_MAX_BITS) &&
+         check_range(layer, "in_features", fields.in_features, 1, TREEQ_MAX_IN_FEATURES) &&
          check_range(layer, "out_features", fields.out_features, 1, 1 << 20) &&
          check_act(layer, fields) && check_groups(layer, fields);
 }
@@ -132,30 +129,31 @@ bool check(const char* layer, const QLinearFields& fields) noexcept {
 }  // namespace
 
 const PluginFieldCollection& qlinear_field_names() noexcept {
-  static PluginField fields[kNumQLinearFields];
+  static PluginField fields[kNumFields];
   static const PluginFieldCollection collection = [] {
-    for (size_t i = 0; i < kNumQLinearFields; ++i) {
+    for (size_t i = 0; i < kNumFields; ++i) {
       fields[i] = PluginField(kInfos[i].name, nullptr, kInfos[i].type, 1);
     }
-    return PluginFieldCollection{int32_t(kNumQLinearFields), fields};
+    return PluginFieldCollection{int32_t(kNumFields), fields};
   }();
   return collection;
 }
 
 bool read_fields(const char* layer, const PluginFieldCollection& fields,
-                 QLinearFields& out) noexcept {
+                 treeq_layer_format& out) noexcept {
   for (const FieldInfo& info : kInfos) {
     if (!read_field(layer, fields, info, reinterpret_cast<char*>(&out) + info.offset)) return false;
   }
   return check(layer, out);
 }
 
-void write_fields(const QLinearFields& fields, PluginField (&out)[kNumQLinearFields]) noexcept {
-  for (size_t i = 0; i < kNumQLinearFields; ++i) {
-    const char* data = reinterpret_cast<const char*>(&fields) + kInfos[i].offset;
-    const bool is_text = kInfos[i].type == PluginFieldType::kCHAR;
-    out[i] = PluginField(kInfos[i].name, data, kInfos[i].type,
-                         is_text ? int32_t(std::strlen(data)) : 1);
+void write_fields(const treeq_layer_format& fields, PluginField (&out)[kNumFields]) noexcept {
+  const char* scale = kScaleNames[fields.act_scale];
+  for (size_t i = 0; i < kNumFields; ++i) {
+    const FieldInfo& info = kInfos[i];
+    const bool is_text = info.type == PluginFieldType::kCHAR;
+    const char* data = is_text ? scale : reinterpret_cast<const char*>(&fields) + info.offset;
+    out[i] = PluginField(info.name, data, info.type, is_text ? int32_t(std::strlen(scale)) : 1);
   }
 }
 

@@ -13,7 +13,12 @@ namespace {
 using namespace nvinfer1;
 
 /* x (..., K), R (b_in, K / b_in, b_out * rank), L (b_out, b_in * rank, N / b_out). */
-enum Input : int32_t { kX = 0, kR = 1, kL = 2, kNumInputs = 3 };
+enum Input : int32_t {
+  kX = TREEQ_MONARCH_X,
+  kR = TREEQ_MONARCH_R,
+  kL = TREEQ_MONARCH_L,
+  kNumInputs = TREEQ_MONARCH_INPUTS,
+};
 
 /* The sizes of a branch. */
 struct Sizes {
@@ -22,7 +27,7 @@ struct Sizes {
 
 class Monarch final : public Plugin {
  public:
-  explicit Monarch(const LayerName& layer) noexcept : Plugin(kMonarch, layer) {}
+  explicit Monarch(const LayerName& layer) noexcept : Plugin(TREEQ_MONARCH, layer) {}
 
   IPluginV3* clone() noexcept override {
     auto* copy = new (std::nothrow) Monarch(layer_name());

@@ -6,9 +6,6 @@
 
 namespace treeq::trt {
 
-constexpr const char* kQLinear = "QLinear";
-constexpr const char* kMonarch = "Monarch";
-
 /* A new plugin, or null after one logged line that names the layer. */
 nvinfer1::IPluginV3* make_qlinear(const char* layer,
                                   const nvinfer1::PluginFieldCollection& fields) noexcept;

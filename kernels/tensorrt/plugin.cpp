@@ -47,7 +47,7 @@ bool count_rows(const Dims& dims, int64_t& rows) noexcept {
 }
 
 LayerName::LayerName(const char* name) noexcept {
-  std::snprintf(text, sizeof(text), "%s", name && *name ? name : "treeq");
+  std::snprintf(text, sizeof(text), "%s", name && *name ? name : TREEQ_DOMAIN);
 }
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(

@@ -6,10 +6,9 @@
 
 #include <cstdint>
 
-namespace treeq::trt {
+#include "treeq/op.h"
 
-constexpr const char* kNamespace = "treeq";
-constexpr const char* kVersion = "1";
+namespace treeq::trt {
 
 /* fp16, bf16 or fp32 as in the kernels' names; null for other types. */
 const char* type_name(nvinfer1::DataType type) noexcept;
@@ -37,8 +36,8 @@ class Plugin : public nvinfer1::IPluginV3,
   nvinfer1::IPluginCapability* getCapabilityInterface(
       nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::AsciiChar const* getPluginName() const noexcept override { return op_; }
-  nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
-  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+  nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return TREEQ_OP_VERSION; }
+  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return TREEQ_DOMAIN; }
   int32_t getNbOutputs() const noexcept override { return 1; }
   int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t num_outputs,
                              nvinfer1::DataType const* inputs,

@@ -16,8 +16,13 @@ namespace {
 
 using namespace nvinfer1;
 
-enum Input : int32_t { kX = 0, kPlanes = 1, kWeightScale = 2, kNumRequired = 3 };
-constexpr int32_t kMaxInputs = 5;
+enum Input : int32_t {
+  kX = TREEQ_QLINEAR_X,
+  kPlanes = TREEQ_QLINEAR_PLANES,
+  kWeightScale = TREEQ_QLINEAR_WEIGHT_SCALE,
+  kNumRequired = TREEQ_QLINEAR_REQUIRED,
+};
+constexpr int32_t kMaxInputs = TREEQ_QLINEAR_INPUTS;
 
 Dims make_dims(std::initializer_list<int64_t> extents) noexcept {
   Dims dims{};
@@ -32,8 +37,8 @@ struct Optional {
 
 class QLinear final : public Plugin {
  public:
-  QLinear(const LayerName& layer, const QLinearFields& fields) noexcept
-      : Plugin(kQLinear, layer), fields_(fields) {}
+  QLinear(const LayerName& layer, const treeq_layer_format& fields) noexcept
+      : Plugin(TREEQ_QLINEAR, layer), fields_(fields) {}
 
   IPluginV3* clone() noexcept override {
     auto* copy = new (std::nothrow) QLinear(layer_name(), fields_);
@@ -88,7 +93,7 @@ class QLinear final : public Plugin {
 
   PluginFieldCollection const* getFieldsToSerialize() noexcept override {
     write_fields(fields_, serialized_);
-    collection_ = {int32_t(kNumQLinearFields), serialized_};
+    collection_ = {int32_t(kNumFields), serialized_};
     return &collection_;
   }
 
@@ -123,10 +128,10 @@ class QLinear final : public Plugin {
   bool multiply(const Call& call) const noexcept;
   bool multiply_in_slices(const Call& call) const noexcept;
 
-  QLinearFields fields_;
+  treeq_layer_format fields_;
   Optional optional_;
   bool is_shaped_ = false;  // onShapeChange has said where the optional inputs are
-  PluginField serialized_[kNumQLinearFields];
+  PluginField serialized_[kNumFields];
   PluginFieldCollection collection_{};
 };
 
@@ -268,7 +273,7 @@ bool QLinear::multiply_in_slices(const Call& call) const noexcept {
 
 IPluginV3* make_qlinear(const char* layer, const PluginFieldCollection& fields) noexcept {
   const LayerName name(layer);
-  QLinearFields read;
+  treeq_layer_format read{};
   if (!read_fields(name.text, fields, read)) return nullptr;
   auto* plugin = new (std::nothrow) QLinear(name, read);
   if (!plugin) log_error("%s: out of host memory", name.text);

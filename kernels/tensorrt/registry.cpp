@@ -33,8 +33,8 @@ class Creator : public IPluginCreatorV3One {
   Creator(const char* op, const PluginFieldCollection& fields, Make make) noexcept
       : op_(op), fields_(fields), make_(make) {}
   AsciiChar const* getPluginName() const noexcept override { return op_; }
-  AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
-  AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+  AsciiChar const* getPluginVersion() const noexcept override { return TREEQ_OP_VERSION; }
+  AsciiChar const* getPluginNamespace() const noexcept override { return TREEQ_DOMAIN; }
   PluginFieldCollection const* getFieldNames() noexcept override { return &fields_; }
   IPluginV3* createPlugin(AsciiChar const* name, PluginFieldCollection const* fields,
                           TensorRTPhase) noexcept override {
@@ -49,8 +49,8 @@ class Creator : public IPluginCreatorV3One {
 
 /* Never destroyed: a registry may hold them longer than the library's static objects live. */
 IPluginCreatorInterface* const (&creators())[2] {
-  static auto* qlinear = new Creator(kQLinear, qlinear_field_names(), make_qlinear);
-  static auto* monarch = new Creator(kMonarch, PluginFieldCollection{}, make_monarch);
+  static auto* qlinear = new Creator(TREEQ_QLINEAR, qlinear_field_names(), make_qlinear);
+  static auto* monarch = new Creator(TREEQ_MONARCH, PluginFieldCollection{}, make_monarch);
   static IPluginCreatorInterface* const list[] = {qlinear, monarch};
   return list;
 }
@@ -100,7 +100,7 @@ class SelfRegistration {
     for (size_t i = 0; i < std::size(creators()); ++i) {
       // False, without an error (tried: TensorRT-RTX 1.7), where another copy of this library or
       // the plugins in Python were first.
-      is_registered_[i] = registry_->registerCreator(*creators()[i], kNamespace);
+      is_registered_[i] = registry_->registerCreator(*creators()[i], TREEQ_DOMAIN);
     }
   }
   void take_back() noexcept {

@@ -32,19 +32,20 @@ Case make_case(std::mt19937& random) {
   };
   std::normal_distribution<float> gauss;
   Case c = {};
-  treeq_qlinear_config& q = c.config;
-  q.abi_version = TREEQ_ABI_VERSION;
+  treeq_qlinear_config& config = c.config;
+  config.abi_version = TREEQ_ABI_VERSION;
+  treeq_layer_format& q = config.layer;
   q.weight_bits = int32_t(pick(2, 8));
   q.act_bits = int32_t(pick(2, 8));
   q.act_scale = int32_t(pick(1, 3));
   q.act_step = q.act_scale == TREEQ_SCALE_TENSOR_STATIC ? 0.1f : 0.4f / float(q.act_bits);
   q.rotation_group = 1 << pick(0, 8);
   const int64_t groups = pick(1, 3);
-  q.in_features = q.rotation_group * pick(1, 6) * groups;
-  q.group_size = groups == 1 ? 0 : q.in_features / groups;
-  q.out_features = pick(1, 90);
+  q.in_features = int32_t(q.rotation_group * pick(1, 6) * groups);
+  q.group_size = groups == 1 ? 0 : int32_t(q.in_features / groups);
+  q.out_features = int32_t(pick(1, 90));
   c.m = pick(1, 30);
-  if (pick(0, 1)) q.branch_in = q.branch_out = 1, q.branch_rank = pick(1, 9);
+  if (pick(0, 1)) config.branch_in = config.branch_out = 1, config.branch_rank = pick(1, 9);
   const int64_t n = q.out_features, k = q.in_features, words = (k + 31) / 32;
   c.planes.assign(size_t(q.weight_bits * n * words), 0);
   c.weight.resize(size_t(n * k));
@@ -60,17 +61,17 @@ Case make_case(std::mt19937& random) {
   };
   fill(c.scale, n * groups);
   fill(c.bias, n);
-  fill(c.r, k * q.branch_rank);
-  fill(c.l, n * q.branch_rank);
+  fill(c.r, k * config.branch_rank);
+  fill(c.l, n * config.branch_rank);
   fill(c.x, c.m * k);
   return c;
 }
 
 bool run(const Case& c, Result& out) {
-  const treeq_qlinear_config& q = c.config;
+  const treeq_layer_format& q = c.config.layer;
   const int64_t groups = q.group_size ? q.in_features / q.group_size : 1;
   treeq_qlinear* layer = nullptr;
-  if (treeq_qlinear_create(&q, c.planes.data(), c.scale.data(), c.bias.data(), c.r.data(),
+  if (treeq_qlinear_create(&c.config, c.planes.data(), c.scale.data(), c.bias.data(), c.r.data(),
                            c.l.data(), &layer))
     return false;
   out.codes.resize(c.x.size());
@@ -85,8 +86,9 @@ bool run(const Case& c, Result& out) {
 }
 
 bool sums_are_right(const Case& c, const Result& got) {
-  const int64_t k = c.config.in_features, n = c.config.out_features;
-  const int64_t size = c.config.group_size ? c.config.group_size : k, groups = k / size;
+  const treeq_layer_format& q = c.config.layer;
+  const int64_t k = q.in_features, n = q.out_features;
+  const int64_t size = q.group_size ? q.group_size : k, groups = k / size;
   for (int64_t t = 0; t < c.m; ++t)
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t i = 0; i < n; ++i) {
@@ -122,9 +124,9 @@ int main(int argc, char** argv) {
       const bool equal = same(got.codes, expected.codes) && same(got.scales, expected.scales) &&
                          same(got.sums, expected.sums) && same(got.y, expected.y);
       if (!equal || !sums_are_right(c, got))
-        return std::printf("%s: case %d (W%d A%d, K %lld, N %lld) differs\n", isa, i,
-                           c.config.weight_bits, c.config.act_bits, (long long)c.config.in_features,
-                           (long long)c.config.out_features),
+        return std::printf("%s: case %d (W%d A%d, K %d, N %d) differs\n", isa, i,
+                           c.config.layer.weight_bits, c.config.layer.act_bits,
+                           c.config.layer.in_features, c.config.layer.out_features),
                1;
     }
     names += std::string(" ") + isa;

@@ -380,7 +380,7 @@ def change(**fields: Any) -> Callable[[CpuQLinear], None]:
 
 
 BAD = {
-    "abi_version": (change(abi_version=2), "built for another version"),
+    "abi_version": (change(abi_version=1), "built for another version"),
     "weight_bits-1": (change(weight_bits=1), "weight_bits is not in 2..8"),
     "weight_bits-9": (change(weight_bits=9), "weight_bits is not in 2..8"),
     "act_bits-1": (change(act_bits=1), "act_bits is not in 2..8"),

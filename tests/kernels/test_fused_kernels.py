@@ -345,6 +345,17 @@ def test_nan_and_infinity_pass_gelu_and_gate(isa: str, monkeypatch: pytest.Monke
     assert y[2, 0] == np.inf
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("n", [96, 41])
+def test_an_addend_is_added_last(isa: str, n: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TREEQ_ISA", isa)
+    case = make_case(23, 64, n, branch=(1, 1, 4))
+    addend = np.random.default_rng(2).standard_normal((23, n)).astype(np.float32)
+    with case.open() as layer:
+        [y] = layer.run_fused(case.x, addend=addend)
+        same_bits(y, layer.run(case.x) + addend)
+
+
 def test_threads_of_the_caller_give_the_same_bits():
     case = make_case(70, 288, 192, rotation_group=32, branch=(1, 1, 8))
     fusion = make_fusion(case, images=7, norm=True, activation="gelu_tanh", num_outputs=3)
@@ -369,6 +380,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"tokens": 0}, "tokens do not divide the rows"),
     "gate alone": ({"gate": ROW}, "a required array is missing"),
     "residual alone": ({"residual": WIDE}, "a required array is missing"),
+    "addend, gate": (
+        {"addend": WIDE, "gate": ROW, "residual": WIDE},
+        "addend and gate are both given",
+    ),
+    "addend, 3 outputs": ({"num_outputs": 3, "addend": WIDE}, "do not share the channels"),
     "scale alone": ({"norm_scale": ROW}, "a required array is missing"),
     "shift alone": ({"norm_shift": ROW}, "a required array is missing"),
     "gate of another shape": (

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.kernels.test_cpu_qlinear import AVAILABLE, Case, make_case
 from treeq_export.errors import RunnerError
+from treeq_export.ops import FUSED, QLINEAR
 from treeq_export.quant.packing import pack
 from treeq_export.runners.cpu_kernels import KERNELS_LIBRARY, ORT_LIBRARY, CpuMonarch, find_library
 from treeq_export.runners.ort_runner import OrtRunner
@@ -30,19 +31,7 @@ def installed() -> None:
 
 
 def make_attributes(case: Case, *, is_fused: bool = False) -> dict[str, Any]:
-    n, k = case.codes.shape
-    groups = case.weight_scale.shape[1]
-    return {
-        "weight_bits": case.bits,
-        "act_bits": case.activation.bits or 0,
-        "act_scale": case.activation.scale,
-        "act_step": case.step or 0.0,
-        "rotation_group": case.rotation_group,
-        "group_size": 0 if groups == 1 else k // groups,
-        "in_features": k,
-        "out_features": n,
-        **(FUSED_ONLY if is_fused else {}),
-    }
+    return case.format.attributes() | (FUSED_ONLY if is_fused else {})
 
 
 def make_initializers(case: Case) -> Arrays:
@@ -87,7 +76,7 @@ def qlinear_model(case: Case, **changes: Any) -> bytes:
 
 
 AROUND_INPUTS = ("norm_scale", "norm_shift", "gate", "residual")
-FUSED_INPUTS = ("x", "planes", "weight_scale", "bias", "branch_R", "branch_L", *AROUND_INPUTS)
+FUSED_INPUTS = FUSED.inputs
 
 
 def fused_model(
@@ -116,6 +105,20 @@ def test_qlinear_has_the_bits_of_the_c_abi(
         case = make_case(14, 96, 41, act_bits=act_bits, **options)
         with OrtRunner(qlinear_model(case)) as runner, case.open() as layer:
             same_bits(runner.run({"x": case.x}), layer.run(case.x))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_qlinear_adds_its_fifth_input(has_bias: bool):
+    case = make_case(14, 96, 41, has_bias=has_bias)
+    arrays = make_initializers(case)
+    inputs = [name if name == "addend" or name in ("x", *arrays) else "" for name in QLINEAR.inputs]
+    model = make_model("QLinear", tuple(inputs), arrays, make_attributes(case))
+    addend = np.random.default_rng(3).standard_normal((14, 41)).astype(np.float32)
+    feeds = {"x": case.x.reshape(2, 7, 96), "addend": addend.reshape(2, 7, 41)}
+    with OrtRunner(model) as runner, case.open() as layer:
+        same_bits(runner.run(feeds).reshape(14, 41), layer.run(case.x) + addend)
+    wrong = run_error(model, feeds | {"addend": addend})
+    assert f"{NODE}: addend has shape (14, 41), expected (2, 7, 41)" in wrong
 
 
 @pytest.mark.parametrize("shape", [(96,), (7, 96), (2, 7, 96), (2, 3, 5, 96), (0, 96), (2, 0, 96)])

@@ -145,8 +145,8 @@ def test_the_choice_of_quantizer_and_branch_is_that_of_python(built: Built):
     for m, k, num_sms in itertools.product(ROWS, (32, 1152, 1000, 4608), NUM_SMS):
         for scale, rotation, dtype in itertools.product(ACT_SCALES, (1, 8, 128), DTYPES):
             expected = choose.choose_quantize(m, k, scale, rotation, num_sms, dtype)
-            got = call(library, "choose_quantize", "llsiis", _Quantize(), m, k, scale, rotation,
-                       num_sms, dtype)  # fmt: skip
+            got = call(library, "choose_quantize", "lliiis", _Quantize(), m, k, scale.number,
+                       rotation, num_sms, dtype)  # fmt: skip
             assert got.launch.read() == (expected.instantiation, expected.grid)
             assert got.columns_per_program == expected.columns_per_program
     for m, b_in, b_out, rank, block in itertools.product(ROWS, (1, 4), (1, 16), (1, 9), (36, 288)):

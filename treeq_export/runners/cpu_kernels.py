@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 import treeq_export
 from treeq_export.errors import RunnerError
-from treeq_export.ops import ACTIVATIONS, PACK_WORD, LayerFormat
+from treeq_export.ops import ACTIVATIONS, LAYER_ATTRIBUTES, PACK_WORD, LayerFormat
 
 KERNELS_LIBRARY = "libtreeq_kernels.so"
 ORT_LIBRARY = "libtreeq_ort.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 def find_library(name: str) -> Path | None:
@@ -40,17 +40,20 @@ def find_library(name: str) -> Path | None:
     return None
 
 
+class _Layer(ctypes.Structure):
+    """What kernels/write_op_header.py makes of a LayerFormat."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_float if kind is float else ctypes.c_int32)
+        for name, kind in LAYER_ATTRIBUTES.items()
+    )
+
+
 class _Config(ctypes.Structure):
+    _anonymous_ = ("layer",)
     _fields_ = (
         ("abi_version", ctypes.c_int32),
-        ("weight_bits", ctypes.c_int32),
-        ("act_bits", ctypes.c_int32),
-        ("act_scale", ctypes.c_int32),
-        ("act_step", ctypes.c_float),
-        ("rotation_group", ctypes.c_int32),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
+        ("layer", _Layer),
         ("branch_in", ctypes.c_int64),
         ("branch_out", ctypes.c_int64),
         ("branch_rank", ctypes.c_int64),
@@ -67,6 +70,7 @@ class _Fusion(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("num_outputs", ctypes.c_int32),
+        ("addend", ctypes.c_void_p),
     )
 
 
@@ -206,7 +210,7 @@ class CpuQLinear:
         arrays = (planes, weight_scale, bias, *(branch or (None, None)))
         self._arrays = [None if a is None else np.ascontiguousarray(a) for a in arrays]
         fields = layer.attributes() | {"act_scale": layer.act_scale.number}
-        self._config = _Config(abi_version=ABI_VERSION, **fields)
+        self._config = _Config(abi_version=ABI_VERSION, layer=_Layer(**fields))
         if branch is not None:
             b_in, b_out = branch[0].shape[0], branch[1].shape[0]
             self._config.branch_in, self._config.branch_out = b_in, b_out
@@ -260,13 +264,15 @@ class CpuQLinear:
         activation: str = "none",
         gate: NDArray[np.float32] | None = None,
         residual: NDArray[np.float32] | None = None,
+        addend: NDArray[np.float32] | None = None,
         tokens: int | None = None,
         num_outputs: int = 1,
         pool: ThreadPoolExecutor | None = None,
     ) -> list[NDArray[np.float32]]:
         """Return activation(linear(x')) for x' = LayerNorm(x) (1 + norm_scale) + norm_shift.
 
-        With a gate, residual + gate * that. A step whose arrays are None is left out.
+        With a gate, residual + gate * that; with an addend, that + addend. A step whose arrays are
+        None is left out.
 
         Args:
             x: Activations (M, K), float32.
@@ -276,6 +282,7 @@ class CpuQLinear:
             activation: "none" or "gelu_tanh".
             gate: One row an image, (M / tokens, N), float32; needs a single output.
             residual: (M, N), float32; given exactly where gate is.
+            addend: (M, N), float32; needs a single output and no gate.
             tokens: Rows of an image, a divisor of M; None for M.
             num_outputs: 1..3; several share N evenly, in multiples of 32.
             pool: Threads to compute on.
@@ -295,6 +302,7 @@ class CpuQLinear:
             "norm_shift": (norm_shift, (images, k)),
             "gate": (gate, (images, n)),
             "residual": (residual, (m, n)),
+            "addend": (addend, (m, n)),
         }
         kept = {what: self._check_array(what, *given) for what, given in arrays.items()}
         fusion = _Fusion(

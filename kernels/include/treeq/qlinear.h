@@ -13,7 +13,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TREEQ_ABI_VERSION 1
+#include "op.h"
+
+#define TREEQ_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define TREEQ_API __attribute__((visibility("default")))
@@ -39,26 +41,13 @@ typedef enum {
   TREEQ_BAD_ISA = 10,         /* TREEQ_ISA names no instruction set, or one this processor lacks */
   TREEQ_OUT_OF_MEMORY = 11,
   TREEQ_SUM_OVERFLOW = 12,    /* in_features so large that an int32 sum could overflow */
-  TREEQ_BAD_FUSION = 13       /* activation or output count unknown, tokens do not divide m */
+  TREEQ_BAD_FUSION = 13       /* activation or output count unknown, tokens do not divide m, both
+                               * addend and gate */
 } treeq_status;
-
-typedef enum {
-  TREEQ_SCALE_NONE = 0, /* activations stay float32: weight-only quantization */
-  TREEQ_SCALE_TOKEN_RMS = 1,
-  TREEQ_SCALE_TOKEN_ABSMAX = 2,
-  TREEQ_SCALE_TENSOR_STATIC = 3
-} treeq_act_scale;
 
 typedef struct {
   int32_t abi_version; /* TREEQ_ABI_VERSION */
-  int32_t weight_bits; /* 2..8 */
-  int32_t act_bits;    /* 2..8, 0 exactly where act_scale is none */
-  int32_t act_scale;   /* treeq_act_scale */
-  float act_step;      /* the layer's step; the scale itself where static */
-  int32_t rotation_group; /* 1 is none */
-  int64_t in_features;
-  int64_t out_features;
-  int64_t group_size; /* input channels that share a weight scale; 0 is all of them */
+  treeq_layer_format layer;
   /* Monarch branch; rank 0 is none. */
   int64_t branch_in;   /* b_in */
   int64_t branch_out;  /* b_out */
@@ -97,19 +86,17 @@ TREEQ_API void treeq_qlinear_destroy(treeq_qlinear* layer);
 TREEQ_API treeq_status treeq_qlinear_run(const treeq_qlinear* layer, const float* x, int64_t m,
                                          float* y, const treeq_parallel* parallel);
 
-typedef enum { TREEQ_ACTIVATION_NONE = 0, TREEQ_ACTIVATION_GELU_TANH = 1 } treeq_activation;
-
-#define TREEQ_MAX_OUTPUTS 3
-
 /* What a Diffusion Transformer does around a linear, done while its data is in the cache:
  *
  *   x' = LayerNorm(x) * (1 + norm_scale) + norm_shift      where norm_scale is not null
  *   y  = activation(linear(x'))
  *   y  = residual + gate * y                               where gate is not null
+ *   y  = y + addend                                        where addend is not null
  *
  * Rows belong to images: norm_scale, norm_shift float32 [m / tokens][in_features] and gate float32
- * [m / tokens][out_features] hold one row an image. residual is float32 [m][out_features]. With
- * several outputs the output channels are shared out evenly, as q, k and v of one linear. */
+ * [m / tokens][out_features] hold one row an image. residual and addend are float32
+ * [m][out_features]. With several outputs the output channels are shared out evenly, as q, k and v of
+ * one linear. */
 typedef struct {
   const float* norm_scale;
   const float* norm_shift;
@@ -118,7 +105,8 @@ typedef struct {
   const float* gate;
   const float* residual;
   int64_t tokens;      /* rows of an image; divides m */
-  int32_t num_outputs; /* 1..TREEQ_MAX_OUTPUTS, divides out_features; gate needs 1 */
+  int32_t num_outputs; /* 1..TREEQ_MAX_OUTPUTS, divides out_features; gate and addend need 1 */
+  const float* addend;
 } treeq_fusion;
 
 /* run with a fusion, which may be null; y holds num_outputs arrays. */
