@@ -25,23 +25,14 @@ from safetensors.numpy import save
 from treeq_export.children import python_child
 from treeq_export.errors import RunnerError
 from treeq_export.memory import out_of_memory
-from treeq_export.reading import parse_record
-from treeq_export.records import BenchMemory, Record
+from treeq_export.reading import parse_json
+from treeq_export.records import BenchMemory
 
 NUM_RUNS = 3
 _TIMEOUT_S = 1800
 _CHILD = "treeq_export.bench.memory_child"
 # What a process needs to find its libraries and caches; all else could change its memory.
 _KEPT_VARIABLES = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG")
-
-
-class MeasuredMemory(Record):
-    """What the child writes; the fields are those of BenchMemory."""
-
-    after_load_bytes: int
-    peak_bytes: int
-    load_s: float
-    file_bytes: int
 
 
 def measure_memory(
@@ -93,10 +84,8 @@ def measure_memory(
             f"{target}: the process that measures memory ended with status "
             f"{child.returncode}: {lines[-1].strip()}"
         )
-    measured = parse_record(
-        answer, MeasuredMemory, target, error=RunnerError, remedy="Run bench again."
-    )
-    return BenchMemory(target=target, **measured.model_dump())
+    measured = parse_json(answer, target, error=RunnerError, remedy="Run bench again.")
+    return BenchMemory(target=target, **measured)
 
 
 def _child_environment(threads: int) -> dict[str, str]:

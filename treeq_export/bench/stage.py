@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +32,19 @@ PEER = "ort_int8"
 NUM_CALIBRATION_BATCHES = 4
 
 Inputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One target of the bench.
+
+    Attributes:
+        open: Returns the runner, which is then entered.
+        load: What the process that measures memory loads; None where none is started.
+    """
+
+    open: Callable[[], AbstractContextManager[Any]]
+    load: dict[str, Any] | None
 
 
 def run_bench(
@@ -68,24 +83,20 @@ def run_bench(
     warn_if_busy(environment)
     environment |= {"rounds": section.rounds, "warmup": section.warmup, "seed": seed}
     example = _example_inputs(denoiser, section.batch_sizes[0], seed)
-    paths = _find_models(run, denoiser, targets, seed, say)
+    sides = _find_sides(run, denoiser, targets, section, seed, model, say)
     advance = _make_progress(
         len(targets) * (len(section.batch_sizes) * (section.warmup + section.rounds) + 1), on_step
     )
     rows: list[BenchRow] = []
     with ExitStack() as stack:
-        runners = {
-            target: stack.enter_context(_open(target, paths, denoiser, section.threads))
-            for target in targets
-        }
+        runners = {name: stack.enter_context(side.open()) for name, side in sides.items()}
         for batch in section.batch_sizes:
             inputs = _example_inputs(denoiser, batch, seed)
             rows += _time_batch(runners, inputs, batch, section, advance)
     memory: list[BenchMemory] = []
-    for target in targets:
-        what = _describe_load(target, paths, model)
-        if what is not None:
-            memory.append(measure_memory(target, what, example, section.threads))
+    for target, side in sides.items():
+        if side.load is not None:
+            memory.append(measure_memory(target, side.load, example, section.threads))
         advance()
     record = BenchRecord(
         rows=rows, memory=memory, speedups=compare_rows(rows, seed), environment=environment
@@ -123,33 +134,37 @@ def compare_rows(rows: Sequence[BenchRow], seed: int) -> list[Speedup]:
     return speedups
 
 
-def _find_models(
-    run: Path, denoiser: Denoiser, targets: Sequence[str], seed: int, say: Say
-) -> dict[str, Path]:
-    """Return the model file of every target but torch_fp32; the peer is made where needed."""
-    paths: dict[str, Path] = {}
+def _find_sides(
+    run: Path,
+    denoiser: Denoiser,
+    targets: Sequence[str],
+    section: BenchSection,
+    seed: int,
+    model: ModelSection | None,
+    say: Say,
+) -> dict[str, _Side]:
+    """Return how every target is opened and loaded; the peer is made where needed."""
+    sides: dict[str, _Side] = {}
     for target in targets:
         if target == TORCH:
+            load = None if model is None else {"torch": model.model_dump(mode="json")}
+            sides[target] = _Side(partial(TorchRunner, denoiser, threads=section.threads), load)
             continue
-        path = model_path(run.absolute(), _way_of(target).target)
+        way = Way(target, names.FP32) if target in (FP32, PEER) else way_named(target)
+        path = model_path(run.absolute(), way.target)
         if not path.is_file():
             raise PlanError(
                 f"{path}: missing; target {target} needs it. "
                 f"Run `treeq-export compile --run {run}` first."
             )
-        paths[target] = path
-    if PEER in paths:
-        calibration = [
-            _example_inputs(denoiser, 2, seed + batch) for batch in range(NUM_CALIBRATION_BATCHES)
-        ]
-        folder = model_path(run.absolute(), PEER).parent
-        paths[PEER] = make_int8_peer(paths[PEER], folder, calibration, say)
-    return paths
-
-
-def _way_of(target: str) -> Way:
-    """Return how a target is run: the peer, too, is the graph of full precision to begin with."""
-    return Way(target, names.FP32) if target in (FP32, PEER) else way_named(target)
+        if target == PEER:
+            batches = range(NUM_CALIBRATION_BATCHES)
+            calibration = [_example_inputs(denoiser, 2, seed + batch) for batch in batches]
+            folder = model_path(run.absolute(), PEER).parent
+            path = make_int8_peer(path, folder, calibration, say)
+        opened = partial(way.open, path, threads=section.threads, spin=True)
+        sides[target] = _Side(opened, {"onnx": str(path), "options": way.options(path)})
+    return sides
 
 
 def _example_inputs(denoiser: Denoiser, batch: int, seed: int) -> Inputs:
@@ -167,14 +182,6 @@ def _make_progress(total: int, on_step: Callable[[float], None]) -> Callable[[],
         on_step(done / total)
 
     return advance
-
-
-def _open(
-    target: str, paths: Mapping[str, Path], denoiser: Denoiser, threads: int
-) -> AbstractContextManager[Any]:
-    if target == TORCH:
-        return TorchRunner(denoiser, threads=threads)
-    return _way_of(target).open(paths[target], threads=threads, spin=True)
 
 
 def _time_batch(
@@ -203,12 +210,3 @@ def _time_batch(
         )
         for target in runners
     ]
-
-
-def _describe_load(
-    target: str, paths: Mapping[str, Path], model: ModelSection | None
-) -> dict[str, Any] | None:
-    if target != TORCH:
-        path = paths[target]
-        return {"onnx": str(path), "options": _way_of(target).options(path)}
-    return None if model is None else {"torch": model.model_dump(mode="json")}
