@@ -41,7 +41,7 @@ def measure_memory(
     """Load and run one target in a child process.
 
     Args:
-        target: Its name in the record.
+        target: The target's name in the record.
         what: {"onnx": path of the model file, "options": of OrtRunner} or {"torch": the recipe's
             model section as a dict}.
         inputs: Inputs of one call by name.

@@ -110,8 +110,8 @@ def main(text: str, inputs: bytes, answer: TextIO) -> None:
 
     Args:
         text: The order, JSON.
-        inputs: Of one call by name, safetensors.
-        answer: Where the result goes: JSON, all of `BenchMemory` but the target.
+        inputs: Inputs of one call by name, safetensors.
+        answer: Takes the result as JSON: all of `BenchMemory` but the target.
     """
     order = parse_json(text, "the order", error=RunnerError, remedy="Run bench again.")
     what = order["what"]

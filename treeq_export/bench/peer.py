@@ -46,7 +46,7 @@ def make_int8_peer(
 
     Args:
         fp32: The full-precision graph.
-        folder: Where the result goes, with `source.json` beside it that says what it was made of;
+        folder: Folder of the result, with `source.json` beside it that says what it was made of;
             it is made again when the graph, the tool or its settings changed, or it is damaged.
         calibration: Inputs of the graph by name; their ranges become the activation ranges.
         say: Told in one line that it is damaged.

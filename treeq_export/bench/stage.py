@@ -40,7 +40,7 @@ class _Side:
 
     Attributes:
         open: Returns the runner, which is then entered.
-        load: What the process that measures memory loads; None where none is started.
+        load: The order to the process that measures memory; None where none is started.
     """
 
     open: Callable[[], AbstractContextManager[Any]]
@@ -65,11 +65,11 @@ def run_bench(
         denoiser: The full-precision model.
         section: Batch sizes, rounds and threads.
         targets: "torch_fp32", "ort_fp32", "ort_int8" (the peer, made here) or compiled targets.
-        seed: Of the inputs and of the bootstrap.
+        seed: Seed of the inputs and of the bootstrap.
         on_step: Called with the fraction done, 0..1.
         model: The recipe's model section; torch_fp32's memory is measured only where it is given,
             because its process loads the checkpoint anew.
-        say: Told in one line that a cached graph is damaged.
+        say: Called with one line where a cached graph is damaged.
 
     Returns:
         The record: all raw times, memory, ratios with intervals, the environment.
@@ -112,7 +112,7 @@ def compare_rows(rows: Sequence[BenchRow], seed: int) -> list[Speedup]:
 
     Args:
         rows: Times, the same rounds for all rows of a batch.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     speedups: list[Speedup] = []
     for row in rows:

@@ -67,7 +67,7 @@ def time_rounds(
     """Time callables in interleaved rounds.
 
     Args:
-        calls: What to time, by name.
+        calls: The callables to time, by name.
         rounds: Counted rounds.
         warmup: Rounds before them that are not counted.
         on_turn: Called after each turn of each callable.
@@ -129,8 +129,8 @@ def compare_times(
     Args:
         baseline_ms: Times of the baseline, one per round.
         target_ms: Times of the target in the same rounds.
-        seed: Of the resampling; the same times and seed give the same interval.
-        num_resamples: Of the bootstrap.
+        seed: Seed of the resampling; the same times and seed give the same interval.
+        num_resamples: Resamples of the bootstrap.
 
     Returns:
         The ratio; above 1 the target is faster. The interval always contains it.

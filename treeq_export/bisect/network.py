@@ -59,8 +59,8 @@ def bisect_network(
     Args:
         name: For the record.
         model: The compiled graph.
-        sites: Its layers.
-        trace: What the reference computed.
+        sites: The graph's layers.
+        trace: The reference's values.
         run_model: Runs a prefix.
         min_sqnr_db: Least SQNR of an output inside the network.
         on_step: Called with the fraction of the questions at most, 0..1.
@@ -100,13 +100,13 @@ def bisect_engine(
     Args:
         run: The run folder.
         name: "engines/<runtime>/<target>/<gpu>".
-        trace: What the reference computed.
+        trace: The reference's values.
         min_sqnr_db: Least SQNR of an output inside the network.
         on_step: Called with the fraction done.
 
     Raises:
         RunnerError: There is no such engine, or it cannot run here.
-        PlanError: Its graph is missing, damaged or of another plan.
+        PlanError: The engine's graph is missing, damaged or of another plan.
     """
     folder = run / name
     manifest = read_manifest(folder)

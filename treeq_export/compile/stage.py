@@ -128,7 +128,7 @@ def run_compile(
         run: The run folder.
         denoiser: The full-precision model.
         plan: The calibrated plan.
-        tensors: Its tensors.
+        tensors: The plan's tensors.
         section: The recipe's compile section.
         on_step: Called with the fraction done, 0..1.
 

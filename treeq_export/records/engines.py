@@ -56,7 +56,7 @@ class CompileRecord(Record):
     """Result of compile.
 
     Attributes:
-        targets: What was written; the last entry may be "fp32".
+        targets: The graphs that were written; the last entry may be "fp32".
         processor: Model name of the processor that the audit ran on; "" in records of before.
         instruction_sets: Those of `environment.INSTRUCTION_SETS` that it has.
     """
@@ -94,12 +94,12 @@ class TargetParity(Record):
 
     Attributes:
         target: The target, and how it was run where there are several ways.
-        runtime: What ran it; EMULATED where that is not the runtime that the target is made for.
+        runtime: The runtime; EMULATED where it is not the one that the target is made for.
         passed: Whether all gates are met.
         sqnr_db: SQNR of the network's output, in dB.
         max_abs_error: Largest absolute error of the network's output.
         layers: One entry per quantized layer.
-        gates: What was required.
+        gates: The gates, that of the network first.
     """
 
     target: str

@@ -130,7 +130,7 @@ def runnable(model: ir.Model, folder: Path) -> Iterator[Path | bytes]:
 
     Args:
         model: The graph; small external weights are loaded into it.
-        folder: Where a large one is written; it needs as much space as the weights take.
+        folder: Takes a large graph, and needs as much space as the weights take.
 
     Raises:
         OutputError: There is no space for it, or the folder cannot be written to.

@@ -31,7 +31,7 @@ class LayerSite(NamedTuple):
         output: Name of the value that it writes, its branch included; "" as above.
         node: Name of the packed node that computes it; several layers may share one.
         offset: First of its output channels in that node.
-        size: How many they are; 0 is all.
+        size: Number of them; 0 is all.
     """
 
     name: str

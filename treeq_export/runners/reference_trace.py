@@ -51,7 +51,7 @@ class Reference:
         denoiser: The full-precision model.
         quantized: The fake-quantized model.
         plan: The plan.
-        trace: What the fake-quantized model computed for one batch.
+        trace: The values that the fake-quantized model computed for one batch.
     """
 
     denoiser: Denoiser

@@ -21,7 +21,7 @@ class Target:
         passes: The passes that turn an exported graph into this one, in order.
         ways: The ways to run it, the usual one first. Those behind it do without our library, so
             they differ from it only where that is installed.
-        audit: How every quantized layer is found in the written file; None where none is quantized.
+        audit: The audit of the written file; None where no layer is quantized.
     """
 
     name: str

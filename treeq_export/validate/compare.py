@@ -135,7 +135,7 @@ def compare_compiled(
 
     Args:
         run: The run folder.
-        way: How the graph is run.
+        way: The way the graph is run.
         reference: The reference.
         model: The compiled graph.
         sites: The graph's layers.
@@ -164,8 +164,8 @@ def count_steps(
 
     Args:
         layers: The comparisons.
-        before: How many were made before.
-        total: How many there will be in all.
+        before: Number of comparisons made before.
+        total: Number of comparisons in all.
         on_step: Called with the fraction done, 0..1.
     """
     for index, layer in enumerate(layers, start=before + 1):

@@ -37,11 +37,11 @@ def make_gates(
     """Return the parity gates of one target; layer gates name the worst layer.
 
     Args:
-        name: What the gates call the target.
+        name: The target's name in the gates.
         sqnr: SQNR of the network's output, dB.
         layers: The target's layers.
         limits: The recipe's limits.
-        half_rounding_db: What `measure_half_rounding` gave, for a target with a float16 body.
+        half_rounding_db: The result of `measure_half_rounding`, for a target with a float16 body.
         overflow: The module from which on float16 cannot hold the values; None where it can.
     """
     least = limits.min_end_to_end_sqnr_db
@@ -99,7 +99,7 @@ def judge(
 
     Args:
         reference: The reference.
-        way: How the target was run.
+        way: The way the target was run.
         output: The network's output.
         layers: The comparisons of the layers.
         limits: The recipe's limits.
