@@ -48,12 +48,14 @@ from treeq_export.artefacts import sha256_of_file, write_bytes
 from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.cli import main as treeq_export
 from treeq_export.cli.console import StageProgress, say, stage_progress
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import Connection
+from treeq_export.client.inputs import make_inputs
 from treeq_export.client.load_setup import LoadOptions
 from treeq_export.client.loadtest import find_doubts, run_loadtest
 from treeq_export.client.loadtest_figure import draw_png
-from treeq_export.client.request import make_inputs, read_info
-from treeq_export.client.request import sample as sample_on_server
+from treeq_export.client.open import open_connection
+from treeq_export.client.responses import sample as sample_on_server
+from treeq_export.client.sampler import read_info
 from treeq_export.environment import describe_environment
 from treeq_export.model.checkpoint import build_model
 from treeq_export.model.conditioning import make_denoiser

@@ -23,8 +23,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from treeq_export.cli import main
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import Connection
 from treeq_export.client.health import check, heal
+from treeq_export.client.open import open_connection
 from treeq_export.errors import ServeError
 from treeq_export.model.sampler import sample
 from treeq_export.runners.ort_runner import OrtRunner

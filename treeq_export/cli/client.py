@@ -17,7 +17,7 @@ from treeq_export.errors import ServeError
 if TYPE_CHECKING:
     from treeq_export.client.connection import Connection
     from treeq_export.client.images import ImageOrder
-    from treeq_export.client.request import SamplerInfo
+    from treeq_export.client.sampler import SamplerInfo
     from treeq_export.records.health import HealthRecord
     from treeq_export.records.images import ImagesRecord
 
@@ -108,9 +108,10 @@ def client(
     as_json: bool,
 ) -> None:
     """Ask a Triton server for images."""
-    from treeq_export.client.connection import open_connection
     from treeq_export.client.images import ImageOrder
-    from treeq_export.client.request import load_conditioning, pick_prompt, read_info
+    from treeq_export.client.inputs import load_conditioning, pick_prompt
+    from treeq_export.client.open import open_connection
+    from treeq_export.client.sampler import read_info
 
     _check_file("--out", out)
     _check_file("--latents", latents)
@@ -248,8 +249,8 @@ def health(
 
 
 def _check(url: str, model: str, heal: bool, timeout_s: float) -> "HealthRecord":
-    from treeq_export.client.connection import open_connection
     from treeq_export.client.health import check, check_and_heal
+    from treeq_export.client.open import open_connection
 
     with open_connection(url, timeout_s) as connection:
         return (check_and_heal if heal else check)(connection, model)

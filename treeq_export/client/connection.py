@@ -1,6 +1,6 @@
 """One Triton server over HTTP or gRPC, behind one interface.
 
-    with open_connection("http://localhost:8000") as connection:
+    with open_connection("http://localhost:8000") as connection:  # open.py
         connection.infer("sampler", {"label": ..., "seed": ...}, ["image"])
 
 Both protocols give equal arrays, equal JSON forms of configuration and statistics, and equal
@@ -12,10 +12,10 @@ at a time.
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from treeq_export.client.answers import IndexEntry, ModelConfig, Statistics, cle
 from treeq_export.errors import ServeError
 
 Arrays = Mapping[str, NDArray[Any]]
+Result = TypeVar("Result")
 
 DEFAULT_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 600.0  # an engine of many GB takes minutes to load
@@ -45,8 +46,8 @@ class ServerAddress:
         host: Name or number; an IPv6 number without brackets.
         port: TCP port.
         path: Prefix of every path behind a reverse proxy, such as "/triton"; "" mostly.
-        user: For HTTP's basic authentication; "" is none.
-        password: Likewise.
+        user: User of HTTP's basic authentication; "" is none.
+        password: Password of HTTP's basic authentication.
     """
 
     scheme: str
@@ -55,6 +56,12 @@ class ServerAddress:
     path: str = ""
     user: str = ""
     password: str = ""
+
+    @property
+    def authorization(self) -> str:
+        """The header of basic authentication; "" without a user."""
+        token = b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return f"Basic {token}" if self.user else ""
 
     @property
     def target(self) -> str:
@@ -106,10 +113,9 @@ def parse_url(url: str) -> ServerAddress:
 
 def _wrong_url(url: str) -> ServeError:
     shown = re.sub(r"//[^@/]*@", "//", url)
-    return ServeError(
+    return refused(
         f"url: received {shown!r}, expected http://host:port or grpc://host:port. "
-        "Triton's own ports are 8000 (http) and 8001 (grpc).",
-        kind="refused",
+        "Triton's own ports are 8000 (http) and 8001 (grpc)."
     )
 
 
@@ -140,12 +146,7 @@ class Connection(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @abstractmethod
@@ -233,7 +234,7 @@ class Connection(ABC):
         """Run one request.
 
         Args:
-            model: Its name.
+            model: Name of the model.
             inputs: Input name to array with the batch axis.
             outputs: Names of the wanted outputs.
 
@@ -251,9 +252,9 @@ class Connection(ABC):
         """Run one request and yield each of its responses; gRPC only.
 
         Args:
-            model: Its name; decoupled, or it gives one response.
-            inputs: As for `infer`.
-            outputs: As for `infer`.
+            model: Name of the model; decoupled, or it gives one response.
+            inputs: Input name to array with the batch axis.
+            outputs: Names of the wanted outputs.
 
         Yields:
             Output name to array.
@@ -285,9 +286,16 @@ class Connection(ABC):
             kind="timeout",
         )
 
-    def not_triton(self, error: ValueError) -> ServeError:
-        """Return the error for an answer of another form than Triton's."""
-        return self.error("failed", f"{error}. Another server?")
+    def checked(self, read: Callable[..., Result], *arguments: Any) -> Result:
+        """Return what `read` makes of an answer.
+
+        Raises:
+            ServeError: It is of another form than Triton's: `read` raises ValueError.
+        """
+        try:
+            return read(*arguments)
+        except ValueError as error:
+            raise self.error("failed", f"{error}. Another server?") from error
 
     def _remedy(self, line: str) -> str:
         """Return how a message ends."""
@@ -310,6 +318,11 @@ class Connection(ABC):
         return "" if line.endswith("?") else "."
 
 
+def refused(message: str) -> ServeError:
+    """Return the error for a request that is not sent, since the server would refuse it."""
+    return ServeError(message, kind="refused")
+
+
 def triton_type(name: str, array: NDArray[Any]) -> str:
     """Return Triton's name of the type of an input.
 
@@ -320,10 +333,9 @@ def triton_type(name: str, array: NDArray[Any]) -> str:
 
     datatype = np_to_triton_dtype(array.dtype)
     if datatype is None:
-        raise ServeError(
-            f"{name}: received dtype {array.dtype}, which Triton has not. Convert it to the data "
-            "type in the model's config.pbtxt.",
-            kind="refused",
+        raise refused(
+            f"{name}: received dtype {array.dtype}, which Triton does not have. Convert it to the "
+            "data type in the model's config.pbtxt."
         )
     return datatype
 
@@ -335,39 +347,7 @@ def check_timeout(timeout_s: float) -> None:
         ServeError: It is not in (0, MAX_TIMEOUT_S].
     """
     if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
-        raise ServeError(
+        raise refused(
             f"timeout_s: received {timeout_s:g}, expected more than 0 and at most "
-            f"{MAX_TIMEOUT_S:g} seconds. Repair the option.",
-            kind="refused",
+            f"{MAX_TIMEOUT_S:g} seconds. Repair the option."
         )
-
-
-def open_connection(url: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Connection:
-    """Open a connection; the server is not asked anything yet.
-
-    Args:
-        url: http://host:port or grpc://host:port; host:port alone is HTTP. A user and a password
-            in it are sent as basic authentication.
-        timeout_s: Longest time of one exchange, more than 0, at most MAX_TIMEOUT_S.
-
-    Returns:
-        The connection, to be closed.
-
-    Raises:
-        ServeError: A malformed URL, a timeout out of range, or tritonclient is missing.
-    """
-    address = parse_url(url)
-    check_timeout(timeout_s)
-    try:
-        if address.scheme == "grpc":
-            from treeq_export.client.grpc_connection import GrpcConnection
-
-            return GrpcConnection(address, timeout_s)
-        from treeq_export.client.http_connection import HttpConnection
-
-        return HttpConnection(address, timeout_s)
-    except ImportError as error:
-        raise ServeError(
-            f"tritonclient cannot be imported ({error}). Install it: "
-            "pip install 'treeq-export[serve]'"
-        ) from error

@@ -6,15 +6,13 @@ the next response when it is asked for, and every call has one deadline.
 
 import logging
 import re
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -34,7 +32,6 @@ from treeq_export.client.answers import (
 from treeq_export.client.connection import Arrays, Connection, ServerAddress, triton_type
 from treeq_export.errors import ServeError
 
-Form = TypeVar("Form")
 messages: Any = service_pb2  # whose classes protobuf makes at import
 
 _PLAIN = 1  # bit set of compressions: none, since a small message may stand for a huge one
@@ -82,10 +79,7 @@ class GrpcConnection(Connection):
         super().__init__(address, timeout_s)
         self._channel = grpc.insecure_channel(address.target, options=_CHANNEL)
         self._stub = GRPCInferenceServiceStub(self._channel)
-        self._metadata: list[tuple[str, str]] = []
-        if address.user:
-            token = b64encode(f"{address.user}:{address.password}".encode()).decode()
-            self._metadata.append(("authorization", f"Basic {token}"))
+        self._metadata = [("authorization", address.authorization)] if address.user else []
 
     def close(self) -> None:
         """Close the channel; calls of other threads end."""
@@ -115,19 +109,19 @@ class GrpcConnection(Connection):
             {key: value for key, value in each.items() if value or key == "name"}
             for each in self._form(index)["models"]
         ]
-        return self._checked(INDEX, form)
+        return self.checked(read_form, INDEX, form)
 
     def model_config(self, model: str) -> ModelConfig:
         """See `Connection`."""
         request = messages.ModelConfigRequest(name=model)
-        return self._checked(CONFIG, self._form(self._call(self._stub.ModelConfig, request).config))
+        config = self._call(self._stub.ModelConfig, request).config
+        return self.checked(read_form, CONFIG, self._form(config))
 
     def statistics(self, model: str) -> Statistics:
         """See `Connection`."""
         request = messages.ModelStatisticsRequest(name=model)
-        return self._checked(
-            STATISTICS, self._form(self._call(self._stub.ModelStatistics, request))
-        )
+        form = self._form(self._call(self._stub.ModelStatistics, request))
+        return self.checked(read_form, STATISTICS, form)
 
     def load(self, model: str) -> None:
         """See `Connection`."""
@@ -142,7 +136,8 @@ class GrpcConnection(Connection):
     def infer(self, model: str, inputs: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """See `Connection`."""
         request = _encode(model, inputs, outputs)
-        return self._decode(model, self._call(self._stub.ModelInfer, request), outputs)
+        answer = self._call(self._stub.ModelInfer, request)
+        return self.checked(_decode, model, answer, outputs)
 
     def stream(
         self, model: str, inputs: Arrays, outputs: Sequence[str]
@@ -160,7 +155,7 @@ class GrpcConnection(Connection):
                     raise self.error("refused" if refused else "failed", response.error_message)
                 answer = response.infer_response
                 if answer.outputs:
-                    yield self._decode(model, answer, outputs)
+                    yield self.checked(_decode, model, answer, outputs)
                 if answer.parameters["triton_final_response"].bool_param:
                     return
         finally:
@@ -209,29 +204,21 @@ class GrpcConnection(Connection):
             )
         return json_form(message)
 
-    def _checked(self, form: TypeAdapter[Form], value: Any) -> Form:
-        try:
-            return read_form(form, value)
-        except ValueError as error:
-            raise self.not_triton(error) from error
 
-    def _decode(self, model: str, answer: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return the wanted outputs of an answer.
+def _decode(model: str, answer: Any, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Return the wanted outputs of an answer.
 
-        Raises:
-            ServeError: One is missing, or has other bytes than its shape says.
-        """
-        found: dict[str, NDArray[Any]] = {}
-        try:
-            # Values in the message itself, as no Triton sends them, count as no bytes.
-            values = [*answer.raw_output_contents, *([b""] * len(answer.outputs))]
-            for tensor, data in zip(answer.outputs, values, strict=False):
-                if tensor.name in names:
-                    where = f"{model}: {tensor.name}"
-                    found[tensor.name] = read_tensor(where, tensor.datatype, tensor.shape, data)
-            return pick_outputs(model, found, names)
-        except ValueError as error:
-            raise self.not_triton(error) from error
+    Raises:
+        ValueError: One is missing, or has other bytes than its shape says.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    # Values in the message itself, as no Triton sends them, count as no bytes.
+    values = [*answer.raw_output_contents, *([b""] * len(answer.outputs))]
+    for tensor, data in zip(answer.outputs, values, strict=False):
+        if tensor.name in names:
+            where = f"{model}: {tensor.name}"
+            found[tensor.name] = read_tensor(where, tensor.datatype, tensor.shape, data)
+    return pick_outputs(model, found, names)
 
 
 def _encode(model: str, inputs: Arrays, outputs: Sequence[str]) -> Any:

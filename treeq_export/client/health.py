@@ -15,14 +15,9 @@ from numpy.typing import NDArray
 
 from treeq_export.client.answers import clean
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import (
-    SAMPLER,
-    make_inputs,
-    read_info,
-    sample,
-    zero_conditioning,
-    zeros,
-)
+from treeq_export.client.inputs import make_inputs, zero_conditioning, zeros
+from treeq_export.client.responses import sample
+from treeq_export.client.sampler import SAMPLER, read_info
 from treeq_export.errors import ServeError
 from treeq_export.records.health import HealthRecord, ModelHealth
 

@@ -5,7 +5,6 @@ leaves two file descriptors behind for every thread that ever used one; and it b
 exchange's time nor an answer's size.
 """
 
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse, RemoteDisconnected
 from typing import Any, TypeVar
@@ -34,9 +33,8 @@ from treeq_export.client.answers import (
     read_json,
     read_tensor,
 )
-from treeq_export.client.connection import Arrays, Connection, ServerAddress, triton_type
+from treeq_export.client.connection import Arrays, Connection, ServerAddress, refused, triton_type
 from treeq_export.client.deadline import BoundedHttp, TooLargeError
-from treeq_export.errors import ServeError
 
 Form = TypeVar("Form")
 
@@ -53,10 +51,7 @@ class HttpConnection(Connection):
     def __init__(self, address: ServerAddress, timeout_s: float) -> None:
         super().__init__(address, timeout_s)
         self._http = BoundedHttp(address.host, address.port)
-        self._headers: dict[str, str] = {}
-        if address.user:
-            token = b64encode(f"{address.user}:{address.password}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {token}"
+        self._headers = {"Authorization": address.authorization} if address.user else {}
 
     def close(self) -> None:
         """Close the socket."""
@@ -115,31 +110,22 @@ class HttpConnection(Connection):
         headers = {} if json_size is None else {_JSON_SIZE: str(json_size)}
         path = f"v2/models/{quote(model, safe='')}/infer"
         response, data = self._ask("POST", path, body, headers, max_bytes=MAX_TENSOR_BYTES)
-        try:
-            found = _read_outputs(model, data, response.getheader(_JSON_SIZE), outputs)
-            return pick_outputs(model, found, outputs)
-        except ValueError as error:
-            raise self.not_triton(error) from error
+        return self.checked(_read_outputs, model, data, response.getheader(_JSON_SIZE), outputs)
 
     def stream(
         self, model: str, inputs: Arrays, outputs: Sequence[str]
     ) -> Iterator[dict[str, NDArray[Any]]]:
         """Raise the error that says so: HTTP has one response per request."""
-        raise ServeError(
+        raise refused(
             f"{self.url}: {model}: HTTP cannot stream. Use grpc://{self.address.host}:PORT; "
-            "Triton's own port of gRPC is 8001.",
-            kind="refused",
+            "Triton's own port of gRPC is 8001."
         )
 
     def _is_ok(self, path: str) -> bool:
         return self._exchange("GET", path)[0].status == 200
 
     def _json(self, form: TypeAdapter[Form], method: str, path: str) -> Form:
-        _, data = self._ask(method, path)
-        try:
-            return read_json(form, data)
-        except ValueError as error:
-            raise self.not_triton(error) from error
+        return self.checked(read_json, form, self._ask(method, path)[1])
 
     def _order(self, path: str) -> None:
         """Ask for what may take as long as loading a model does."""
@@ -244,7 +230,7 @@ def _read_outputs(
             where = f"{model}: {tensor['name']}"
             found[tensor["name"]] = _read_values(where, tensor, None if num is None else rest[:num])
         rest = rest[num or 0 :]
-    return found
+    return pick_outputs(model, found, names)
 
 
 def _read_values(where: str, tensor: OutputTensor, data: memoryview | None) -> NDArray[Any]:

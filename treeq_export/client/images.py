@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from treeq_export.artefacts import atomic_path
 from treeq_export.client.connection import Arrays, Connection
+from treeq_export.client.inputs import make_inputs
 from treeq_export.client.picture import save_png
-from treeq_export.client.request import Response, SamplerInfo, make_inputs, responses
+from treeq_export.client.responses import Response, responses
+from treeq_export.client.sampler import SamplerInfo
 from treeq_export.errors import ServeError
 from treeq_export.records.images import ImageRecord, ImagesRecord
 

@@ -8,16 +8,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from treeq_export.client.answers import ModelConfig, Statistics
-from treeq_export.client.connection import Connection, check_timeout, open_connection
+from treeq_export.client.connection import Connection, check_timeout
+from treeq_export.client.inputs import make_inputs, zero_conditioning
 from treeq_export.client.load_clients import OpenClient, Prepare
-from treeq_export.client.request import (
-    SAMPLER,
-    SamplerInfo,
-    make_inputs,
-    read_info,
-    sample,
-    zero_conditioning,
-)
+from treeq_export.client.open import open_connection
+from treeq_export.client.responses import sample
+from treeq_export.client.sampler import SAMPLER, SamplerInfo, read_info
 from treeq_export.errors import ServeError
 from treeq_export.records.loadtest import LoadSetup, ServedModel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from treeq_export.artefacts import make_folder
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import Connection
 from treeq_export.client.load_clients import Clients, OpenClient, PhaseResult
 from treeq_export.client.load_memory import MemorySampler, find_process
 from treeq_export.client.load_setup import LoadOptions, open_client, read_setup
@@ -21,6 +21,7 @@ from treeq_export.client.load_statistics import (
     subtract_counters,
     sum_counters,
 )
+from treeq_export.client.open import open_connection
 from treeq_export.environment import available_cpus, describe_machine, version_of
 from treeq_export.errors import PlanError, ServeError
 from treeq_export.reading import read_record

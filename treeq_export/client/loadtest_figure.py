@@ -78,13 +78,13 @@ def draw_png(records: Named, memory: Named | None = None, beside: Beside | None 
     below = bool(_traces(memory or records)) or beside is not None
     height = PANELS_IN + (MEMORY_IN if below else 0.0)
     return to_png(
-        height, lambda figure, paint: draw_loadtest(figure, paint, records, memory, beside)
+        height, lambda figure, palette: draw_loadtest(figure, palette, records, memory, beside)
     )
 
 
 def draw_loadtest(
     figure: Figure,
-    paint: Mapping[str, str],
+    palette: Mapping[str, str],
     records: Named,
     memory: Named | None = None,
     beside: Beside | None = None,
@@ -93,7 +93,7 @@ def draw_loadtest(
 
     Args:
         figure: Where to draw.
-        paint: The colour to use for each marker colour.
+        palette: The colour to use for each marker colour.
         records: A name and a record each.
         memory: As for `draw_png`.
         beside: As for `draw_png`.
@@ -102,12 +102,12 @@ def draw_loadtest(
     heights = [PANELS_IN, MEMORY_IN] if traces or beside else [PANELS_IN]
     grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
     panels = [figure.add_subplot(grid[0, at : at + 2]) for at in (0, 2, 4)]
-    colors = [paint[COLORS[at % len(COLORS)]] for at in range(len(records))]
-    _draw_latency(panels[0], paint, records, colors)
+    colors = [palette[COLORS[at % len(COLORS)]] for at in range(len(records))]
+    _draw_latency(panels[0], palette, records, colors)
     _draw_lines(panels[1], records, colors, lambda level: level.images_per_s, SOLID)
     panels[1].set_title("Throughput")
     panels[1].set_ylabel("images per second")
-    _draw_batches(panels[2], paint, records, colors)
+    _draw_batches(panels[2], palette, records, colors)
     levels = sorted({level.concurrency for _, record in records for level in record.levels})
     for axes in panels:
         _make_client_axis(axes, levels)
@@ -115,7 +115,7 @@ def draw_loadtest(
         _draw_memory(figure.add_subplot(grid[1, :3] if beside else grid[1, :]), traces, colors)
     if beside is not None:
         beside(figure.add_subplot(grid[1, 3:] if traces else grid[1, :]), colors)
-    _mark_errors(panels[1], paint, records)
+    _mark_errors(panels[1], palette, records)
     handles = [Line2D([], [], color=color, marker="o", markersize=4) for color in colors]
     figure.legend(handles, label_records(records), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(_caption([record for _, record in records]), x=0.008, ha="left", fontsize=9)
@@ -143,7 +143,7 @@ def _is_local(setup: LoadSetup) -> bool:
 
 
 def _draw_latency(
-    axes: Axes, paint: Mapping[str, str], records: Named, colors: Sequence[str]
+    axes: Axes, palette: Mapping[str, str], records: Named, colors: Sequence[str]
 ) -> None:
     """Draw three percentiles of one record, two where several share the panel."""
     styles: dict[str, Any] = {"p50": SOLID, "p90": DASHED, "p99": DOTTED}
@@ -151,7 +151,7 @@ def _draw_latency(
         del styles["p90"]
     for name, style in styles.items():
         _draw_lines(axes, records, colors, _percentile(name), style)
-    _name_styles(axes, paint, styles)
+    _name_styles(axes, palette, styles)
     axes.set_title("Latency of a request of one image")
     axes.set_ylabel("ms")
 
@@ -161,7 +161,7 @@ def _percentile(name: str) -> Callable[[LoadLevel], float | None]:
 
 
 def _draw_batches(
-    axes: Axes, paint: Mapping[str, str], records: Named, colors: Sequence[str]
+    axes: Axes, palette: Mapping[str, str], records: Named, colors: Sequence[str]
 ) -> None:
     """Draw the average batch of every model that was executed."""
     names = dict.fromkeys(
@@ -180,9 +180,9 @@ def _draw_batches(
             (0.5, 0.5),
             xycoords="axes fraction",
             ha="center",
-            color=paint[MUTED],
+            color=palette[MUTED],
         )
-    _name_styles(axes, paint, styles)
+    _name_styles(axes, palette, styles)
     axes.set_title("Average batch")
     axes.set_ylabel("rows per execution")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
@@ -218,8 +218,8 @@ def _draw_lines(
             )
 
 
-def _name_styles(axes: Axes, paint: Mapping[str, str], styles: Mapping[str, Any]) -> None:
-    handles = [Line2D([], [], color=paint[MUTED], linestyle=style) for style in styles.values()]
+def _name_styles(axes: Axes, palette: Mapping[str, str], styles: Mapping[str, Any]) -> None:
+    handles = [Line2D([], [], color=palette[MUTED], linestyle=style) for style in styles.values()]
     if handles:
         axes.legend(handles, list(styles), loc="upper left", fontsize=8)
 
@@ -234,7 +234,7 @@ def _make_client_axis(axes: Axes, levels: Sequence[int]) -> None:
     axes.set_ylim(bottom=0.0, top=axes.get_ylim()[1] * 1.12)
 
 
-def _mark_errors(axes: Axes, paint: Mapping[str, str], records: Named) -> None:
+def _mark_errors(axes: Axes, palette: Mapping[str, str], records: Named) -> None:
     """Write the number of failed requests beside each level that has some."""
     for _, record in records:
         for level in record.levels:
@@ -246,7 +246,7 @@ def _mark_errors(axes: Axes, paint: Mapping[str, str], records: Named) -> None:
                     textcoords="offset points",
                     ha="center",
                     fontsize=8,
-                    color=paint[ALARM],
+                    color=palette[ALARM],
                 )
 
 

@@ -10,23 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from treeq_export.client.connection import (
-    DEFAULT_TIMEOUT_S,
-    Connection,
-    check_timeout,
-    open_connection,
-    parse_url,
-)
+from treeq_export.client.connection import DEFAULT_TIMEOUT_S, Connection, check_timeout, parse_url
 from treeq_export.client.health import check
+from treeq_export.client.inputs import load_conditioning, make_inputs, pick_prompt
+from treeq_export.client.open import open_connection
 from treeq_export.client.picture import to_png
-from treeq_export.client.request import (
-    SAMPLER,
-    load_conditioning,
-    make_inputs,
-    pick_prompt,
-    read_info,
-    sample,
-)
+from treeq_export.client.responses import sample
+from treeq_export.client.sampler import SAMPLER, read_info
 from treeq_export.errors import ServeError
 from treeq_export.records.health import HealthRecord
 

@@ -57,31 +57,31 @@ def draw_svg(record: CompareRecord) -> str:
 
 def draw_png(record: CompareRecord) -> bytes:
     """Return the picture as a PNG file."""
-    return to_png(HEIGHT_IN, lambda figure, paint: draw_comparison(figure, paint, record))
+    return to_png(HEIGHT_IN, lambda figure, palette: draw_comparison(figure, palette, record))
 
 
-def draw_comparison(figure: Figure, paint: Mapping[str, str], record: CompareRecord) -> None:
+def draw_comparison(figure: Figure, palette: Mapping[str, str], record: CompareRecord) -> None:
     """Draw both panels.
 
     Args:
         figure: Where to draw.
-        paint: The colour to use for each marker colour.
+        palette: The colour to use for each marker colour.
         record: The table.
     """
     left, right = figure.subplots(1, 2)
     limits = _bit_limits(record.rows)
-    _draw_root(left, paint, record.rows, limits)
-    _draw_lines(figure, left, paint, record.rows, lambda row: row.network_mse)
-    _draw_peers(left, paint, record.rows, limits, lambda row: row.network_mse)
+    _draw_root(left, palette, record.rows, limits)
+    _draw_lines(figure, left, palette, record.rows, lambda row: row.network_mse)
+    _draw_peers(left, palette, record.rows, limits, lambda row: row.network_mse)
     _make_logarithmic(left)
     left.set_title("Network error: Pareto fronts")
     left.set_ylabel("network MSE on held-out inputs")
-    _draw_lines(figure, right, paint, record.rows, _ratio)
-    _draw_peers(right, paint, record.rows, limits, _ratio)
-    right.axhline(1.0, color=paint[MUTED], linewidth=0.9, linestyle=(0, (4, 3)))
+    _draw_lines(figure, right, palette, record.rows, _ratio)
+    _draw_peers(right, palette, record.rows, limits, _ratio)
+    right.axhline(1.0, color=palette[MUTED], linewidth=0.9, linestyle=(0, (4, 3)))
     ratios = [ratio for row in record.rows if (ratio := _ratio(row)) is not None]
     if not ratios:
-        _say_nothing_measured(right, paint)
+        _say_nothing_measured(right, palette)
     elif max(ratios) > _LINEAR_BELOW * min(ratios):
         _make_logarithmic(right)
     right.set_title(f"Images: mean and standard deviation over {len(record.seeds)} seeds")
@@ -114,7 +114,7 @@ def _series(rows: Sequence[CompareRow]) -> dict[tuple[str, str], list[CompareRow
 
 
 def _draw_lines(
-    figure: Figure, axes: Axes, paint: Mapping[str, str], rows: Sequence[CompareRow], value: Value
+    figure: Figure, axes: Axes, palette: Mapping[str, str], rows: Sequence[CompareRow], value: Value
 ) -> None:
     """Draw a line per strategy and training, with error bars where the value has a spread."""
     lines = _series(rows)
@@ -130,7 +130,7 @@ def _draw_lines(
             [y for _, y in known],
             yerr=spreads if value is _ratio else None,
             transform=offset_copy(axes.transData, figure, x=shift, units="points"),
-            color=paint[COLORS[strategy]],
+            color=palette[COLORS[strategy]],
             linestyle=style,
             marker=marker,
             markersize=5.0 if strategy == TSS else 4.0,
@@ -151,7 +151,7 @@ def _std(row: CompareRow) -> float:
 
 
 def _draw_root(
-    axes: Axes, paint: Mapping[str, str], rows: Sequence[CompareRow], limits: Limits
+    axes: Axes, palette: Mapping[str, str], rows: Sequence[CompareRow], limits: Limits
 ) -> None:
     """Draw the configurations that the searches measured at the root."""
     points = [
@@ -169,8 +169,8 @@ def _draw_root(
                 [point.mse for point in chosen],
                 "o",
                 markersize=3.4 if kept else 2.6,
-                markerfacecolor=paint[OURS] if kept else "none",
-                markeredgecolor=paint[OURS if kept else BASELINE],
+                markerfacecolor=palette[OURS] if kept else "none",
+                markeredgecolor=palette[OURS if kept else BASELINE],
                 markeredgewidth=0.7,
                 alpha=0.5 if kept else 0.8,
                 label=label,
@@ -183,7 +183,7 @@ def _bits(point: SearchPoint) -> float:
 
 def _draw_peers(
     axes: Axes,
-    paint: Mapping[str, str],
+    palette: Mapping[str, str],
     rows: Sequence[CompareRow],
     limits: Limits,
     value: Value,
@@ -202,7 +202,7 @@ def _draw_peers(
             y,
             PEER_MARKERS[index % len(PEER_MARKERS)],
             linestyle="none",
-            color=paint[INK],
+            color=palette[INK],
             markersize=4.5,
             clip_on=False,
             label=f"{row.strategy}, {row.description}",
@@ -219,12 +219,12 @@ def _make_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _say_nothing_measured(axes: Axes, paint: Mapping[str, str]) -> None:
+def _say_nothing_measured(axes: Axes, palette: Mapping[str, str]) -> None:
     axes.set_yticks([])
     axes.annotate(
         "not measured: the recipe names no classifier",
         (0.5, 0.5),
         xycoords="axes fraction",
         ha="center",
-        color=paint[MUTED],
+        color=palette[MUTED],
     )

@@ -21,17 +21,16 @@ def print_report(report: Report, console: Console) -> None:
     """Print a report."""
     _print_model(report, console)
     _print_search(report, console)
-    for section, record, show in (
-        ("quality", report.quality, _print_quality),
-        ("parity", report.parity, _print_parity),
-        ("bench", report.bench, _print_bench),
-    ):
-        if record is None:
-            command = f"treeq-export {STAGE_OF_SECTION[section]} --run {report.run}"
-            text = f"{section}: not measured: run `{command}`"
-            console.print(Text(text, style="yellow"), soft_wrap=True)
-        else:
-            show(record, console)
+    if report.quality is not None:
+        _print_quality(report.quality, console)
+    if report.parity is not None:
+        _print_parity(report.parity, console)
+    if report.bench is not None:
+        _print_bench(report.bench, console)
+    for section in report.missing:
+        command = f"treeq-export {STAGE_OF_SECTION[section]} --run {report.run}"
+        text = f"{section}: not measured: run `{command}`"
+        console.print(Text(text, style="yellow"), soft_wrap=True)
     _print_sizes(report, console)
     _print_gates(report, console)
 

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import Connection
+from treeq_export.client.open import open_connection
 from treeq_export.client.web import SideCar, serve_web
 
 collect_ignore = ["fake_model.py"]  # it imports what only Triton has

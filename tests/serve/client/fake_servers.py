@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as messages
 
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import make_inputs, read_info, sample
+from treeq_export.client.inputs import make_inputs
+from treeq_export.client.responses import sample
+from treeq_export.client.sampler import read_info
 from treeq_export.errors import ServeError
 
 CONFIG: dict[str, Any] = {

@@ -19,7 +19,8 @@ from tests.serve.client.conftest import Fake
 from tests.serve.conftest import ROOT
 from treeq_export.cli import main
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import make_inputs, read_info
+from treeq_export.client.inputs import make_inputs
+from treeq_export.client.sampler import read_info
 
 pytestmark = pytest.mark.triton
 Connect = Callable[..., Connection]

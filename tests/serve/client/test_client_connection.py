@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.serve.client.conftest import RAISING_SEED, SLOW_SEED, Fake
-from treeq_export.client.connection import Connection, open_connection, parse_url
+from treeq_export.client.connection import Connection, parse_url
+from treeq_export.client.open import open_connection
 from treeq_export.errors import ServeError
 
 pytestmark = pytest.mark.triton

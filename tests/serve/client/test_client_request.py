@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from treeq_export.client.images import ImageOrder
-from treeq_export.client.picture import to_png
-from treeq_export.client.request import (
-    SamplerInfo,
+from treeq_export.client.inputs import (
     load_conditioning,
     make_inputs,
     pick_prompt,
     zero_conditioning,
 )
+from treeq_export.client.picture import to_png
+from treeq_export.client.sampler import SamplerInfo
 from treeq_export.errors import ServeError
 
 CONTROLS = {"seed": (1,), "steps": (1,), "guidance": (1,), "preview_every": (1,)}

@@ -29,9 +29,11 @@ from tests.serve.client.fake_servers import (
 from treeq_export.cli import main
 from treeq_export.client import grpc_connection
 from treeq_export.client.answers import MAX_TENSOR_BYTES
-from treeq_export.client.connection import open_connection
 from treeq_export.client.health import check
-from treeq_export.client.request import make_inputs, read_info, responses
+from treeq_export.client.inputs import make_inputs
+from treeq_export.client.open import open_connection
+from treeq_export.client.responses import responses
+from treeq_export.client.sampler import read_info
 
 TIMEOUT_S = 0.5
 SLACK_S = 1.5

@@ -31,10 +31,11 @@ from tests.serve.client.fake_servers import (
 from treeq_export.cli import main
 from treeq_export.client.answers import CONFIG as CONFIG_FORM
 from treeq_export.client.answers import read_json
-from treeq_export.client.connection import Connection, open_connection
+from treeq_export.client.connection import Connection
 from treeq_export.client.health import check
 from treeq_export.client.http_connection import MAX_JSON_BYTES, MAX_TENSOR_BYTES, _read_outputs
-from treeq_export.client.request import read_info
+from treeq_export.client.open import open_connection
+from treeq_export.client.sampler import read_info
 
 TIMEOUT_S = 0.5
 SLACK_S = 1.0  # of a machine that does other things too

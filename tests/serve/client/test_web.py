@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from tests.serve.client.conftest import RAISING_SEED, SLOW_SEED, Fake, RunningPage
 from treeq_export.cli import main
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import make_inputs, read_info
+from treeq_export.client.inputs import make_inputs
+from treeq_export.client.sampler import read_info
 from treeq_export.client.web import SideCar, content_security_policy
 from treeq_export.errors import ServeError
 

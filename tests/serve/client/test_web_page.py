@@ -18,7 +18,8 @@ from tests.required import skip_or_fail
 from tests.serve.client.conftest import RAISING_SEED, RunningPage
 from tests.serve.conftest import load_sample
 from treeq_export.client.connection import Connection
-from treeq_export.client.request import make_inputs, read_info
+from treeq_export.client.inputs import make_inputs
+from treeq_export.client.sampler import read_info
 
 pytestmark = pytest.mark.triton
 OpenPage = Callable[..., RunningPage]
