@@ -1,15 +1,23 @@
 """The uniform baseline beside a run, and evaluate without a compiled graph."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from treeq_export import calibrate
 from treeq_export.errors import PlanError
-from treeq_export.pipeline import baseline
-from treeq_export.pipeline.baseline import open_baseline, uniform_recipe
-from treeq_export.pipeline.run import is_up_to_date, require_stages, run_stage, stage_named
+from treeq_export.evaluate.stage import Baseline
+from treeq_export.pipeline.run import (
+    is_up_to_date,
+    require_stages,
+    run_sibling,
+    run_stage,
+    stage_named,
+)
+from treeq_export.pipeline.stages import baseline_of, open_baseline
 from treeq_export.pipeline.workspace import Workspace
 from treeq_export.plan import load_plan
 from treeq_export.recipe import Recipe, load_recipe
@@ -44,19 +52,30 @@ def make_workspace(run_recipe: Path, tmp_path: Path) -> Iterator[Callable[..., W
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that a baseline is calibrated in."""
     folders: list[Path] = []
-    run_calibrate = baseline.run_calibrate
+    run_calibrate = calibrate.run_calibrate
 
     def count(run: Path, *args: Any) -> object:
-        folders.append(run)
+        folders.extend([run] if run.name == "baseline" else [])
         return run_calibrate(run, *args)
 
-    monkeypatch.setattr(baseline, "run_calibrate", count)
+    monkeypatch.setattr(calibrate, "run_calibrate", count)
     return folders
+
+
+def make_baseline(workspace: Workspace, on_step: Callable[[float], None]) -> Baseline:
+    """What evaluate measures beside a run, made where it is not up to date."""
+    run_sibling(workspace, stage_named("evaluate"), on_step)
+    with ExitStack() as stack:
+        made = open_baseline(workspace, stack)
+    assert made is not None
+    return made
 
 
 def test_recipe_of_the_baseline(run_recipe: Path) -> None:
     recipe = load_recipe(run_recipe, (*SEARCHED, "search.strategy=tss"))
-    uniform = uniform_recipe(recipe)
+    made = baseline_of(recipe)
+    assert made is not None
+    uniform = made.recipe
     assert uniform.search.strategy == "uniform"
     assert uniform.search.branch_budget is None
     assert uniform.search.branch == recipe.search.branch
@@ -67,16 +86,14 @@ def test_recipe_of_the_baseline(run_recipe: Path) -> None:
 def test_is_made_once(make_workspace: Callable[..., Workspace], calibrations: list[Path]) -> None:
     steps: list[float] = []
     workspace = make_workspace()
-    with open_baseline(workspace, steps.append) as made:
-        assert made.plan.strategy.name == "uniform"
-        assert (made.plan.average_weight_bits, made.plan.average_activation_bits) == (3.0, 4.0)
-        source = made.source
-    assert steps[-1] == 1.0
+    made = make_baseline(workspace, steps.append)
+    assert made.plan.strategy.name == "uniform"
+    assert (made.plan.average_weight_bits, made.plan.average_activation_bits) == (3.0, 4.0)
+    assert steps[-1] == pytest.approx(0.1)  # of evaluate's work
     assert steps == sorted(steps)
     folder = workspace.run / "baseline"
     assert load_plan(folder) == made.plan
-    with open_baseline(workspace, steps.append) as again:
-        assert again.source == source
+    assert make_baseline(workspace, steps.append).source == made.source
     assert calibrations == [folder]
 
 
@@ -84,17 +101,16 @@ def test_is_made_once(make_workspace: Callable[..., Workspace], calibrations: li
 def test_is_made_again_when_something_changed(
     make_workspace: Callable[..., Workspace], calibrations: list[Path], change: str
 ) -> None:
-    with open_baseline(make_workspace(), lambda _: None) as made:
-        source = made.source
+    source = make_baseline(make_workspace(), lambda _: None).source
     settings = ("calibrate.num_clip_steps=5",) if change == "recipe" else ()
     workspace = make_workspace(*settings)
     folder = workspace.run / "baseline"
     if change == "tensors":
         (folder / "plan.safetensors").write_bytes(b"half")
     elif change == "interrupted":
-        (folder / "made_of.json").unlink()
-    with open_baseline(workspace, lambda _: None) as made:
-        assert (made.source == source) == (change != "recipe")
+        (folder / "run.json").unlink()
+    made = make_baseline(workspace, lambda _: None)
+    assert (made.source == source) == (change != "recipe")
     assert len(calibrations) == 2
 
 

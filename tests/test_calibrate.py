@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from treeq_export.calibrate import STATISTICS_FILE, run_calibrate
+from treeq_export.calibrate import run_calibrate
 from treeq_export.model.fit import LayerTokens, fit_layer, quantize_layer
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import layer_tensors, linear_of, quantize_model
@@ -18,7 +18,7 @@ from treeq_export.model.sampler import sample
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import PLAN_FILE, TENSORS_FILE, LayerPlan, TreePath, load_plan, load_tensors
+from treeq_export.plan import LayerPlan, TreePath, load_plan, load_tensors
 from treeq_export.quant.branch import dense_branch
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.quant.numerics import GAUSSIAN_STEP, code_range, dequantize_weight
@@ -26,6 +26,7 @@ from treeq_export.quant.rotation import rotate
 from treeq_export.quant.scales import fit_tensor_scale
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import CalibrateSection
+from treeq_export.run_folder import RunFolder
 
 Make = Callable[..., Any]
 NEAREST = CalibrateSection(
@@ -56,7 +57,7 @@ def capture_inputs(tiny: Any, seed: int) -> dict[str, list[np.ndarray]]:
 
 
 def read_statistics(run: Path) -> dict[str, Any]:
-    return json.loads((run / STATISTICS_FILE).read_text())
+    return json.loads((run / RunFolder.CALIBRATION).read_text())
 
 
 def calibrate(tiny: Any, run: Path, **recipe: Any) -> bytes:
@@ -64,7 +65,7 @@ def calibrate(tiny: Any, run: Path, **recipe: Any) -> bytes:
     run.mkdir()
     changed = tiny.recipe.model_copy(update=recipe)
     run_calibrate(run, tiny.denoiser, tiny.plan, changed, lambda _: None)
-    return (run / TENSORS_FILE).read_bytes()
+    return (run / RunFolder.TENSORS).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,8 @@ def test_hooks_are_gone_after_a_failure(
 def test_same_seed_same_bytes(static_run: Any, tmp_path: Path):
     first = calibrate(static_run, tmp_path / "a")
     assert calibrate(static_run, tmp_path / "b") == first
-    assert (static_run.run / TENSORS_FILE).read_bytes() == first
-    for file in (PLAN_FILE, STATISTICS_FILE):
+    assert (static_run.run / RunFolder.TENSORS).read_bytes() == first
+    for file in (RunFolder.PLAN, RunFolder.CALIBRATION):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -173,7 +174,7 @@ def test_seed_moves_static_scales_and_statistics_only(static_run: Any, tmp_path:
 
 def test_seed_moves_no_tensor_of_token_scales(compiled_dit: Any, tmp_path: Path):
     """Codes and steps of token scales come from the weights alone."""
-    written = (compiled_dit.run / TENSORS_FILE).read_bytes()
+    written = (compiled_dit.run / RunFolder.TENSORS).read_bytes()
     assert calibrate(compiled_dit, tmp_path / "other", seed=1) == written
     for layer in compiled_dit.plan.layers:
         step = compiled_dit.tensors[f"{layer.name}.activation_step"]

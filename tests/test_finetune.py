@@ -20,16 +20,16 @@ from treeq_export.evaluate.samples import digest_quantized
 from treeq_export.finetune import run_finetune
 from treeq_export.finetune.distill import Watched, block_names, distillation_loss
 from treeq_export.finetune.pool import TrajectoryPool, schedule_of
-from treeq_export.finetune.state import STATE_FILE
 from treeq_export.finetune.student import export_student, make_student, trainable_layers
 from treeq_export.finetune.training import rate_factor
 from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.model.sampler import sample
 from treeq_export.model.trajectories import collect_rows, predict
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, load_plan, load_tensors
+from treeq_export.plan import load_plan, load_tensors
 from treeq_export.quant.numerics import code_range
 from treeq_export.recipe import FinetuneSection, SamplerSection
 from treeq_export.records import FinetuneRecord, load_record
+from treeq_export.run_folder import RunFolder
 
 KINDS = frozenset({"branch", "weight_scale", "activation_step", "bias"})
 QUICK = {
@@ -275,7 +275,7 @@ class TestStage:
         steps: list[float] = []
         record = finetune(tiny, run, steps.append, steps=40, check_every=10)
         assert record is not None
-        assert record == load_record(run / FINETUNE_FILE, FinetuneRecord, "finetune")
+        assert record == load_record(run / RunFolder.FINETUNE, FinetuneRecord, "finetune")
         assert record.mse_after < 0.8 * record.mse_before
         assert [point.step for point in record.curve] == [0, 10, 20, 30, 40]
         assert record.curve[0].train_loss is None
@@ -284,12 +284,12 @@ class TestStage:
         assert not record.stopped_early
         assert steps == sorted(steps)
         assert steps[-1] == 1.0
-        assert not (run / STATE_FILE).exists()
+        assert not (run / RunFolder.FINETUNE_STATE).exists()
 
     def test_overlay_holds_what_was_trained(self, tiny: Any, run: Path) -> None:
         record = finetune(tiny, run, train=["branch", "bias"])
         assert record is not None
-        trained = load_file(run / FINETUNED_FILE)
+        trained = load_file(run / RunFolder.FINETUNED)
         layers = [layer.name for layer in tiny.plan.layers]
         shorts = ("bias", "branch.L", "branch.R")
         assert sorted(trained) == sorted(f"{name}.{short}" for name in layers for short in shorts)
@@ -325,9 +325,9 @@ class TestStage:
 
     def test_same_seed_same_bytes(self, tiny: Any, run: Path) -> None:
         first = finetune(tiny, run)
-        written = (run / FINETUNED_FILE).read_bytes()
+        written = (run / RunFolder.FINETUNED).read_bytes()
         second = finetune(tiny, run)
-        assert (run / FINETUNED_FILE).read_bytes() == written
+        assert (run / RunFolder.FINETUNED).read_bytes() == written
         assert first is not None
         assert second is not None
         assert first.curve == second.curve
@@ -342,10 +342,10 @@ class TestStage:
 
     def test_mode_none_removes_the_overlay(self, tiny: Any, run: Path) -> None:
         finetune(tiny, run)
-        (run / STATE_FILE).write_bytes(b"old")
+        (run / RunFolder.FINETUNE_STATE).write_bytes(b"old")
         assert finetune(tiny, run, mode="none") is None
         left = {path.name for path in run.iterdir()}
-        assert not left & {FINETUNE_FILE, FINETUNED_FILE, STATE_FILE}
+        assert not left & {RunFolder.FINETUNE, RunFolder.FINETUNED, RunFolder.FINETUNE_STATE}
 
     @pytest.mark.parametrize("train", [["branch"], []])
     def test_nothing_to_train(
@@ -354,7 +354,7 @@ class TestStage:
         tiny = make_tiny_run("dit", branch=None)
         with pytest.raises(RecipeError, match=r"^finetune\.train: received (branch|nothing), exp"):
             finetune(tiny, run, train=train)
-        assert not (run / FINETUNE_FILE).exists()
+        assert not (run / RunFolder.FINETUNE).exists()
 
     def test_loss_that_is_not_finite(self, tiny: Any, run: Path) -> None:
         before = {path.name for path in run.iterdir()}
@@ -383,14 +383,14 @@ class TestResume:
     @pytest.mark.parametrize("mode", ["peft", "qat"])
     def test_gives_the_bytes_of_an_undisturbed_run(self, tiny: Any, run: Path, mode: str) -> None:
         undisturbed = finetune(tiny, run, mode=mode)
-        written = (run / FINETUNED_FILE).read_bytes()
+        written = (run / RunFolder.FINETUNED).read_bytes()
         for after in (0.45, 0.8):  # after step 3, with the state of step 2; then of step 4
             self.interrupt(tiny, run, after, mode=mode)
-            assert (run / STATE_FILE).exists()
+            assert (run / RunFolder.FINETUNE_STATE).exists()
         seen: list[float] = []
         resumed = finetune(tiny, run, seen.append, mode=mode)
         assert min(seen) > 0.6  # neither the pool nor the first steps again
-        assert (run / FINETUNED_FILE).read_bytes() == written
+        assert (run / RunFolder.FINETUNED).read_bytes() == written
         assert undisturbed is not None
         assert resumed is not None
         assert resumed.curve == undisturbed.curve
@@ -398,23 +398,23 @@ class TestResume:
 
     def test_state_of_another_training_is_ignored(self, tiny: Any, run: Path) -> None:
         finetune(tiny, run, branch_lr=0.01)
-        written = (run / FINETUNED_FILE).read_bytes()
+        written = (run / RunFolder.FINETUNED).read_bytes()
         self.interrupt(tiny, run, 0.6, branch_lr=0.03)
         finetune(tiny, run, branch_lr=0.01)
-        assert (run / FINETUNED_FILE).read_bytes() == written
+        assert (run / RunFolder.FINETUNED).read_bytes() == written
 
     def test_broken_state_is_ignored(self, tiny: Any, run: Path) -> None:
         finetune(tiny, run)
-        written = (run / FINETUNED_FILE).read_bytes()
-        (run / STATE_FILE).write_bytes(b"broken")
+        written = (run / RunFolder.FINETUNED).read_bytes()
+        (run / RunFolder.FINETUNE_STATE).write_bytes(b"broken")
         finetune(tiny, run)
-        assert (run / FINETUNED_FILE).read_bytes() == written
+        assert (run / RunFolder.FINETUNED).read_bytes() == written
 
     def test_state_that_cannot_be_written_keeps_the_one_before(
         self, tiny: Any, run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.interrupt(tiny, run, 0.5)
-        before = (run / STATE_FILE).read_bytes()
+        before = (run / RunFolder.FINETUNE_STATE).read_bytes()
 
         def refuse(*_args: Any, **_kwargs: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -422,7 +422,7 @@ class TestResume:
         monkeypatch.setattr("treeq_export.finetune.state.save_file", refuse)
         with pytest.raises(OutputError, match="the disk is full"):
             finetune(tiny, run)
-        assert (run / STATE_FILE).read_bytes() == before
+        assert (run / RunFolder.FINETUNE_STATE).read_bytes() == before
 
 
 class TestOverlay:
@@ -438,39 +438,41 @@ class TestOverlay:
         return str(error.value)
 
     def test_of_other_calibrated_tensors(self, finetuned: Path) -> None:
-        record = json.loads((finetuned / FINETUNE_FILE).read_text())
-        (finetuned / FINETUNE_FILE).write_text(json.dumps(record | {"base_tensors_sha256": "0"}))
+        record = json.loads((finetuned / RunFolder.FINETUNE).read_text())
+        (finetuned / RunFolder.FINETUNE).write_text(
+            json.dumps(record | {"base_tensors_sha256": "0"})
+        )
         assert "belongs to other calibrated tensors" in self.load_error(finetuned)
         assert load_tensors(finetuned, load_plan(finetuned), finetuned=False)
 
     @pytest.mark.parametrize("text", ["{", "[]", "{}"])
     def test_malformed_record(self, finetuned: Path, text: str) -> None:
-        (finetuned / FINETUNE_FILE).write_text(text)
-        assert f"{finetuned / FINETUNE_FILE}: " in self.load_error(finetuned)
+        (finetuned / RunFolder.FINETUNE).write_text(text)
+        assert f"{finetuned / RunFolder.FINETUNE}: " in self.load_error(finetuned)
 
     def test_another_file(self, finetuned: Path) -> None:
-        os.truncate(finetuned / FINETUNED_FILE, 20)
-        assert f"{finetuned / FINETUNED_FILE}: not the file" in self.load_error(finetuned)
-        (finetuned / FINETUNED_FILE).unlink()
-        assert f"{finetuned / FINETUNED_FILE}: not the file" in self.load_error(finetuned)
+        os.truncate(finetuned / RunFolder.FINETUNED, 20)
+        assert f"{finetuned / RunFolder.FINETUNED}: not the file" in self.load_error(finetuned)
+        (finetuned / RunFolder.FINETUNED).unlink()
+        assert f"{finetuned / RunFolder.FINETUNED}: not the file" in self.load_error(finetuned)
 
     def test_shapes_of_another_plan(self, finetuned: Path, tiny: Any) -> None:
         from safetensors.numpy import save_file
 
         name = f"{tiny.plan.layers[0].name}.bias"
-        save_file({name: np.zeros(3, np.float32)}, finetuned / FINETUNED_FILE)
-        record = json.loads((finetuned / FINETUNE_FILE).read_text())
-        record["tensors_sha256"] = sha256_of_file(finetuned / FINETUNED_FILE)
-        (finetuned / FINETUNE_FILE).write_text(json.dumps(record))
+        save_file({name: np.zeros(3, np.float32)}, finetuned / RunFolder.FINETUNED)
+        record = json.loads((finetuned / RunFolder.FINETUNE).read_text())
+        record["tensors_sha256"] = sha256_of_file(finetuned / RunFolder.FINETUNED)
+        (finetuned / RunFolder.FINETUNE).write_text(json.dumps(record))
         with pytest.raises(PlanError, match=r"bias: received \(3,\), .* Finetune again\."):
             load_tensors(finetuned, tiny.plan)
 
     def test_images_belong_to_it(self, finetuned: Path) -> None:
         digest = digest_quantized(finetuned, "torch")
-        (finetuned / FINETUNE_FILE).rename(finetuned / "away.json")
+        (finetuned / RunFolder.FINETUNE).rename(finetuned / "away.json")
         assert digest_quantized(finetuned, "torch") != digest
-        (finetuned / "away.json").rename(finetuned / FINETUNE_FILE)
-        (finetuned / FINETUNED_FILE).unlink()
+        (finetuned / "away.json").rename(finetuned / RunFolder.FINETUNE)
+        (finetuned / RunFolder.FINETUNED).unlink()
         with pytest.raises(PlanError, match="treeq-export finetune"):
             digest_quantized(finetuned, "torch")
 

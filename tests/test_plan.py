@@ -13,8 +13,6 @@ from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import FormatError, PlanError
 from treeq_export.plan import (
     FORMAT_VERSION,
-    PLAN_FILE,
-    TENSORS_FILE,
     LayerPlan,
     ModelRecord,
     Plan,
@@ -28,6 +26,7 @@ from treeq_export.plan import (
     save_plan,
 )
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
+from treeq_export.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = "0123456789abcdef" * 4
@@ -101,7 +100,7 @@ def run(tmp_path: Path) -> Path:
 
 def edit(run: Path, change: Callable[[Any], object]) -> None:
     """Change the JSON of the plan in place."""
-    path = run / PLAN_FILE
+    path = run / RunFolder.PLAN
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
@@ -119,14 +118,14 @@ def message_of(run: Path, checkpoint_sha256: str | None = None) -> str:
 
 
 def test_golden_bytes(run: Path):
-    assert (run / PLAN_FILE).read_bytes() == (GOLDEN / PLAN_FILE).read_bytes()
-    assert (run / TENSORS_FILE).read_bytes() == (GOLDEN / TENSORS_FILE).read_bytes()
+    assert (run / RunFolder.PLAN).read_bytes() == (GOLDEN / RunFolder.PLAN).read_bytes()
+    assert (run / RunFolder.TENSORS).read_bytes() == (GOLDEN / RunFolder.TENSORS).read_bytes()
 
 
 def test_the_golden_plan_loads():
     plan = load_plan(GOLDEN, CHECKPOINT)
     assert plan.model_copy(update={"tensors_sha256": None}) == PLAN
-    assert plan.tensors_sha256 == sha256_of_file(GOLDEN / TENSORS_FILE)
+    assert plan.tensors_sha256 == sha256_of_file(GOLDEN / RunFolder.TENSORS)
     found, expected = load_tensors(GOLDEN, plan), tensors_of(PLAN)
     assert sorted(found) == sorted(expected)
     for name in expected:
@@ -138,7 +137,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path: Path):
     plan = load_plan(GOLDEN)
     saved = save_plan(tmp_path, plan, load_tensors(GOLDEN, plan))
     assert saved == plan
-    for name in (PLAN_FILE, TENSORS_FILE):
+    for name in (RunFolder.PLAN, RunFolder.TENSORS):
         assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
@@ -147,22 +146,22 @@ def test_the_order_of_the_tensors_does_not_matter(tmp_path: Path):
     backwards = dict(reversed(tensors.items()))
     assert list(backwards) != list(tensors)
     save_plan(tmp_path, PLAN, backwards)
-    assert (tmp_path / TENSORS_FILE).read_bytes() == (GOLDEN / TENSORS_FILE).read_bytes()
+    assert (tmp_path / RunFolder.TENSORS).read_bytes() == (GOLDEN / RunFolder.TENSORS).read_bytes()
 
 
 def test_memory_order_does_not_matter(tmp_path: Path):
     save_plan(tmp_path, PLAN, {k: np.asfortranarray(v) for k, v in tensors_of(PLAN).items()})
-    assert (tmp_path / TENSORS_FILE).read_bytes() == (GOLDEN / TENSORS_FILE).read_bytes()
+    assert (tmp_path / RunFolder.TENSORS).read_bytes() == (GOLDEN / RunFolder.TENSORS).read_bytes()
 
 
 def test_saved_plan_and_its_text(tmp_path: Path):
     saved = save_plan(tmp_path / "new" / "run", PLAN)
     assert saved == PLAN
-    text = (tmp_path / "new" / "run" / PLAN_FILE).read_text(encoding="utf-8")
+    text = (tmp_path / "new" / "run" / RunFolder.PLAN).read_text(encoding="utf-8")
     assert text == plan_to_json(PLAN)
     assert text.endswith('  "tensors_sha256": null\n}\n')
     assert "tiny-Größe" in text
-    assert not (tmp_path / "new" / "run" / TENSORS_FILE).exists()
+    assert not (tmp_path / "new" / "run" / RunFolder.TENSORS).exists()
 
 
 def test_searching_again_forgets_the_old_calibration(run: Path):
@@ -201,15 +200,15 @@ def test_layer_by_name():
 
 def test_no_plan(tmp_path: Path):
     assert message_of(tmp_path) == (
-        f"{tmp_path / PLAN_FILE}: no plan. Run `treeq-export search --run {tmp_path}` first."
+        f"{tmp_path / RunFolder.PLAN}: no plan. Run `treeq-export search --run {tmp_path}` first."
     )
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\x00", b"\xff\xfe", b"{'a': 1}", b"{} {}"])
 def test_not_json(data: bytes, run: Path):
-    (run / PLAN_FILE).write_bytes(data)
+    (run / RunFolder.PLAN).write_bytes(data)
     text = message_of(run)
-    assert text.startswith(f"{run / PLAN_FILE}: not JSON (")
+    assert text.startswith(f"{run / RunFolder.PLAN}: not JSON (")
     assert text.endswith(f"Run `treeq-export search --run {run}` again.")
 
 
@@ -218,14 +217,14 @@ def test_another_format_version(version: Any, run: Path):
     # A newer format may hold anything else, so its version is looked at first.
     edit(run, lambda raw: raw.update(format_version=version, novelty=1))
     assert message_of(run) == (
-        f"{run / PLAN_FILE}: format_version {version}, expected 1. "
+        f"{run / RunFolder.PLAN}: format_version {version}, expected 1. "
         "Install the treeq-export that wrote it, or search again with this one."
     )
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"plan"', "null", "{}"])
 def test_json_that_is_no_plan(text: str, run: Path):
-    (run / PLAN_FILE).write_text(text)
+    (run / RunFolder.PLAN).write_text(text)
     assert "format_version None, expected 1" in message_of(run)
 
 
@@ -271,7 +270,7 @@ def test_json_that_is_no_plan(text: str, run: Path):
 def test_fields_that_do_not_fit_the_schema(change: Callable[[Any], object], where: str, run: Path):
     edit(run, change)
     text = message_of(run)
-    assert text.startswith(f"{run / PLAN_FILE}: {where}")
+    assert text.startswith(f"{run / RunFolder.PLAN}: {where}")
     assert text.endswith(
         "Mend it by the schema of `treeq-export inspect --schema`, or search again."
     )
@@ -280,7 +279,7 @@ def test_fields_that_do_not_fit_the_schema(change: Callable[[Any], object], wher
 def test_another_checkpoint(run: Path):
     assert load_plan(run, CHECKPOINT).checkpoint_sha256 == CHECKPOINT
     assert message_of(run, "f" * 64) == (
-        f"{run / PLAN_FILE}: belongs to checkpoint 0123456789ab, received ffffffffffff. "
+        f"{run / RunFolder.PLAN}: belongs to checkpoint 0123456789ab, received ffffffffffff. "
         "Use its checkpoint, or another --out folder."
     )
 
@@ -355,7 +354,7 @@ def check_keys(value: Any, schema: dict[str, Any], definitions: dict[str, Any], 
 
 def test_the_schema_describes_the_golden_plan():
     schema = json_schema()
-    golden = json.loads((GOLDEN / PLAN_FILE).read_text())
+    golden = json.loads((GOLDEN / RunFolder.PLAN).read_text())
     assert set(golden) == set(schema["properties"])
     assert schema["additionalProperties"] is False
     check_keys(golden, schema, schema["$defs"], "plan")

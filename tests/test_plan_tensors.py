@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import OutputError, PlanError
-from treeq_export.plan import PLAN_FILE, TENSORS_FILE, load_plan, load_tensors, save_plan
+from treeq_export.plan import load_plan, load_tensors, save_plan
+from treeq_export.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAN = load_plan(GOLDEN)
@@ -23,7 +24,7 @@ PLAN = load_plan(GOLDEN)
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with the golden plan."""
-    for name in (PLAN_FILE, TENSORS_FILE):
+    for name in (RunFolder.PLAN, RunFolder.TENSORS):
         shutil.copy(GOLDEN / name, tmp_path)
     return tmp_path
 
@@ -40,13 +41,13 @@ def message_of(run: Path) -> str:
 def test_a_plan_without_tensors(tmp_path: Path):
     save_plan(tmp_path, PLAN)
     assert message_of(tmp_path) == (
-        f"{tmp_path / TENSORS_FILE}: the plan has no scales and codes. "
+        f"{tmp_path / RunFolder.TENSORS}: the plan has no scales and codes. "
         f"Run `treeq-export calibrate --run {tmp_path}` first."
     )
 
 
 def test_the_tensors_file_is_missing(run: Path):
-    (run / TENSORS_FILE).unlink()
+    (run / RunFolder.TENSORS).unlink()
     assert "the plan has no scales and codes" in message_of(run)
 
 
@@ -66,7 +67,7 @@ def flip_one_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, swap, flip_one_bit, Path.unlink])
 def test_another_or_damaged_tensors_file(damage: Callable[[Path], None], run: Path):
-    path = run / TENSORS_FILE
+    path = run / RunFolder.TENSORS
     damage(path)
     text = message_of(run)
     assert text.startswith(f"{path}: ")
@@ -76,11 +77,11 @@ def test_another_or_damaged_tensors_file(damage: Callable[[Path], None], run: Pa
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 64, None])
 def test_a_named_file_that_is_no_safetensors(data: bytes | None, run: Path):
-    path = run / TENSORS_FILE
+    path = run / RunFolder.TENSORS
     path.write_bytes(path.read_bytes()[:-7] if data is None else data)
-    raw = json.loads((run / PLAN_FILE).read_text())
+    raw = json.loads((run / RunFolder.PLAN).read_text())
     raw["tensors_sha256"] = sha256_of_file(path)
-    (run / PLAN_FILE).write_text(json.dumps(raw))
+    (run / RunFolder.PLAN).write_text(json.dumps(raw))
     text = message_of(run)
     assert text.startswith(f"{path}: ")
     assert text.endswith("Calibrate again.")
@@ -128,7 +129,7 @@ def test_a_tensor_of_a_wrong_shape(
         tensors[name] = tensor
     save_plan(tmp_path, PLAN, tensors)
     assert message_of(tmp_path) == (
-        f"{tmp_path / TENSORS_FILE}: {name}: {problem}. Calibrate again."
+        f"{tmp_path / RunFolder.TENSORS}: {name}: {problem}. Calibrate again."
     )
 
 
@@ -164,5 +165,7 @@ def test_a_write_that_fails_leaves_the_old_plan(run: Path):
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(f"{run / TENSORS_FILE}: larger than `ulimit -f` or the file sys")
+    assert done.stdout.startswith(
+        f"{run / RunFolder.TENSORS}: larger than `ulimit -f` or the file sys"
+    )
     assert {path: path.read_bytes() for path in run.iterdir()} == before

@@ -247,13 +247,15 @@ class TestWhatIsLoaded:
 
     def test_forgotten_plan_is_read_again(self, recipe: Recipe, tmp_path: Path) -> None:
         with Workspace(tmp_path, recipe) as workspace:
-            workspace.forget_plan()
+            workspace.forget(["plan.json"])
             first = save_empty_plan(tmp_path, workspace.checkpoint.sha256)
             assert workspace.plan == first
             assert workspace.tensors == {}
             second = save_empty_plan(tmp_path, workspace.checkpoint.sha256, name="other")
             assert workspace.plan == first
-            workspace.forget_plan()
+            workspace.forget(["bench.json"])
+            assert workspace.plan == first
+            workspace.forget(["finetune.json"])
             assert workspace.plan == second
 
     def test_plan_of_another_checkpoint(self, recipe: Recipe, tmp_path: Path) -> None:

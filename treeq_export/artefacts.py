@@ -322,6 +322,15 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def digest_of(**parts: Any) -> str:
+    """Return the hexadecimal SHA-256 of JSON values by name, whatever their order.
+
+    >>> digest_of(a=1, b=2) == digest_of(b=2, a=1) != digest_of(a=1, b=3)
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

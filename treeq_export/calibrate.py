@@ -10,20 +10,19 @@ The statistics go to `calibration.json`: a kurtosis near 3 says that the rotated
 to the Gaussian for which the token_rms step is optimal.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from treeq_export.artefacts import write_json
 from treeq_export.model.fit_plan import fit_plan
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, save_plan
+from treeq_export.progress import OnStep
 from treeq_export.recipe import Recipe
-
-STATISTICS_FILE = "calibration.json"
+from treeq_export.run_folder import RunFolder
 
 
 def run_calibrate(
-    run: Path, denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+    run: Path, denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: OnStep
 ) -> Plan:
     """Fill the plan and write `plan.safetensors`, `plan.json` and `calibration.json`.
 
@@ -43,7 +42,7 @@ def run_calibrate(
     """
     tensors, statistics = fit_plan(denoiser, plan, recipe, on_step)
     write_json(
-        run / STATISTICS_FILE,
+        run / RunFolder.CALIBRATION,
         {
             "conditioning": denoiser.conditioning_source,
             "num_samples": recipe.calibrate.num_samples,

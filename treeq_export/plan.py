@@ -18,6 +18,7 @@ A plan belongs to one checkpoint (`checkpoint_sha256`) and names its tensors (`t
 before calibration). Saving the same plan gives the same bytes. Nothing executes on load.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,12 +47,9 @@ from treeq_export.reading import (
     read_bytes,
     read_record,
 )
+from treeq_export.run_folder import RunFolder
 
 FORMAT_VERSION = 1
-PLAN_FILE = "plan.json"
-TENSORS_FILE = "plan.safetensors"
-FINETUNE_FILE = "finetune.json"
-FINETUNED_FILE = "finetuned.safetensors"
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -194,6 +192,11 @@ def plan_to_json(plan: Plan) -> str:
     return json.dumps(plan.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
+def plan_digest(plan: Plan) -> str:
+    """Return the hexadecimal SHA-256 of a plan's file."""
+    return hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of `plan.json`."""
     return Plan.model_json_schema()
@@ -215,13 +218,13 @@ def save_plan(folder: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]] | No
     """
     digest = None
     if tensors is not None:
-        path = folder / TENSORS_FILE
+        path = folder / RunFolder.TENSORS
         ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
         with atomic_path(path) as temporary:
             _storage.save_file(ordered, temporary)
         digest = sha256_of_file(path)
     saved = plan.model_copy(update={"tensors_sha256": digest})
-    write_bytes(folder / PLAN_FILE, plan_to_json(saved).encode())
+    write_bytes(folder / RunFolder.PLAN, plan_to_json(saved).encode())
     return saved
 
 
@@ -239,7 +242,7 @@ def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:
         PlanError: Missing, malformed, newer format, or of another checkpoint.
         FormatError: A group or rotation size does not fit its layer.
     """
-    path = folder / PLAN_FILE
+    path = folder / RunFolder.PLAN
     if not path.is_file():
         raise PlanError(f"{path}: no plan. Run `treeq-export search --run {folder}` first.")
     again = f"Run `treeq-export search --run {folder}` again."
@@ -278,7 +281,7 @@ def load_tensors(folder: Path, plan: Plan, *, finetuned: bool = True) -> Tensors
     Raises:
         PlanError: Calibration has not run, or a file is not the one it should be.
     """
-    path = folder / TENSORS_FILE
+    path = folder / RunFolder.TENSORS
     if plan.tensors_sha256 is None or not path.is_file():
         raise PlanError(
             f"{path}: the plan has no scales and codes. "
@@ -292,20 +295,20 @@ def load_tensors(folder: Path, plan: Plan, *, finetuned: bool = True) -> Tensors
     tensors = _read_tensors(path, "Calibrate")
     for layer in plan.layers:
         _check_tensors(path, layer, tensors, "Calibrate")
-    if finetuned and (folder / FINETUNE_FILE).is_file():
+    if finetuned and (folder / RunFolder.FINETUNE).is_file():
         _lay_over(folder, plan, tensors)
     return tensors
 
 
 def _lay_over(folder: Path, plan: Plan, tensors: Tensors) -> None:
     """Replace calibrated tensors by the trained ones."""
-    path, record = folder / FINETUNED_FILE, folder / FINETUNE_FILE
+    path, record = folder / RunFolder.FINETUNED, folder / RunFolder.FINETUNE
     remedy = f"Run `treeq-export finetune --run {folder}` again."
     made = read_record(record, _FinetuneDigests, error=PlanError, remedy=remedy)
     if made.base_tensors_sha256 != plan.tensors_sha256:
         raise PlanError(f"{record}: belongs to other calibrated tensors than plan.json. {remedy}")
     if not path.is_file() or sha256_of_file(path) != made.tensors_sha256:
-        raise PlanError(f"{path}: not the file that {FINETUNE_FILE} names. {remedy}")
+        raise PlanError(f"{path}: not the file that {RunFolder.FINETUNE} names. {remedy}")
     tensors |= _read_tensors(path, "Finetune")
     for layer in plan.layers:
         _check_tensors(path, layer, tensors, "Finetune")

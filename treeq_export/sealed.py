@@ -6,18 +6,16 @@ text of its other keys.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from treeq_export.artefacts import atomic_path, write_json
+from treeq_export.artefacts import atomic_path, digest_of, write_json
 from treeq_export.errors import OutputError, TreeqError
+from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import parse_json, read_object
-
-Say = Callable[[str], None]
 
 SEAL = "sha256"
 _BLANK = b"0" * 64
@@ -25,10 +23,6 @@ _SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _SIZE_FIELD = 8  # bytes before the header of a safetensors file
 _MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
-
-
-def say_nothing(_line: str) -> None:
-    """Drop a line for people."""
 
 
 def write_sealed_tensors(
@@ -124,8 +118,7 @@ def _digest_file(path: Path, header: bytes) -> str:
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object with its seal in the place of an old one."""
     content = {name: item for name, item in value.items() if name != SEAL}
-    text = json.dumps(content, sort_keys=True)
-    return {**content, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+    return {**content, SEAL: digest_of(**content)}
 
 
 def is_sealed(value: Mapping[str, Any]) -> bool:

@@ -41,6 +41,8 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from treeq_export.run_folder import RunFolder
+
 sys.path.insert(0, str(Path(__file__).parent))
 from server import Server, serve
 
@@ -61,7 +63,6 @@ from treeq_export.model.checkpoint import build_model
 from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.sampler import sample
 from treeq_export.pipeline.workspace import Workspace
-from treeq_export.plan import PLAN_FILE
 from treeq_export.records import Record
 from treeq_export.records.loadtest import LoadTestRecord, describe_errors
 from treeq_export.targets.table import open_way
@@ -120,7 +121,7 @@ def main() -> None:
     """Measure, write the record and the picture, say what is wrong."""
     options = parse_options()
     wanted = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
-    wanted["plan_sha256"] = sha256_of_file(options.run / PLAN_FILE)
+    wanted["plan_sha256"] = sha256_of_file(options.run / RunFolder.PLAN)
     environment = describe_environment(options.threads)
     record = ServingRecord(
         environment=environment,

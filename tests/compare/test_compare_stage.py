@@ -56,13 +56,13 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Cell and stage of every stage that is run."""
     ran: list[tuple[str, str]] = []
-    run_stage = stage.run_stage
+    run_stage = pipeline.run_stage
 
     def count(run: Any, which: Any, on_step: Callable[[float], None]) -> object:
         ran.append((run.run.name, which.name))
         return run_stage(run, which, on_step)
 
-    monkeypatch.setattr(stage, "run_stage", count)
+    monkeypatch.setattr(pipeline, "run_stage", count)
     return ran
 
 

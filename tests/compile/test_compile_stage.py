@@ -18,9 +18,9 @@ from treeq_export.compile.stage import (
     save_model,
 )
 from treeq_export.errors import CompileError
-from treeq_export.plan import PLAN_FILE
 from treeq_export.recipe import CompileSection
 from treeq_export.records import CompileRecord, load_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_file import initializer_bytes
 from treeq_export.runners.graph_meta import PLAN_KEY
 from treeq_export.runners.model_files import model_path
@@ -61,7 +61,7 @@ def test_record_says_what_was_written(compiled_dit: Any):
 
 
 def test_graph_names_its_plan(compiled_dit: Any):
-    digest = hashlib.sha256((compiled_dit.run / PLAN_FILE).read_bytes()).hexdigest()
+    digest = hashlib.sha256((compiled_dit.run / RunFolder.PLAN).read_bytes()).hexdigest()
     for target in (*TARGETS, "fp32"):
         metadata = ir.load(model_path(compiled_dit.run, target)).metadata_props
         assert metadata[PLAN_KEY] == digest

@@ -27,7 +27,7 @@ from treeq_export.model.checkpoint import open_checkpoint
 from treeq_export.model.conditioning import load_prompts
 from treeq_export.model.torch_file import read_torch_file
 from treeq_export.pipeline.workspace import read_run
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, load_plan, load_tensors
+from treeq_export.plan import load_plan, load_tensors
 from treeq_export.recipe import load_recipe
 from treeq_export.records import (
     BenchRecord,
@@ -40,6 +40,7 @@ from treeq_export.records import (
     load_record,
 )
 from treeq_export.records.build import BuildRecord
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.cubin_launcher import read_manifest as read_kernels
 from treeq_export.runners.engine_manifest import read_manifest
 from treeq_export.runners.graph_file import read_graph
@@ -129,12 +130,12 @@ def _read_tensors(path: Path) -> object:
 
 def _make_finetuned(folder: Path, name: str) -> Path:
     _copy(GOLDEN / "plan.json", GOLDEN / "plan.safetensors")(folder)
-    (folder / FINETUNED_FILE).write_bytes((GOLDEN / "plan.safetensors").read_bytes())
+    (folder / RunFolder.FINETUNED).write_bytes((GOLDEN / "plan.safetensors").read_bytes())
     digests = {
         "base_tensors_sha256": load_plan(folder).tensors_sha256,
-        "tensors_sha256": sha256_of_file(folder / FINETUNED_FILE),
+        "tensors_sha256": sha256_of_file(folder / RunFolder.FINETUNED),
     }
-    _text(FINETUNE_FILE, digests)(folder)
+    _text(RunFolder.FINETUNE, digests)(folder)
     return folder / name
 
 
@@ -350,11 +351,13 @@ INPUTS = (
         _read_all_tensors,
         exact=True,
     ),
-    Input("finetune.json", 400, lambda f: _make_finetuned(f, FINETUNE_FILE), _read_all_tensors),
+    Input(
+        "finetune.json", 400, lambda f: _make_finetuned(f, RunFolder.FINETUNE), _read_all_tensors
+    ),
     Input(
         "finetuned.safetensors",
         300,
-        lambda f: _make_finetuned(f, FINETUNED_FILE),
+        lambda f: _make_finetuned(f, RunFolder.FINETUNED),
         _read_all_tensors,
         exact=True,
     ),

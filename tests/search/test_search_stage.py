@@ -19,16 +19,13 @@ from treeq_export.errors import FormatError, RecipeError
 from treeq_export.model.checkpoint import open_checkpoint
 from treeq_export.model.layers import LinearInfo, discover_linears
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import PLAN_FILE, Plan, load_plan
+from treeq_export.plan import Plan, load_plan
 from treeq_export.recipe import Recipe
 from treeq_export.records import SearchRecord, load_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.search.branches import nominal_bits
 from treeq_export.search.network import select_linears
-from treeq_export.search.stage import (
-    RECORD_FILE,
-    estimate_search,
-    run_search,
-)
+from treeq_export.search.stage import estimate_search, run_search
 
 Make = Callable[..., Any]
 
@@ -96,11 +93,11 @@ def test_plan_is_written_without_tensors(
 
 def test_same_recipe_same_bytes(search: Make, tmp_path: Path):
     search()
-    first = (tmp_path / PLAN_FILE).read_bytes()
+    first = (tmp_path / RunFolder.PLAN).read_bytes()
     search()
-    assert (tmp_path / PLAN_FILE).read_bytes() == first
+    assert (tmp_path / RunFolder.PLAN).read_bytes() == first
     search(weight_bits=5)
-    assert (tmp_path / PLAN_FILE).read_bytes() != first
+    assert (tmp_path / RunFolder.PLAN).read_bytes() != first
 
 
 def test_excluded_layers_are_not_in_the_plan(search: Make):
@@ -124,23 +121,23 @@ def test_pattern_that_matches_nothing_is_an_error(search: Make, tmp_path: Path):
     message = r"search\.exclude: 'blocks\.\*\.fc9' matches none of 14 layers, such as transformer_"
     with pytest.raises(RecipeError, match=message):
         search(exclude=["*.norm1.linear", "blocks.*.fc9"])
-    assert not (tmp_path / PLAN_FILE).exists()
+    assert not (tmp_path / RunFolder.PLAN).exists()
 
 
 def test_pattern_that_matches_everything_is_an_error(search: Make, tmp_path: Path):
     with pytest.raises(RecipeError, match="leaves no layer"):
         search(exclude=["*"])
-    assert not (tmp_path / PLAN_FILE).exists()
+    assert not (tmp_path / RunFolder.PLAN).exists()
 
 
 def test_format_that_does_not_fit_writes_nothing(search: Make, tmp_path: Path):
     with pytest.raises(FormatError, match=r"^transformer_blocks\.0\.norm1\.linear: group_size 48"):
         search(group_size=48)
-    assert not (tmp_path / PLAN_FILE).exists()
+    assert not (tmp_path / RunFolder.PLAN).exists()
 
 
 def record_of(run: Path) -> SearchRecord:
-    return load_record(run / RECORD_FILE, SearchRecord, "search")
+    return load_record(run / RunFolder.SEARCH, SearchRecord, "search")
 
 
 def test_uniform_measures_nothing(search: Make, tmp_path: Path):
@@ -324,7 +321,7 @@ def test_a_killed_search_goes_on_and_finds_the_same_plan(
 ):
     fields = SEARCHED | {"num_rows": 64, "num_samples": 32}
     search(**fields)
-    expected, first = (tmp_path / PLAN_FILE).read_bytes(), record_of(tmp_path)
+    expected, first = (tmp_path / RunFolder.PLAN).read_bytes(), record_of(tmp_path)
     run = tmp_path / "killed"
     recipe = make_tiny_recipe("dit", **fields)
     child = start_search(run, recipe)
@@ -334,10 +331,10 @@ def test_a_killed_search_goes_on_and_finds_the_same_plan(
     time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "the search ended before it was killed"
-    assert not (run / PLAN_FILE).exists()
+    assert not (run / RunFolder.PLAN).exists()
     known = count_values(run)
     assert start_search(run, recipe).wait() == 0
-    assert (run / PLAN_FILE).read_bytes() == expected
+    assert (run / RunFolder.PLAN).read_bytes() == expected
     record = record_of(run)
     assert record.num_from_journal >= known > 0
     assert record.num_measured + record.num_from_journal == first.num_measured
@@ -350,10 +347,10 @@ def test_ray_workers_find_the_same_plan(
     search: Make, make_tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ):
     search(**SEARCHED)
-    expected, first = (tmp_path / PLAN_FILE).read_bytes(), record_of(tmp_path)
+    expected, first = (tmp_path / RunFolder.PLAN).read_bytes(), record_of(tmp_path)
     run = tmp_path / "ray"
     assert start_search(run, make_tiny_recipe("dit", **SEARCHED, executor="ray")).wait() == 0
-    assert (run / PLAN_FILE).read_bytes() == expected
+    assert (run / RunFolder.PLAN).read_bytes() == expected
     record = record_of(run)
     assert record.num_measured == first.num_measured
     assert record.network_mse == first.network_mse

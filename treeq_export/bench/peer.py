@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from treeq_export.artefacts import atomic_folder, sha256_of_file
 from treeq_export.environment import runtime_version
 from treeq_export.errors import OutputError, RunnerError
+from treeq_export.progress import Say, say_nothing
 from treeq_export.runners.model_files import OUR_FILES, model_files
 from treeq_export.runners.products import products_saturate
-from treeq_export.sealed import Say, read_sealed_json, say_nothing, write_sealed_json
+from treeq_export.sealed import read_sealed_json, write_sealed_json
 
 Inputs = Mapping[str, NDArray[Any]]
 

@@ -16,16 +16,16 @@ from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.environment import describe_environment, warn_if_busy
 from treeq_export.errors import PlanError, RunnerError
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.runners.ways import Way
-from treeq_export.sealed import Say, say_nothing
 from treeq_export.targets import names
 from treeq_export.targets.table import way_named
 
-BENCH_FILE = "bench.json"
 TORCH = "torch_fp32"
 FP32 = "ort_fp32"
 PEER = "ort_int8"
@@ -54,7 +54,7 @@ def run_bench(
     *,
     targets: Sequence[str],
     seed: int,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     model: ModelSection | None = None,
     say: Say = say_nothing,
 ) -> BenchRecord:
@@ -101,7 +101,7 @@ def run_bench(
     record = BenchRecord(
         rows=rows, memory=memory, speedups=compare_rows(rows, seed), environment=environment
     )
-    save_record(run / BENCH_FILE, record)
+    save_record(run / RunFolder.BENCH, record)
     return record
 
 
@@ -173,7 +173,7 @@ def _example_inputs(denoiser: Denoiser, batch: int, seed: int) -> Inputs:
     }
 
 
-def _make_progress(total: int, on_step: Callable[[float], None]) -> Callable[[], None]:
+def _make_progress(total: int, on_step: OnStep) -> Callable[[], None]:
     done = 0
 
     def advance() -> None:

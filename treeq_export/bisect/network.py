@@ -21,15 +21,17 @@ from treeq_export.bisect.departure import find_departure, layers_before
 from treeq_export.bisect.own import BisectRecord
 from treeq_export.engines.engine import ENGINE_FILE, BuildOrder, build_engine
 from treeq_export.errors import RunnerError
+from treeq_export.progress import OnStep
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.records import save_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.graph_meta import LayerSite, load_layers
 from treeq_export.runners.reference_trace import Trace
 from treeq_export.runners.tensorrt_runner import TensorrtRunner
 from treeq_export.scratch import scratch_folder
 
-ENGINES = "engines/"
+ENGINES = f"{RunFolder.ENGINES}/"
 
 # Runs a model on named inputs and returns its only output.
 RunModel = Callable[[ir.Model, Mapping[str, Any]], NDArray[Any]]
@@ -52,7 +54,7 @@ def bisect_network(
     trace: Trace,
     run_model: RunModel,
     min_sqnr_db: float,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
 ) -> BisectRecord:
     """Find the first layer that departs from the reference, running prefixes of the graph.
 
@@ -93,7 +95,7 @@ def bisect_network(
 
 
 def bisect_engine(
-    run: Path, name: str, trace: Trace, min_sqnr_db: float, on_step: Callable[[float], None]
+    run: Path, name: str, trace: Trace, min_sqnr_db: float, on_step: OnStep
 ) -> BisectRecord:
     """Find the first departing layer of a built engine on this machine's GPU.
 

@@ -1,6 +1,6 @@
 """Bisect of any target: which way it can be looked into."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from treeq_export.bisect.network import ENGINES, bisect_engine
 from treeq_export.bisect.own import BisectRecord, find_first_fault
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
+from treeq_export.progress import OnStep
 from treeq_export.recipe import ValidateSection
 from treeq_export.runners.cuda_runner import CudaRunner
 from treeq_export.runners.graph_meta import load_layers
@@ -28,7 +29,7 @@ def run_bisect(
     target: str,
     section: ValidateSection,
     seed: int,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     *,
     min_sqnr_db: float | None = None,
 ) -> BisectRecord:

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from treeq_export.cli.screen import SafeConsole, printable
 from treeq_export.environment import settle_threads
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.memory import is_out_of_memory, out_of_memory
+from treeq_export.progress import OnStep
 from treeq_export.reading import read_text
 
 stderr = SafeConsole(stderr=True)
@@ -141,7 +142,7 @@ class StageProgress:
     current: str = ""
     tasks: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def start(self, name: str, skipped: bool) -> Callable[[float], None]:
+    def start(self, name: str, skipped: bool) -> OnStep:
         """Open a stage's bar and return its callback."""
         if skipped:
             stderr.print(f"{name:<10} up to date", highlight=False)

@@ -6,6 +6,7 @@ import click
 
 from treeq_export.cli.console import json_option, main, run_option, say
 from treeq_export.cli.stages import print_record, run_one
+from treeq_export.run_folder import RunFolder
 
 
 @main.command()
@@ -45,7 +46,7 @@ def search(
         _estimate_search(run, as_json)
         return
     run_one(run, "search")
-    print_record(run, "plan.json", as_json)
+    print_record(run, RunFolder.PLAN, as_json)
 
 
 def _prepare_run(run: Path, recipe_path: Path | None, overrides: tuple[str, ...]) -> None:

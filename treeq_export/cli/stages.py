@@ -16,17 +16,8 @@ from treeq_export.cli.console import (
     stage_progress,
     stderr,
 )
-
-STAGE_NAMES = (
-    "search",
-    "calibrate",
-    "finetune",
-    "compile",
-    "validate",
-    "bench",
-    "evaluate",
-    "report",
-)
+from treeq_export.pipeline.stages import STAGE_NAMES, STAGES, Stage
+from treeq_export.run_folder import RunFolder
 
 
 @main.command("run")
@@ -70,13 +61,17 @@ def show_report(report: Any, run: Path, *, as_json: bool) -> None:
     from treeq_export.report import print_report
 
     if as_json:
-        click.echo(read_output(run / "report.json"), nl=False)
+        click.echo(read_output(run / RunFolder.REPORT), nl=False)
     else:
         print_report(report, make_stdout())
 
 
-def run_one(run: Path, name: str) -> object:
-    """Run one stage of an existing run and return its result."""
+def run_one(run: Path, name: str) -> tuple[object, str | None]:
+    """Run one stage of an existing run.
+
+    Returns:
+        The stage's result, and why it had nothing to do where it had nothing.
+    """
     from treeq_export.pipeline.run import check_recipe, require_stages, run_stage, stage_named
     from treeq_export.pipeline.workspace import Workspace
 
@@ -85,7 +80,8 @@ def run_one(run: Path, name: str) -> object:
         workspace.say = say
         check_recipe(workspace.recipe)
         require_stages(workspace, stage)
-        return run_stage(workspace, stage, progress.start(name, False))
+        result = run_stage(workspace, stage, progress.start(name, False))
+        return result, stage.idle(workspace.recipe)
 
 
 def print_record(run: Path, file: str, as_json: bool) -> None:
@@ -97,63 +93,26 @@ def print_record(run: Path, file: str, as_json: bool) -> None:
         stderr.print(f"wrote {run / file}", highlight=False, soft_wrap=True)
 
 
-@main.command()
-@run_option
-@json_option
-def calibrate(run: Path, as_json: bool) -> None:
-    """Find scales, codes and branches.
+def _add_command(stage: Stage) -> None:
+    """Add the command that runs a stage, prints its record and checks the gates in it."""
 
-    Writes plan.safetensors.
-    """
-    run_one(run, "calibrate")
-    print_record(run, "calibration.json", as_json)
+    @main.command(stage.name, help=stage.summary)
+    @run_option
+    @json_option
+    def command(run: Path, as_json: bool) -> None:
+        from treeq_export.records import check_gates, gate_results
 
-
-@main.command()
-@run_option
-@json_option
-def finetune(run: Path, as_json: bool) -> None:
-    """Train branches and scales by distillation.
-
-    The key finetune.mode of the recipe chooses what is trained.
-    """
-    if run_one(run, "finetune") is None:
-        click.echo(
-            "null" if as_json else "finetune.mode is none: nothing was trained.", err=not as_json
-        )
-        return
-    print_record(run, "finetune.json", as_json)
+        _, idle = run_one(run, stage.name)
+        if idle is not None:
+            click.echo("null" if as_json else idle, err=not as_json)
+            return
+        print_record(run, stage.record, as_json)
+        check_gates(gate_results(run, (stage.record,)))
 
 
-@main.command("compile")
-@run_option
-@json_option
-def compile_command(run: Path, as_json: bool) -> None:
-    """Write and audit the ONNX graphs of all targets."""
-    run_one(run, "compile")
-    print_record(run, "compile.json", as_json)
-
-
-@main.command()
-@run_option
-@json_option
-def bench(run: Path, as_json: bool) -> None:
-    """Time all targets in one interleaved run, and their memory."""
-    run_one(run, "bench")
-    print_record(run, "bench.json", as_json)
-
-
-@main.command()
-@run_option
-@json_option
-def evaluate(run: Path, as_json: bool) -> None:
-    """Sample images with equal seeds and score them.
-
-    Exit status 3 if a gate is not met.
-    """
-    run_one(run, "evaluate")
-    print_record(run, "quality.json", as_json)
-    _check_gates_of(run, "quality.json")
+for _stage in STAGES:
+    if _stage.summary is not None:
+        _add_command(_stage)
 
 
 @main.command()
@@ -164,10 +123,10 @@ def report(run: Path, as_json: bool) -> None:
 
     The report holds what has been measured so far.
 
-    Of a run folder that cannot be written to the report is printed only.
+    The report of a folder that cannot be written to is printed only.
     """
     if os.access(run, os.W_OK):
-        show_report(run_one(run, "report"), run, as_json=as_json)
+        show_report(run_one(run, "report")[0], run, as_json=as_json)
     else:
         _show_unwritten(run, as_json=as_json)
 
@@ -187,9 +146,3 @@ def _show_unwritten(run: Path, *, as_json: bool) -> None:
         click.echo(json_text(report_to_json(made)), nl=False)
     else:
         print_report(made, make_stdout())
-
-
-def _check_gates_of(run: Path, file: str) -> None:
-    from treeq_export.records import check_gates, gate_results
-
-    check_gates(gate_results(run, (file,)))

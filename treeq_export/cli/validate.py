@@ -7,6 +7,7 @@ import click
 from treeq_export.cli.console import json_option, main, run_option, say
 from treeq_export.cli.stages import print_record, run_one
 from treeq_export.errors import GateError
+from treeq_export.run_folder import RunFolder
 
 _PATH = click.Path(path_type=Path)
 
@@ -39,21 +40,20 @@ def validate(
     from treeq_export.records import ParityRecord, check_gates, gate_results, load_record
     from treeq_export.validate.growth import Growth, describe_faults, find_growth, load_earlier
     from treeq_export.validate.junit import write_junit
-    from treeq_export.validate.stage import RECORD_FILE
 
     with Workspace.reopen(run, read_only=True) as workspace:
         section, seed = workspace.recipe.validate_, workspace.recipe.seed
     earlier = None if against is None else load_earlier(against, section.batch_size, seed)
     run_one(run, "validate")
-    print_record(run, RECORD_FILE, as_json)
-    record = load_record(run / RECORD_FILE, ParityRecord, "validate")
+    print_record(run, RunFolder.PARITY, as_json)
+    record = load_record(run / RunFolder.PARITY, ParityRecord, "validate")
     growth = Growth({}, []) if earlier is None else find_growth(record, earlier, max_growth)
     faults = describe_faults(growth)
     for line in (*growth.missing, *faults):
         say(line)
     if junit is not None:
         write_junit(junit, record, section.gates, growth.faults)
-    check_gates(gate_results(run, (RECORD_FILE,)))
+    check_gates(gate_results(run, (RunFolder.PARITY,)))
     if faults:
         raise GateError(
             f"{len(faults)} layers or networks have errors that grew by more than {max_growth:.1%} "

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from treeq_export.errors import ServeError
+from treeq_export.progress import OnStep
 
 # Prepares request number i and returns what sends it; only the second call is timed.
 Prepare = Callable[[int], Callable[[], object]]
@@ -154,9 +155,7 @@ class Clients:
         for client in self._clients:
             client.join(max(end - time.monotonic(), 0.0))
 
-    def run(
-        self, duration_s: float, first: int, on_progress: Callable[[float], None]
-    ) -> PhaseResult:
+    def run(self, duration_s: float, first: int, on_progress: OnStep) -> PhaseResult:
         """Let all clients send for a while.
 
         Args:

@@ -24,6 +24,7 @@ from treeq_export.client.load_statistics import (
 from treeq_export.client.open import open_connection
 from treeq_export.environment import available_cpus, describe_machine, version_of
 from treeq_export.errors import PlanError, ServeError
+from treeq_export.progress import OnStep
 from treeq_export.reading import read_record
 from treeq_export.records.base import load_record, save_record
 from treeq_export.records.loadtest import (
@@ -46,7 +47,7 @@ _MAX_BUSY_CORES = 0.5  # while no client is sending
 _MAX_CLIENT_CORES = 0.5
 _MAX_MESSAGES = 20
 
-Start = Callable[[str, bool], Callable[[float], None]]  # level, kept -> callback of its fraction
+Start = Callable[[str, bool], OnStep]  # level, kept -> callback of its fraction
 Counters = dict[str, dict[str, int]]  # by model
 
 
@@ -191,13 +192,13 @@ def _measure_level(
     setup: LoadSetup,
     concurrency: int,
     process: psutil.Process | None,
-    on_fraction: Callable[[float], None],
+    on_fraction: OnStep,
 ) -> LoadLevel:
     """Warm up, then let the clients send while counters and memory are watched."""
     warmup_s, duration_s = setup.warmup_s, setup.duration_s
     total_s = warmup_s + duration_s
 
-    def tell(before_s: float) -> Callable[[float], None]:
+    def tell(before_s: float) -> OnStep:
         return lambda seconds: on_fraction(min((before_s + seconds) / total_s, 0.99))
 
     with Clients(connect, concurrency) as clients:

@@ -4,26 +4,41 @@ What a cell's recipe has of its own is strategy, budget and finetune mode; the r
 that a difference between two cells has one cause.
 """
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from treeq_export.artefacts import atomic_path
 from treeq_export.compare.options import MIN_SEEDS, CompareOptions
+from treeq_export.compare.rows import count_evaluations, read_quality, score_fields
 from treeq_export.errors import RecipeError
+from treeq_export.pipeline.run import fingerprint, is_up_to_date, run_stages, stage_named
+from treeq_export.pipeline.workspace import Workspace, read_run
+from treeq_export.progress import OnStep, no_progress
 from treeq_export.recipe import Recipe
+from treeq_export.records import CompareRow, SearchRecord, load_record
+from treeq_export.run_folder import RunFolder
 
 PTQ = "ptq"  # how a row calls finetune mode "none"
+SHARED_STAGES = ("search", "calibrate")
+CELL_STAGES = (*SHARED_STAGES, "finetune", "evaluate")
+
+# Opens the bar of a stage and returns its callback.
+StartStage = Callable[[str], OnStep]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
+    """One run of a comparison, whose plan comes from one of our strategies.
 
     Attributes:
-        name: Its folder below DIR/cells.
+        name: Name of its folder below DIR/cells.
         strategy: How the bits are assigned.
         variant: "ptq", "peft" or "qat".
         budget: Average bits of weights and of activations.
-        recipe: Its recipe.
+        recipe: The recipe of the run.
         base: Name of the cell with the same search and calibration; None for that cell itself.
     """
 
@@ -33,6 +48,66 @@ class Cell:
     budget: float
     recipe: Recipe
     base: str | None
+
+    def is_finished(self, run: Workspace) -> bool:
+        """Whether nothing is left to do."""
+        return all(is_up_to_date(run, stage_named(name)) for name in CELL_STAGES)
+
+    def work(self, run: Workspace, start_stage: StartStage) -> bool:
+        """Run the stages that are not up to date; return whether there were any."""
+        run.save()
+        if self.base is not None:
+            _take_over(run.run.with_name(self.base), run)
+
+        def on_stage(name: str, skipped: bool) -> OnStep:
+            return no_progress if skipped else start_stage(name)
+
+        return bool(run_stages(run, [stage_named(name) for name in CELL_STAGES], on_stage))
+
+    def make_row(self, run: Workspace) -> CompareRow:
+        """Return the row of the finished cell.
+
+        Raises:
+            PlanError: A record is malformed.
+        """
+        search = None
+        if (run.run / RunFolder.SEARCH).is_file():
+            search = load_record(run.run / RunFolder.SEARCH, SearchRecord, "search")
+        plan = run.plan
+        return CompareRow(
+            name=self.name,
+            strategy=self.strategy,
+            variant=self.variant,
+            peer=False,
+            description="",
+            budget=self.budget,
+            weight_bits=plan.average_weight_bits,
+            activation_bits=plan.average_activation_bits,
+            branch_parameter_fraction=plan.branch_parameter_fraction,
+            seconds={
+                name: record.seconds
+                for name, record in run.stages.items()
+                if name != "finetune" or self.base is not None
+            },
+            num_evaluations=count_evaluations(search),
+            front=search.front if search is not None and self.base is None else [],
+            **score_fields(read_quality(run)),
+        )
+
+
+def _take_over(base: Path, run: Workspace) -> None:
+    """Copy what another cell has searched and calibrated with the same recipe sections."""
+    done = read_run(base).stages
+    for name in SHARED_STAGES:
+        stage, record = stage_named(name), done.get(name)
+        if record is None or record.fingerprint != fingerprint(run, stage):
+            return
+        if not is_up_to_date(run, stage):
+            for file in record.outputs:
+                with atomic_path(run.run / file) as temporary:
+                    shutil.copyfile(base / file, temporary)
+            run.stages[name] = record
+    run.save()
 
 
 def make_cells(recipe: Recipe, options: CompareOptions) -> list[Cell]:

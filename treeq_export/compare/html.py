@@ -11,6 +11,7 @@ from treeq_export.compare.view import EMULATED, STAGES, label_of, table_rows
 from treeq_export.records import CompareRecord, CompareRow
 from treeq_export.report.html import Grid, make_environment, read_grid
 from treeq_export.report.quantities import flatten
+from treeq_export.run_folder import RunFolder
 
 TEMPLATE = "compare.html.j2"
 
@@ -42,10 +43,10 @@ def _read_grids(record: CompareRecord, out: Path) -> list[Grid]:
     if not record.rows:
         return []
     first = out / "cells" / record.rows[0].name
-    grids = [read_grid(first, "Full precision", "samples/fp.png")]
+    grids = [read_grid(first, "Full precision", RunFolder.sample_grid("fp"))]
     for row in record.rows:
         folder = out / "cells" / row.name
-        grids.append(read_grid(folder, _title(row), "samples/quantized.png"))
+        grids.append(read_grid(folder, _title(row), RunFolder.sample_grid("quantized")))
     return grids
 
 

@@ -1,17 +1,17 @@
 """Rows of other toolkits: the same layers, calibration inputs, noise and images as the other rows.
 
 A peer has no plan of ours, hence no search and no compiled graph: its run folder holds quality.json
-and the samples only.
+and the samples only. It is no stage of the pipeline, because its quantized model is in memory only;
+its digest stands in run.json as a stage's does.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from treeq_export import __version__
-from treeq_export.artefacts import sha256_of_file
-from treeq_export.compare.rows import QUALITY_FILE, read_quality, score_fields
+from treeq_export.artefacts import digest_of, sha256_of_file
+from treeq_export.compare.cells import StartStage
+from treeq_export.compare.rows import read_quality, score_fields
 from treeq_export.environment import version_of
 from treeq_export.evaluate.stage import run_evaluate
 from treeq_export.model.layers import discover_linears
@@ -20,78 +20,106 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.peers import PEERS, quantize_with_peer
 from treeq_export.pipeline.run import recipe_with_digests
 from treeq_export.pipeline.workspace import StageRecord, Workspace
+from treeq_export.progress import OnStep
+from treeq_export.recipe import Recipe
 from treeq_export.records import CompareRow
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.search.network import select_linears
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate"
 FLOAT_BITS = 32
 
-OnStage = Callable[[str], Callable[[float], None]]
 
+@dataclass(frozen=True)
+class PeerCell:
+    """A cell of another toolkit.
 
-def peer_folder(name: str) -> str:
-    """Return the name of a peer's folder below DIR/cells."""
-    return f"peer-{name}"
-
-
-def is_peer_finished(run: Workspace, name: str) -> bool:
-    """Whether a peer's images have been measured with this recipe and this toolkit."""
-    record = run.stages.get(EVALUATE)
-    path = run.run / QUALITY_FILE
-    return (
-        record is not None
-        and record.fingerprint == _fingerprint(run, name)
-        and path.is_file()
-        and sha256_of_file(path) == record.outputs.get(QUALITY_FILE)
-    )
-
-
-def run_peer(run: Workspace, name: str, on_stage: OnStage) -> bool:
-    """Quantize with a peer and measure its images, unless that is done.
-
-    Args:
-        run: The peer's folder, with the recipe that all cells share.
-        name: One of `PEERS`.
-        on_stage: Opens a stage's bar.
-
-    Returns:
-        Whether there was anything to do.
-
-    Raises:
-        RunnerError: The toolkit is not installed, or did not quantize these layers.
-        TreeqError: Whatever evaluate raises.
+    Attributes:
+        peer: One of `peers.PEERS`.
+        recipe: The recipe that all cells share.
     """
-    if is_peer_finished(run, name):
-        return False
-    run.save()
-    key = _fingerprint(run, name)
-    started = time.monotonic()
-    quantized = _quantize(run, name, on_stage(CALIBRATE))
-    calibrated = time.monotonic()
-    with TorchRunner(quantized) as runner:
-        run_evaluate(
-            run.run,
-            run.denoiser,
-            runner,
-            run.recipe,
-            on_step=on_stage(EVALUATE),
-            fp_samples=run.fp_samples,
-            source=key,
-            say=run.say,
+
+    peer: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Name of its folder below DIR/cells."""
+        return f"peer-{self.peer}"
+
+    def is_finished(self, run: Workspace) -> bool:
+        """Whether the peer's images have been measured with this recipe and this toolkit."""
+        record = run.stages.get(EVALUATE)
+        path = run.run / RunFolder.QUALITY
+        return (
+            record is not None
+            and record.fingerprint == _fingerprint(run, self.peer)
+            and path.is_file()
+            and sha256_of_file(path) == record.outputs.get(RunFolder.QUALITY)
         )
-    done = time.monotonic()
-    outputs = {QUALITY_FILE: sha256_of_file(run.run / QUALITY_FILE)}
-    seconds = (round(calibrated - started, 3), round(done - calibrated, 3))
-    run.stages = {
-        CALIBRATE: StageRecord(fingerprint=key, seconds=seconds[0], outputs={}),
-        EVALUATE: StageRecord(fingerprint=key, seconds=seconds[1], outputs=outputs),
-    }
-    run.save()
-    return True
+
+    def work(self, run: Workspace, start_stage: StartStage) -> bool:
+        """Quantize with the peer and measure its images; return False if that was done already.
+
+        Raises:
+            RunnerError: The toolkit is not installed, or did not quantize these layers.
+            TreeqError: Whatever evaluate raises.
+        """
+        if self.is_finished(run):
+            return False
+        run.save()
+        key = _fingerprint(run, self.peer)
+        started = time.monotonic()
+        quantized = _quantize(run, self.peer, start_stage(CALIBRATE))
+        calibrated = time.monotonic()
+        with TorchRunner(quantized) as runner:
+            run_evaluate(
+                run.run,
+                run.denoiser,
+                runner,
+                run.recipe,
+                on_step=start_stage(EVALUATE),
+                fp_samples=run.fp_samples,
+                source=key,
+                say=run.say,
+            )
+        done = time.monotonic()
+        outputs = {RunFolder.QUALITY: sha256_of_file(run.run / RunFolder.QUALITY)}
+        seconds = (round(calibrated - started, 3), round(done - calibrated, 3))
+        run.stages = {
+            CALIBRATE: StageRecord(fingerprint=key, seconds=seconds[0], outputs={}),
+            EVALUATE: StageRecord(fingerprint=key, seconds=seconds[1], outputs=outputs),
+        }
+        run.save()
+        return True
+
+    def make_row(self, run: Workspace) -> CompareRow:
+        """Return the row of the finished cell.
+
+        Raises:
+            PlanError: Its quality.json is malformed.
+        """
+        peer = PEERS[self.peer]
+        activation = "fp" if peer.activation_bits == FLOAT_BITS else peer.activation_bits
+        return CompareRow(
+            name=self.name,
+            strategy=peer.label,
+            variant="ptq",
+            peer=True,
+            description=f"W{peer.weight_bits} A{activation}",
+            budget=None,
+            weight_bits=peer.weight_bits,
+            activation_bits=peer.activation_bits,
+            branch_parameter_fraction=None,
+            seconds={stage: record.seconds for stage, record in run.stages.items()},
+            num_evaluations=None,
+            front=[],
+            **score_fields(read_quality(run)),
+        )
 
 
-def _quantize(run: Workspace, name: str, on_step: Callable[[float], None]) -> Denoiser:
+def _quantize(run: Workspace, name: str, on_step: OnStep) -> Denoiser:
     recipe = run.recipe
     linears = select_linears(discover_linears(run.denoiser), recipe.search.exclude)
     rows = collect_rows(
@@ -107,39 +135,13 @@ def _quantize(run: Workspace, name: str, on_step: Callable[[float], None]) -> De
     return quantized
 
 
-def make_peer_row(run: Workspace, name: str) -> CompareRow:
-    """Return the row of a finished peer.
-
-    Raises:
-        PlanError: Its quality.json is malformed.
-    """
-    peer = PEERS[name]
-    activation = "fp" if peer.activation_bits == FLOAT_BITS else peer.activation_bits
-    return CompareRow(
-        name=peer_folder(name),
-        strategy=peer.label,
-        variant="ptq",
-        peer=True,
-        description=f"W{peer.weight_bits} A{activation}",
-        budget=None,
-        weight_bits=peer.weight_bits,
-        activation_bits=peer.activation_bits,
-        branch_parameter_fraction=None,
-        seconds={stage: record.seconds for stage, record in run.stages.items()},
-        num_evaluations=None,
-        front=[],
-        **score_fields(read_quality(run)),
-    )
-
-
 def _fingerprint(run: Workspace, name: str) -> str:
     """Return the digest of everything that a peer's images depend on."""
     recipe = recipe_with_digests(run)
     sections = ("model", "sampler", "calibrate", "evaluate", "seed")
-    depends = {
-        "version": __version__,
-        "peer": [name, version_of("nvidia-modelopt"), repr(PEERS[name])],
-        "exclude": recipe["search"]["exclude"],
-        "recipe": [recipe[section] for section in sections],
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return digest_of(
+        version=__version__,
+        peer=[name, version_of("nvidia-modelopt"), repr(PEERS[name])],
+        exclude=recipe["search"]["exclude"],
+        recipe=[recipe[section] for section in sections],
+    )

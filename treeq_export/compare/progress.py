@@ -1,6 +1,5 @@
 """Progress of a comparison on a console: a bar for the stage at work and a line per cell."""
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from treeq_export.compare.stage import Progress as Done
+from treeq_export.progress import OnStep
 from treeq_export.records import CompareRow
 from treeq_export.report.quantities import format_fixed, format_ratio, format_seconds
 
@@ -43,7 +43,7 @@ class CompareProgress:
     ) -> None:
         self.bars.stop()
 
-    def start_stage(self, cell: str, stage: str) -> Callable[[float], None]:
+    def start_stage(self, cell: str, stage: str) -> OnStep:
         """Open the bar of a stage in the place of the one before."""
         for task in self.bars.task_ids:
             self.bars.remove_task(task)

@@ -5,19 +5,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from treeq_export.compare.cells import Cell
 from treeq_export.pipeline.workspace import Workspace
 from treeq_export.records import (
-    CompareRow,
     QualityRecord,
     QualityScores,
     SearchRecord,
     Spread,
     load_record,
 )
-
-SEARCH_FILE = "search.json"
-QUALITY_FILE = "quality.json"
+from treeq_export.run_folder import RunFolder
 
 Scores = Sequence[QualityScores]
 
@@ -69,42 +65,7 @@ def read_quality(workspace: Workspace) -> QualityRecord:
     Raises:
         PlanError: Missing or malformed.
     """
-    return load_record(workspace.run / QUALITY_FILE, QualityRecord, "evaluate")
-
-
-def make_row(cell: Cell, workspace: Workspace) -> CompareRow:
-    """Return the row of a finished cell.
-
-    Args:
-        cell: The cell.
-        workspace: Its run folder, all stages done.
-
-    Raises:
-        PlanError: A record is malformed.
-    """
-    search = None
-    if (workspace.run / SEARCH_FILE).is_file():
-        search = load_record(workspace.run / SEARCH_FILE, SearchRecord, "search")
-    plan = workspace.plan
-    return CompareRow(
-        name=cell.name,
-        strategy=cell.strategy,
-        variant=cell.variant,
-        peer=False,
-        description="",
-        budget=cell.budget,
-        weight_bits=plan.average_weight_bits,
-        activation_bits=plan.average_activation_bits,
-        branch_parameter_fraction=plan.branch_parameter_fraction,
-        seconds={
-            name: record.seconds
-            for name, record in workspace.stages.items()
-            if name != "finetune" or cell.base is not None
-        },
-        num_evaluations=count_evaluations(search),
-        front=search.front if search is not None and cell.base is None else [],
-        **score_fields(read_quality(workspace)),
-    )
+    return load_record(workspace.run / RunFolder.QUALITY, QualityRecord, "evaluate")
 
 
 def count_evaluations(search: SearchRecord | None) -> int | None:

@@ -5,46 +5,36 @@ DIR/cells/<strategy>-<budget>[-<mode>]/      a run: search, calibrate, finetune,
 DIR/samples/                                 full precision's images, the same for all cells
 """
 
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_path, write_bytes
+from treeq_export.artefacts import write_bytes
 from treeq_export.compare.cells import Cell, comparable_part, make_cells, shared_recipe
 from treeq_export.compare.figures import draw_png
 from treeq_export.compare.html import render_comparison
 from treeq_export.compare.options import CompareOptions, command_line
-from treeq_export.compare.peer_cells import is_peer_finished, make_peer_row, peer_folder, run_peer
-from treeq_export.compare.rows import make_row, read_quality, spread_accuracy, spread_distance
+from treeq_export.compare.peer_cells import PeerCell
+from treeq_export.compare.rows import read_quality, spread_accuracy, spread_distance
 from treeq_export.environment import describe_environment
 from treeq_export.errors import OutputError, PlanError
-from treeq_export.pipeline.run import (
-    check_recipe,
-    fingerprint,
-    is_up_to_date,
-    recipe_with_digests,
-    run_stage,
-    stage_named,
-)
-from treeq_export.pipeline.workspace import RUN_FILE, Workspace, read_run
+from treeq_export.pipeline.run import check_recipe, recipe_with_digests
+from treeq_export.pipeline.workspace import Workspace
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import Recipe
 from treeq_export.records import CompareRecord, CompareRow, QualityRecord, load_record, save_record
-from treeq_export.sealed import Say, say_nothing
+from treeq_export.run_folder import RunFolder
 
 COMPARE_FILE = "compare.json"
 HTML_FILE = "compare.html"
 PNG_FILE = "compare.png"
 CELLS_FOLDER = "cells"
-SHARED_STAGES = ("search", "calibrate")
-CELL_STAGES = (*SHARED_STAGES, "finetune", "evaluate")
-
-OnStep = Callable[[float], None]
 
 
 class OnProgress(Protocol):
@@ -95,15 +85,13 @@ def run_compare(
         OutputError: The folder belongs to something else, or cannot be written to.
         TreeqError: A stage failed; finished cells are kept.
     """
-    cells: list[_Ours | _Theirs] = [
-        _Ours(workspace, cell) for cell in make_cells(workspace.recipe, options)
-    ]
-    cells += [_Theirs(workspace, name) for name in options.peers]
+    cells: list[Cell | PeerCell] = [*make_cells(workspace.recipe, options)]
+    cells += [PeerCell(peer, workspace.recipe) for peer in options.peers]
     table = _Table(workspace, [cell.name for cell in cells])
-    clock = _Clock(sum(not cell.is_finished() for cell in cells), len(cells))
+    clock = _Clock(sum(not _is_finished(workspace, cell) for cell in cells), len(cells))
     for cell in cells:
-        with cell.open() as run:
-            worked = cell.work(run, on_progress)
+        with _open_run(workspace, cell) as run:
+            worked = cell.work(run, partial(on_progress.start_stage, cell.name))
             row = cell.make_row(run)
             table.add(row, read_quality(run))
         if worked:
@@ -111,6 +99,18 @@ def run_compare(
         on_progress.finish_cell(row, clock.tick(worked))
     write_views(workspace, options, table.record)
     return table.record
+
+
+def _open_run(workspace: Workspace, cell: Cell | PeerCell) -> Workspace:
+    return workspace.sibling(workspace.run / CELLS_FOLDER / cell.name, cell.recipe)
+
+
+def _is_finished(workspace: Workspace, cell: Cell | PeerCell) -> bool:
+    """Whether nothing is left to do of a cell."""
+    if not (workspace.run / CELLS_FOLDER / cell.name / RunFolder.RUN).is_file():
+        return False
+    with _open_run(workspace, cell) as run:
+        return cell.is_finished(run)
 
 
 def write_views(workspace: Workspace, options: CompareOptions, record: CompareRecord) -> None:
@@ -143,7 +143,7 @@ def open_comparison(
     """
     shared = shared_recipe(recipe, options)
     check_recipe(shared)
-    if (out / RUN_FILE).is_file():
+    if (out / RunFolder.RUN).is_file():
         raise OutputError(f"{out}: is the folder of a run. Choose another --out.")
     return Workspace(out, shared, recipe_path, overrides)
 
@@ -257,88 +257,3 @@ class _Clock:
             per_cell = (time.monotonic() - self.started) / self.num_worked
             left = per_cell * max(self.num_to_do - self.num_worked, 0)
         return Progress(self.num_done, self.num_cells, worked, left)
-
-
-class _Ours:
-    """A cell whose plan comes from one of our strategies.
-
-    Args:
-        workspace: The comparison.
-        cell: The cell.
-    """
-
-    def __init__(self, workspace: Workspace, cell: Cell) -> None:
-        self.workspace, self.cell, self.name = workspace, cell, cell.name
-        self.folder = workspace.run / CELLS_FOLDER
-
-    def open(self) -> Workspace:
-        """Return the cell's run."""
-        return self.workspace.sibling(self.folder / self.name, self.cell.recipe)
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
-        if not (self.folder / self.name / RUN_FILE).is_file():
-            return False
-        with self.open() as run:
-            return all(is_up_to_date(run, stage_named(name)) for name in CELL_STAGES)
-
-    def work(self, run: Workspace, on_progress: OnProgress) -> bool:
-        """Run the stages that are not up to date; return whether there were any."""
-        run.save()
-        if self.cell.base is not None:
-            _take_over(self.folder / self.cell.base, run)
-        worked = False
-        for name in CELL_STAGES:
-            if not is_up_to_date(run, stage_named(name)):
-                worked = True
-                run_stage(run, stage_named(name), on_progress.start_stage(self.name, name))
-        return worked
-
-    def make_row(self, run: Workspace) -> CompareRow:
-        """Return the row of the finished cell."""
-        return make_row(self.cell, run)
-
-
-class _Theirs:
-    """A cell of another toolkit.
-
-    Args:
-        workspace: The comparison.
-        peer: One of `peers.PEERS`.
-    """
-
-    def __init__(self, workspace: Workspace, peer: str) -> None:
-        self.workspace, self.peer, self.name = workspace, peer, peer_folder(peer)
-
-    def open(self) -> Workspace:
-        """Return the cell's run."""
-        folder = self.workspace.run / CELLS_FOLDER / self.name
-        return self.workspace.sibling(folder, self.workspace.recipe)
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
-        with self.open() as run:
-            return is_peer_finished(run, self.peer)
-
-    def work(self, run: Workspace, on_progress: OnProgress) -> bool:
-        """Quantize and measure unless that is done; return whether it was not."""
-        return run_peer(run, self.peer, lambda stage: on_progress.start_stage(self.name, stage))
-
-    def make_row(self, run: Workspace) -> CompareRow:
-        """Return the row of the finished cell."""
-        return make_peer_row(run, self.peer)
-
-
-def _take_over(base: Path, run: Workspace) -> None:
-    """Copy what another cell has searched and calibrated with the same recipe sections."""
-    done = read_run(base).stages
-    for name in SHARED_STAGES:
-        stage, record = stage_named(name), done.get(name)
-        if record is None or record.fingerprint != fingerprint(run, stage):
-            return
-        if not is_up_to_date(run, stage):
-            for file in record.outputs:
-                with atomic_path(run.run / file) as temporary:
-                    shutil.copyfile(base / file, temporary)
-            run.stages[name] = record
-    run.save()

@@ -1,7 +1,6 @@
 """The compile stage: one model file per target, audited before it takes its final name."""
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from treeq_export.environment import read_cpu
 from treeq_export.errors import CompileError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan, plan_to_json
+from treeq_export.plan import Plan, plan_digest
+from treeq_export.progress import OnStep
 from treeq_export.recipe import CompileSection
 from treeq_export.records import AuditLayer, CompiledTarget, CompileRecord, save_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_file import initializer_bytes
 from treeq_export.runners.graph_meta import PLAN_KEY
 from treeq_export.runners.model_files import (
@@ -32,7 +33,6 @@ from treeq_export.runners.model_files import (
 from treeq_export.targets.names import FP32
 from treeq_export.targets.table import target_named
 
-RECORD_FILE = "compile.json"
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 _PROTOBUF_LIMIT_BYTES = 2_000_000_000
 
@@ -89,7 +89,7 @@ def compile_target(
     model = kind.lower(graph)
     if kind.is_engine:
         write_batch_profile(model, section.opt_batch, section.max_batch)
-    model.metadata_props[PLAN_KEY] = hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
+    model.metadata_props[PLAN_KEY] = plan_digest(plan)
     check_metadata(model)
     final = model_path(run, target)
     audit: list[AuditLayer] = []
@@ -120,7 +120,7 @@ def run_compile(
     plan: Plan,
     tensors: Mapping[str, NDArray[Any]],
     section: CompileSection,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
 ) -> CompileRecord:
     """Write every target of the recipe and the fp32 graph, and `compile.json`.
 
@@ -153,6 +153,6 @@ def run_compile(
     done.append(compile_target(run, graph, FP32, plan, tensors, section))
     processor, sets = read_cpu()
     record = CompileRecord(targets=done, processor=processor, instruction_sets=sets)
-    save_record(run / RECORD_FILE, record)
+    save_record(run / RunFolder.COMPILE, record)
     on_step(1.0)
     return record

@@ -6,13 +6,10 @@ A folder appears as a whole or not at all, so that an interrupted build leaves n
 run are links to these files where the file system has links, so that they take no space twice.
 """
 
-import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from treeq_export.artefacts import atomic_folder, sha256_of_file
+from treeq_export.artefacts import atomic_folder, digest_of, sha256_of_file
 from treeq_export.engines.engine import (
     BUILD_FILE,
     ENGINE_FILE,
@@ -21,10 +18,10 @@ from treeq_export.engines.engine import (
     build_engine,
 )
 from treeq_export.errors import RunnerError
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.reading import read_record
 from treeq_export.records import Record, SealedRecord, save_record
 from treeq_export.records.build import PluginReference, RuntimeName, ShapeRange
-from treeq_export.sealed import Say, say_nothing
 
 ENTRY_FILE = "entry.json"
 BUILDER_VERSION = 1  # raise it when the builder's options change
@@ -61,8 +58,7 @@ class EngineInputs(Record):
     def key(self) -> str:
         """Digest of everything."""
         constant = {"plugin_kind", "kernels_sha256"}
-        text = json.dumps(self.model_dump(mode="json", exclude=constant), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(**self.model_dump(mode="json", exclude=constant))
 
 
 class CacheEntry(SealedRecord):
@@ -120,9 +116,7 @@ def expected_seconds(cache: Path, inputs: EngineInputs) -> float | None:
     return max((entry.build_s for entry in same), default=None)
 
 
-def build_into(
-    cache: Path, inputs: EngineInputs, order: BuildOrder, on_step: Callable[[float], None]
-) -> CacheEntry:
+def build_into(cache: Path, inputs: EngineInputs, order: BuildOrder, on_step: OnStep) -> CacheEntry:
     """Build and keep an engine.
 
     Args:

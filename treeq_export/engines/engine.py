@@ -6,12 +6,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from treeq_export.children import python_child
 from treeq_export.engines.progress import estimate
 from treeq_export.errors import RunnerError
+from treeq_export.progress import OnStep
 from treeq_export.reading import parse_record, read_record
 from treeq_export.records import Record
 from treeq_export.records.build import ShapeRange
@@ -68,9 +68,7 @@ class Message(Record):
     error: str | None = None
 
 
-def build_engine(
-    order: BuildOrder, expected_s: float | None, on_step: Callable[[float], None]
-) -> BuildResult:
+def build_engine(order: BuildOrder, expected_s: float | None, on_step: OnStep) -> BuildResult:
     """Build an engine.
 
     Args:
@@ -108,7 +106,7 @@ def build_engine(
 def _watch(
     child: "subprocess.Popen[bytes]",
     expected_s: float | None,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
 ) -> str | None:
     """Report progress until the child closes its output; return its error, if any."""
     assert child.stdout is not None

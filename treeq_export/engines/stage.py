@@ -8,7 +8,6 @@ An engine whose manifest has the right key, and whose file is the one it names, 
 interrupted build goes on with the first unfinished engine.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +22,20 @@ from treeq_export.engines.layer_list import parse_layers
 from treeq_export.engines.options import BuildOptions
 from treeq_export.engines.verify import check, verify
 from treeq_export.errors import PlanError, RunnerError
-from treeq_export.plan import Plan, load_plan, plan_to_json
+from treeq_export.plan import Plan, load_plan, plan_digest
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.reading import read_record, read_text
 from treeq_export.recipe import CompileSection
 from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
-from treeq_export.sealed import Say, say_nothing
 from treeq_export.targets.names import ENGINES
 
-RECORD_FILE = "build.json"
-ENGINES_FOLDER = "engines"
 TABLE_FILE = "layers.json"
 How = Literal["built", "from cache", "up to date"]
-OnStep = Callable[[float], None]
 # Opens a progress bar for an engine (name, whether it is skipped) and returns its callback.
 OnEngine = Callable[[str, bool], OnStep]
 
@@ -62,11 +59,6 @@ class _Source:
     graph_sha256: str
     data_sha256: str | None
     bits: Mapping[str, tuple[int, int]]
-
-
-def engine_folder(run: Path, runtime: str, target: str, gpu: str) -> Path:
-    """Return DIR/engines/<runtime>/<target>/<gpu>."""
-    return run / ENGINES_FOLDER / runtime / target / gpu
 
 
 def run_build(
@@ -98,13 +90,13 @@ def run_build(
     runtime = load_runtime(options.runtime)
     require_parser(runtime)
     plan = load_plan(run)
-    cache = options.cache or run / ENGINES_FOLDER / "cache"
+    cache = options.cache or run / RunFolder.ENGINES / "cache"
     done: list[BuiltEngine] = []
     for target in _choose_targets(run, options):
         source = _read_source(run, target, plan, section)
         for gpu in options.gpus:
             done.append(_build_one(run, source, runtime, gpu, cache, on_engine, say))
-            save_record(run / RECORD_FILE, BuildRecord(engines=_with_earlier(run, done)))
+            save_record(run / RunFolder.BUILD, BuildRecord(engines=_with_earlier(run, done)))
     return BuildRecord(engines=_with_earlier(run, done))
 
 
@@ -130,7 +122,7 @@ def _read_source(run: Path, target: str, plan: Plan, section: CompileSection) ->
     """
     graph = model_path(run, target)
     facts = read_facts(graph, section.max_batch, section.opt_batch)
-    if facts.plan_sha256 != hashlib.sha256(plan_to_json(plan).encode()).hexdigest():
+    if facts.plan_sha256 != plan_digest(plan):
         raise PlanError(
             f"{graph}: compiled from another plan than {run / 'plan.json'}. "
             f"Run `treeq-export compile --run {run}` again."
@@ -170,7 +162,7 @@ def _build_one(
         profile=source.facts.profile,
         plugins=list(source.facts.plugins),
     )
-    folder = engine_folder(run, runtime.name, source.target, gpu)
+    folder = run / RunFolder.engine(runtime.name, source.target, gpu)
     for parent in (cache, folder.parent):  # nothing may be left to write there
         remove_stale(parent)
     path, name = str(folder.relative_to(run)), f"{source.target} {gpu}"
@@ -259,7 +251,7 @@ def _with_earlier(run: Path, done: list[BuiltEngine]) -> list[BuiltEngine]:
     """Return these engines, and what build.json lists beside them and is still there."""
     mine = {engine.path for engine in done}
     try:
-        record = read_record(run / RECORD_FILE, BuildRecord, error=PlanError, remedy="")
+        record = read_record(run / RunFolder.BUILD, BuildRecord, error=PlanError, remedy="")
         earlier = record.engines
     except PlanError:  # none yet
         earlier = []

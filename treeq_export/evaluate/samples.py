@@ -20,10 +20,11 @@ from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, TENSORS_FILE
+from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.model_files import model_files, model_path
-from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
+from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
 _TENSOR = "samples"
 _KEY = "fingerprint"
@@ -59,9 +60,9 @@ def digest_quantized(run: Path, runner: str) -> str:
         PlanError: The files are missing; names the stage that writes them.
     """
     if runner == "torch":
-        stage, files = "calibrate", [run / PLAN_FILE, run / TENSORS_FILE]
-        if (run / FINETUNE_FILE).is_file():
-            stage, files = "finetune", [*files, run / FINETUNED_FILE]
+        stage, files = "calibrate", [run / RunFolder.PLAN, run / RunFolder.TENSORS]
+        if (run / RunFolder.FINETUNE).is_file():
+            stage, files = "finetune", [*files, run / RunFolder.FINETUNED]
     else:
         path = model_path(run, runner)
         stage, files = "compile", model_files(path) or [path]

@@ -4,7 +4,7 @@ A side is one model: full precision, the quantized one, and a baseline where the
 one. All start from equal noise and equal conditioning.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from treeq_export.evaluate.samples import (
 )
 from treeq_export.model.sampler import Run, sample
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import Recipe
 from treeq_export.runners.protocols import Runner
-from treeq_export.sealed import Say, say_nothing
 
 FP = "fp"
 QUANTIZED = "quantized"
@@ -93,7 +93,7 @@ class Sampling:
         denoiser: Denoiser,
         recipe: Recipe,
         sides: Mapping[str, Side],
-        on_step: Callable[[float], None],
+        on_step: OnStep,
         say: Say = say_nothing,
     ) -> None:
         self.say = say

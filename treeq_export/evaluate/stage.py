@@ -1,7 +1,6 @@
 """Running the evaluation: samples of all sides for every seed, scores, grids, gates."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from treeq_export.evaluate.sampling import (
 from treeq_export.evaluate.scores import Judge, open_judge, score
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import QualityGates, Recipe
 from treeq_export.records import (
     BaselineQuality,
@@ -31,11 +31,9 @@ from treeq_export.records import (
     SeedQuality,
     save_record,
 )
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.protocols import Runner
-from treeq_export.sealed import Say, say_nothing
 
-QUALITY_FILE = "quality.json"
-SAMPLES_FOLDER = "samples"
 _SAMPLING_SHARE = 0.97  # of the work; the rest is the network's error on held-out inputs
 
 
@@ -60,7 +58,7 @@ def run_evaluate(
     quantized: Runner,
     recipe: Recipe,
     *,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     baseline: Baseline | None = None,
     fp_samples: Path | None = None,
     source: str | None = None,
@@ -91,7 +89,7 @@ def run_evaluate(
     section = recipe.evaluate
     judge = open_judge(section, denoiser.sample_shape)
     check_gates(section.gates, judge, has_labels=LABELS in denoiser.input_names)
-    folder = run / SAMPLES_FOLDER
+    folder = run / RunFolder.SAMPLES
     source = source or digest_quantized(run, section.runner)
     sides = {
         FP: make_full_precision(denoiser, digest_denoiser(denoiser), fp_samples or folder),
@@ -125,7 +123,7 @@ def run_evaluate(
         ),
     )
     on_step(1.0)
-    save_record(run / QUALITY_FILE, record)
+    save_record(run / RunFolder.QUALITY, record)
     return record
 
 
@@ -224,7 +222,7 @@ def mean_scores(scores: list[QualityScores]) -> QualityScores:
 
 def _write_grids(run: Path, images: Images) -> dict[str, str]:
     mapping = choose_mapping(images[FP])
-    names = {side: f"{SAMPLES_FOLDER}/{side}.png" for side in images}
+    names = {side: RunFolder.sample_grid(side) for side in images}
     for side, name in names.items():
         write_grid(run / name, images[side], mapping)
     return names

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep
 from treeq_export.recipe import SamplerSection
 from treeq_served.denoise import make_scheduler
 
@@ -59,7 +60,7 @@ class TrajectoryPool:
         self.numbers, self.positions = tensors["numbers"].clone(), tensors["positions"].clone()
         self.states = tensors["states"].clone()
 
-    def spread(self, predict: Predict, batch_size: int, on_step: Callable[[float], None]) -> None:
+    def spread(self, predict: Predict, batch_size: int, on_step: OnStep) -> None:
         """Move state i to step i of the schedule (modulo its length) along full precision.
 
         Args:

@@ -3,10 +3,7 @@
 The result is laid over `plan.safetensors` (plan.py) and holds only what was trained.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +11,20 @@ import torch
 from safetensors.numpy import save_file
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_path, sha256_of_file
+from treeq_export.artefacts import atomic_path, digest_of, sha256_of_file
 from treeq_export.errors import OutputError, RecipeError, TreeqError
 from treeq_export.finetune.distill import block_names
 from treeq_export.finetune.pool import TrajectoryPool
-from treeq_export.finetune.state import STATE_FILE, load_state, save_state
+from treeq_export.finetune.state import load_state, save_state
 from treeq_export.finetune.student import Kind, export_student, make_student
 from treeq_export.finetune.training import Training
 from treeq_export.model.trajectories import collect_rows
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, Plan, Tensors
+from treeq_export.plan import Plan, Tensors
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import FinetuneSection, Recipe
 from treeq_export.records import FinetunePoint, FinetuneRecord, save_record
-from treeq_export.sealed import Say, say_nothing
+from treeq_export.run_folder import RunFolder
 
 # Far from the seeds that calibrate and evaluate draw their noise with.
 _HELD_OUT_SEED = 1_000_003
@@ -39,7 +37,7 @@ def run_finetune(
     plan: Plan,
     tensors: Tensors,
     recipe: Recipe,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     say: Say = say_nothing,
 ) -> FinetuneRecord | None:
     """Train what the recipe names and write `finetuned.safetensors` and `finetune.json`.
@@ -64,13 +62,13 @@ def run_finetune(
     """
     section = recipe.finetune
     if section.mode == "none":
-        for name in (FINETUNE_FILE, FINETUNED_FILE, STATE_FILE):
+        for name in (RunFolder.FINETUNE, RunFolder.FINETUNED, RunFolder.FINETUNE_STATE):
             (run / name).unlink(missing_ok=True)
         on_step(1.0)
         return None
     started = time.monotonic()
     training = _prepare(denoiser, plan, tensors, recipe)
-    state = run / STATE_FILE
+    state = run / RunFolder.FINETUNE_STATE
     fingerprint = _fingerprint(plan, recipe)
     before = load_state(state, training, fingerprint, say)
     if training.progress.step == 0:
@@ -91,15 +89,15 @@ def run_finetune(
     except TreeqError:  # what the saved state leads to is not finite
         state.unlink(missing_ok=True)
         raise
-    (run / FINETUNE_FILE).unlink(missing_ok=True)
-    with atomic_path(run / FINETUNED_FILE) as temporary:
+    (run / RunFolder.FINETUNE).unlink(missing_ok=True)
+    with atomic_path(run / RunFolder.FINETUNED) as temporary:
         save_file(_sorted(export_student(training.student.denoiser)), temporary)
     progress = training.progress
     best = next(p for p in progress.curve if p["step"] == progress.best_step)
     record = FinetuneRecord(
         mode=section.mode,
         base_tensors_sha256=plan.tensors_sha256 or "",
-        tensors_sha256=sha256_of_file(run / FINETUNED_FILE),
+        tensors_sha256=sha256_of_file(run / RunFolder.FINETUNED),
         num_trained=sum(p.numel() for p in training.parameters.values()),
         steps=progress.step,
         best_step=progress.best_step,
@@ -109,7 +107,7 @@ def run_finetune(
         seconds=round(elapsed(), 3),
         curve=[FinetunePoint(**point) for point in progress.curve],
     )
-    save_record(run / FINETUNE_FILE, record)
+    save_record(run / RunFolder.FINETUNE, record)
     state.unlink(missing_ok=True)
     on_step(1.0)
     return record
@@ -148,13 +146,12 @@ def _prepare(denoiser: Denoiser, plan: Plan, tensors: Tensors, recipe: Recipe) -
 
 def _fingerprint(plan: Plan, recipe: Recipe) -> str:
     """Return the digest of all that a training depends on."""
-    depends = {
-        "version": __version__,
-        "tensors": plan.tensors_sha256,
-        "plan": plan.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "sampler": recipe.sampler.model_dump(mode="json"),
-        "finetune": recipe.finetune.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return digest_of(
+        version=__version__,
+        tensors=plan.tensors_sha256,
+        plan=plan.model_dump(mode="json"),
+        seed=recipe.seed,
+        sampler=recipe.sampler.model_dump(mode="json"),
+        finetune=recipe.finetune.model_dump(mode="json"),
+        threads=torch.get_num_threads(),
+    )

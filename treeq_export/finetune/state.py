@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from treeq_export.errors import PlanError
 from treeq_export.finetune.training import Progress, Training
+from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
-from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
+from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
-STATE_FILE = "finetune.state.safetensors"
 _FINGERPRINT, _PROGRESS, _SECONDS = "fingerprint", "progress", "seconds"
 
 

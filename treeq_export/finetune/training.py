@@ -19,6 +19,7 @@ from treeq_export.finetune.pool import TrajectoryPool
 from treeq_export.finetune.student import trainable_layers
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep
 from treeq_export.recipe import FinetuneSection
 
 _BETAS = (0.9, 0.99)  # the second moment follows within the few hundred steps there are
@@ -100,7 +101,7 @@ class Training:
     def _copy_parameters(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def run(self, on_step: Callable[[float], None], save: Callable[[], None]) -> bool:
+    def run(self, on_step: OnStep, save: Callable[[], None]) -> bool:
         """Train to the last step or until patience runs out; leave the best parameters in place.
 
         Args:

@@ -1,6 +1,5 @@
 """Fitting all layers of a plan: to clean inputs, or in execution order to what they will meet."""
 
-from collections.abc import Callable
 from functools import partial
 
 from treeq_export.model.fit import fit_layer, quantize_layer
@@ -11,6 +10,7 @@ from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.trajectories import Rows, join_calls
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, Tensors
+from treeq_export.progress import OnStep
 from treeq_export.recipe import Recipe
 
 # Share of the sampling in the time of the stage, for its progress.
@@ -18,7 +18,7 @@ _CLEAN_SHARE, _QUANTIZED_SHARE = 0.7, 0.2
 
 
 def fit_plan(
-    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: OnStep
 ) -> tuple[Tensors, dict[str, InputStatistics]]:
     """Return the plan's tensors, and statistics by layer.
 
@@ -34,7 +34,7 @@ def fit_plan(
 
 
 def _fit_to_clean_inputs(
-    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: OnStep
 ) -> tuple[Tensors, dict[str, InputStatistics]]:
     statistics = collect_statistics(
         denoiser, plan.layers, recipe, lambda part: on_step(_CLEAN_SHARE * part)
@@ -50,7 +50,7 @@ def _fit_to_clean_inputs(
 
 
 def _fit_in_order(
-    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: Callable[[float], None]
+    denoiser: Denoiser, plan: Plan, recipe: Recipe, on_step: OnStep
 ) -> tuple[Tensors, dict[str, InputStatistics]]:
     section = recipe.calibrate
     calls: list[Rows] = []

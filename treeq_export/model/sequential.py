@@ -23,6 +23,7 @@ from treeq_export.model.replay import BlockReplay, Output
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors
+from treeq_export.progress import OnStep
 
 # Entry in the plan, weight (N, K), bias (N,) or None, tokens -> the fitted layer.
 FitLayer = Callable[[LayerPlan, FloatArray, FloatArray | None, LayerTokens], LayerFit]
@@ -146,7 +147,7 @@ class SequentialWalk:
     def run(
         self,
         fit: FitLayer,
-        on_step: Callable[[float], None],
+        on_step: OnStep,
         reconstruct: Reconstruct | None = None,
     ) -> Tensors:
         """Fit every layer and return `<layer>.<tensor>` to array.
@@ -175,9 +176,7 @@ class SequentialWalk:
                 on_step((block + 1) / len(self.leaves))
         return tensors
 
-    def _fit_block(
-        self, block: int, fit: FitLayer, on_step: Callable[[float], None]
-    ) -> dict[str, LayerFit]:
+    def _fit_block(self, block: int, fit: FitLayer, on_step: OnStep) -> dict[str, LayerFit]:
         """Fit the layers of one block; `on_step` gets the number of blocks done."""
         leaves = self.leaves[block]
         fits: dict[str, LayerFit] = {}

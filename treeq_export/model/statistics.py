@@ -18,6 +18,7 @@ from treeq_export.model.sampler import sample
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
+from treeq_export.progress import OnStep
 from treeq_export.quant.rotation import rotate
 from treeq_export.recipe import Recipe
 
@@ -85,7 +86,7 @@ def collect_statistics(
     denoiser: Denoiser,
     layers: Sequence[LayerPlan],
     recipe: Recipe,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     *,
     max_kept: int | None = None,
     on_inputs: Callable[[Rows], None] = lambda _: None,

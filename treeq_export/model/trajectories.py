@@ -4,7 +4,7 @@ What is compared or distilled on whole-network level is compared on these: the s
 full-precision model meets while it denoises, with their timesteps and conditioning.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treeq_export.model.sampler import sample
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep
 from treeq_export.recipe import SamplerSection
 
 Rows = dict[str, Tensor]  # input name -> (rows, ...), in the order of the denoiser's input_names
@@ -24,7 +25,7 @@ def collect_rows(
     num_samples: int,
     num_rows: int | None,
     seed: int,
-    on_step: Callable[[float], None] = lambda _: None,
+    on_step: OnStep = lambda _: None,
 ) -> Rows:
     """Sample trajectories and return network inputs from them, spread over samples and steps.
 

@@ -1,4 +1,4 @@
-"""All stages in order, each skipped while what it depends on has not changed.
+"""Running the stages of `stages.py`, each skipped while what it depends on has not changed.
 
 A stage is up to date when its fingerprint (its recipe sections, the checkpoint, the fingerprint of
 the stages before it, the version of treeq-export) and the digests of its output files are those of
@@ -11,25 +11,27 @@ to date while the file is JSON, calibrate while it is as calibrate left it. An e
 calibrated and compiled again, but not searched again.
 """
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from treeq_export import __version__
-from treeq_export.artefacts import sha256_of_file
+from treeq_export.artefacts import digest_of, sha256_of_file
 from treeq_export.environment import available_memory
 from treeq_export.errors import OutOfMemoryError, PlanError, RecipeError
 from treeq_export.memory import explain_memory
-from treeq_export.pipeline.stages import STAGE_NAMES, STAGES, OnStage, OnStep, Stage
+from treeq_export.pipeline.stages import STAGES, Stage
 from treeq_export.pipeline.workspace import StageRecord, Workspace
-from treeq_export.plan import PLAN_FILE
-from treeq_export.reading import read_object
-from treeq_export.recipe import Recipe, strategy_options
+from treeq_export.progress import OnStep
+from treeq_export.recipe import Recipe
 from treeq_export.report import Report
+from treeq_export.run_folder import RunFolder
+
+# Opens a stage's progress bar (name, whether it is skipped) and returns its callback.
+OnStage = Callable[[str, bool], OnStep]
+_SIBLING_SHARE = 0.1  # of a stage's work, where it needs a run beside it
 
 
 def stage_named(name: str) -> Stage:
@@ -37,41 +39,18 @@ def stage_named(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
-def stages_before(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """Return the names of the stages whose results a stage reads.
-
-    Evaluate with runner "torch" needs no compiled graph: it reads what compile reads.
-    """
-    if stage.name == "evaluate" and recipe.evaluate.runner == "torch":
-        return stage_named("compile").after
-    return stage.after
-
-
-def sections_of(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """Return the recipe sections that a stage's result depends on.
-
-    A search that measures does so on trajectories, with weights quantized as calibrate does.
-    """
-    uniform = recipe.search.strategy == "uniform" and recipe.search.branch_budget is None
-    if stage.name == "search" and not uniform:
-        return (*stage.sections, "sampler", "calibrate", "seed")
-    return stage.sections
-
-
 def fingerprint(workspace: Workspace, stage: Stage) -> str:
     """Return the digest of everything that a stage's result depends on.
 
     Files count by their content, wherever they lie.
     """
-    recipe = recipe_with_digests(workspace)
-    before = stages_before(workspace.recipe, stage)
-    depends = {
-        "version": __version__,
-        "stage": stage.name,
-        "sections": {name: recipe[name] for name in sections_of(workspace.recipe, stage)},
-        "after": [fingerprint(workspace, stage_named(name)) for name in before],
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    values = recipe_with_digests(workspace)
+    return digest_of(
+        version=__version__,
+        stage=stage.name,
+        sections={name: values[name] for name in stage.sections(workspace.recipe)},
+        after=[fingerprint(workspace, stage_named(n)) for n in stage.after(workspace.recipe)],
+    )
 
 
 def recipe_with_digests(workspace: Workspace) -> dict[str, Any]:
@@ -95,7 +74,7 @@ def _recipe_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def is_up_to_date(workspace: Workspace, stage: Stage) -> bool:
-    """Whether a stage's result is there and nothing that it depends on has changed."""
+    """Whether a stage's result exists and nothing that it depends on has changed."""
     return stage.name in workspace.stages and _find_change(workspace, stage) is None
 
 
@@ -107,31 +86,15 @@ def _find_change(workspace: Workspace, stage: Stage, *, files: bool = True) -> s
     record, run = workspace.stages[stage.name], workspace.run
     if record.fingerprint != fingerprint(workspace, stage):
         return f"{run}: made with another recipe, checkpoint or version of treeq-export"
-    if files and stage.name == "search" and not _is_plan_of(workspace):
-        return f"{run / PLAN_FILE}: not the plan of this recipe"
     for name, digest in record.outputs.items() if files else ():
-        if (stage.name, name) == ("search", PLAN_FILE):
-            continue
-        if not (run / name).is_file():
+        if name in stage.edited:
+            if not stage.edited[name](workspace):
+                return f"{run / name}: not the plan of this recipe"
+        elif not (run / name).is_file():
             return f"{run / name}: missing"
-        if workspace.sha256(run / name) != digest:
+        elif workspace.sha256(run / name) != digest:
             return f"{run / name}: not the file that {stage.name} wrote"
     return None
-
-
-def _is_plan_of(workspace: Workspace) -> bool:
-    """Whether plan.json was searched with this recipe.
-
-    Its bytes say nothing: calibrate completes it, and a user may have edited its layers. But a
-    search that was killed may have left the plan of another recipe. (That of another checkpoint
-    is refused when it is loaded.)
-    """
-    try:
-        plan = read_object(workspace.run / PLAN_FILE, error=PlanError, remedy="Search again.")
-        options = plan["strategy"]["options"]
-    except (PlanError, KeyError, TypeError):
-        return False
-    return options == strategy_options(workspace.recipe.search)
 
 
 def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
@@ -139,7 +102,7 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
 
     Args:
         workspace: The run.
-        stage: The stage; what it reads has to be there.
+        stage: The stage; what it reads has to exist.
         on_step: Called with the fraction done, 0..1.
 
     Returns:
@@ -152,7 +115,12 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     started = time.monotonic()
     check_memory(workspace, stage)
     with explain_memory(stage.name, memory_keys(workspace.recipe, stage)):
-        result = stage.execute(workspace, on_step)
+        on_step = run_sibling(workspace, stage, on_step)
+        workspace.forget(stage.outputs(workspace))
+        try:
+            result = stage.execute(workspace, on_step)
+        finally:
+            workspace.forget(stage.outputs(workspace))
     _remove_dependent_results(workspace, stage)
     workspace.stages[stage.name] = StageRecord(
         fingerprint=fingerprint(workspace, stage),
@@ -161,6 +129,62 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
     )
     workspace.save()
     return result
+
+
+def run_stages(
+    workspace: Workspace, stages: Sequence[Stage], on_stage: OnStage, start: str | None = None
+) -> dict[str, object]:
+    """Run the stages that are not up to date.
+
+    Args:
+        workspace: The run.
+        stages: The stages, in their order.
+        on_stage: Called at the start of every stage.
+        start: Stage from which everything is run again; None reruns only what changed.
+
+    Returns:
+        The results of the stages that ran, by name.
+
+    Raises:
+        TreeqError: A stage failed; finished stages are kept.
+    """
+    again, results = False, dict[str, object]()
+    for place, stage in enumerate(stages):
+        again = again or stage.name == start
+        current = not (again or stage.always) and is_up_to_date(workspace, stage)
+        if not (current or results):
+            for later in stages[place:]:
+                check_memory(workspace, later)
+        on_step = on_stage(stage.name, current)
+        if not current:
+            results[stage.name] = run_stage(workspace, stage, on_step)
+    return results
+
+
+def run_sibling(workspace: Workspace, stage: Stage, on_step: OnStep) -> OnStep:
+    """Bring the run that a stage reads beside its own up to date.
+
+    Args:
+        workspace: The run.
+        stage: The stage.
+        on_step: Called with the fraction done of the stage, the sibling's part included.
+
+    Returns:
+        The callback for the rest of the stage.
+    """
+    sibling = stage.sibling(workspace.recipe)
+    if sibling is None:
+        return on_step
+    stages = [stage_named(name) for name in sibling.stages]
+    part = _SIBLING_SHARE / len(stages)
+
+    def on_stage(name: str, _skipped: bool) -> OnStep:
+        start = part * sibling.stages.index(name)
+        return lambda done: on_step(start + part * done)
+
+    with workspace.sibling(workspace.run / sibling.folder, sibling.recipe) as other:
+        run_stages(other, stages, on_stage)
+    return lambda done: on_step(_SIBLING_SHARE + (1 - _SIBLING_SHARE) * done)
 
 
 def memory_keys(recipe: Recipe, stage: Stage) -> list[str]:
@@ -178,8 +202,7 @@ def check_memory(workspace: Workspace, stage: Stage) -> None:
     Raises:
         OutOfMemoryError: They cannot; names the keys.
     """
-    keys = memory_keys(workspace.recipe, stage)
-    with explain_memory(stage.name, keys):
+    with explain_memory(stage.name, memory_keys(workspace.recipe, stage)):
         shape = workspace.denoiser.sample_shape
     size_text, most = " x ".join(map(str, shape)), available_memory()
     for key, num in stage.memory(workspace.recipe).items():
@@ -199,25 +222,23 @@ def _remove_dependent_results(workspace: Workspace, stage: Stage) -> None:
     Only a stage that has succeeded does this: one that fails on bad input loses nothing. The plan
     stays, since calibrate reads the file that it writes.
     """
-    gone = _dependents(workspace.recipe, stage) - {stage.name}
-    kept = {PLAN_FILE, *stage.outputs(workspace)}
+    recipe = workspace.recipe
+    gone = {each.name for each in STAGES if stage.name in _upstream(recipe, each.after(recipe))}
+    kept = {RunFolder.PLAN, *stage.outputs(workspace)}
     for later in STAGES:
         for file in later.outputs(workspace) if later.name in gone else ():
             if file not in kept:
                 (workspace.run / file).unlink(missing_ok=True)
-    workspace.stages = {
-        name: record
-        for name, record in workspace.stages.items()
-        if name in STAGE_NAMES and name not in gone
-    }
+    names = [each.name for each in STAGES if each.name not in gone]
+    workspace.stages = {name: r for name, r in workspace.stages.items() if name in names}
 
 
-def _dependents(recipe: Recipe, stage: Stage) -> set[str]:
-    """Return the names of a stage and of all stages that read its results."""
-    found = {stage.name}
-    for later in STAGES:
-        if found & set(stages_before(recipe, later)):
-            found.add(later.name)
+def _upstream(recipe: Recipe, names: Iterable[str]) -> set[str]:
+    """Return the names of stages and of all stages whose results these read."""
+    found = set(names)
+    for stage in reversed(STAGES):
+        if stage.name in found:
+            found.update(stage.after(recipe))
     return found
 
 
@@ -237,18 +258,7 @@ def run_all(workspace: Workspace, start: str | None, on_stage: OnStage) -> Repor
         TreeqError: A stage failed; finished stages are kept.
     """
     check_recipe(workspace.recipe)
-    again = begun = False
-    report: object = None
-    for stage in STAGES:
-        again = again or stage.name == start
-        current = stage.name != "report" and not again and is_up_to_date(workspace, stage)
-        if not current and not begun:
-            for later in STAGES[STAGES.index(stage) :]:
-                check_memory(workspace, later)
-            begun = True
-        on_step = on_stage(stage.name, current)
-        if not current:
-            report = run_stage(workspace, stage, on_step)
+    report = run_stages(workspace, STAGES, on_stage, start).get(STAGES[-1].name)
     assert isinstance(report, Report)
     return report
 
@@ -278,9 +288,7 @@ def require_stages(workspace: Workspace, stage: Stage) -> None:
     Raises:
         PlanError: Names the first file that has changed, and the first stage to run.
     """
-    for earlier in STAGES[: STAGES.index(stage)]:
-        if stage.name in _dependents(workspace.recipe, earlier):
-            _require(workspace, stage.name, earlier)
+    _require(workspace, stage.name, stage.after(workspace.recipe), lenient=stage.always)
 
 
 def require_result(workspace: Workspace, reader: str, name: str) -> Mapping[str, str]:
@@ -297,34 +305,32 @@ def require_result(workspace: Workspace, reader: str, name: str) -> Mapping[str,
     Raises:
         PlanError: Names the first file that has changed, and the first stage to run.
     """
-    stage = stage_named(name)
-    for earlier in STAGES[: STAGES.index(stage) + 1]:
-        if stage.name in _dependents(workspace.recipe, earlier):
-            _require(workspace, reader, earlier)
+    _require(workspace, reader, (name,))
     return workspace.stages[name].outputs if name in workspace.stages else {}
 
 
-def _require(workspace: Workspace, reader: str, stage: Stage) -> None:
-    """Check that one stage is up to date; the report only wants results of its recipe.
+def _require(
+    workspace: Workspace, reader: str, names: Iterable[str], *, lenient: bool = False
+) -> None:
+    """Check that stages and all that they read are up to date.
+
+    A lenient reader takes what exists, and asks only that it is of this recipe.
 
     Raises:
-        PlanError: It is not.
+        PlanError: One is not.
     """
-    if stage.name in workspace.stages:
-        why, change = "is out of date", _find_change(workspace, stage, files=reader != "report")
-        if change is None:
-            return
-    else:
-        if reader == "report" or _has_nothing_to_do(workspace, stage):
-            return
-        why, change = "is not there yet", str(workspace.run)
-    raise PlanError(
-        f"{change}: {reader} needs the result of {stage.name}, which {why}. "
-        f"Run `treeq-export {stage.name} --run {workspace.run}` first."
-    )
-
-
-def _has_nothing_to_do(workspace: Workspace, stage: Stage) -> bool:
-    """Whether a stage that has not run would write nothing and has nothing to remove."""
-    nothing = workspace.recipe.finetune.mode == "none" and not stage.outputs(workspace)
-    return stage.name == "finetune" and nothing
+    needed = _upstream(workspace.recipe, names)
+    for stage in STAGES:
+        if stage.name not in needed:
+            continue
+        if stage.name in workspace.stages:
+            why, change = "is out of date", _find_change(workspace, stage, files=not lenient)
+        elif lenient or (stage.idle(workspace.recipe) and not stage.outputs(workspace)):
+            continue  # it would write nothing, and has nothing to remove
+        else:
+            why, change = "is not there yet", str(workspace.run)
+        if change is not None:
+            raise PlanError(
+                f"{change}: {reader} needs the result of {stage.name}, which {why}. "
+                f"Run `treeq-export {stage.name} --run {workspace.run}` first."
+            )

@@ -1,34 +1,37 @@
-"""The stages in order: what each depends on, what it writes, how it is run."""
+"""The stages in order: what each depends on, what it writes, how it is run.
 
-import shlex
-from collections.abc import Callable
+A stage is one row of `STAGES`, which nothing else lists: commands, progress, skipping and the
+report's times are made of the rows. What does the work is imported when it is run.
+"""
+
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from treeq_export import __version__
-from treeq_export.bench.stage import run_bench
-from treeq_export.calibrate import run_calibrate
-from treeq_export.compile.stage import run_compile
-from treeq_export.evaluate.stage import run_evaluate
-from treeq_export.finetune.stage import run_finetune
-from treeq_export.model.quantized import quantize_model
-from treeq_export.pipeline.baseline import open_baseline
-from treeq_export.pipeline.workspace import Workspace
-from treeq_export.plan import FINETUNE_FILE, FINETUNED_FILE, PLAN_FILE, load_tensors
-from treeq_export.recipe import Recipe
-from treeq_export.report import Report, make_report, write_report
-from treeq_export.runners.model_files import model_files, model_path
-from treeq_export.runners.torch_runner import TorchRunner
-from treeq_export.search.stage import RECORD_FILE as SEARCH_FILE
-from treeq_export.search.stage import run_search
-from treeq_export.targets.names import FP32
-from treeq_export.targets.table import different_ways, open_way
-from treeq_export.validate.stage import run_validate
+from treeq_export.progress import OnStep
+from treeq_export.run_folder import RunFolder
 
-OnStep = Callable[[float], None]
-_BASELINE_SHARE = 0.1  # of evaluate's work, where the recipe asks for a baseline
-# Opens a progress bar for a stage (name, whether it is skipped) and returns its callback.
-OnStage = Callable[[str, bool], OnStep]
+if TYPE_CHECKING:
+    from treeq_export.evaluate.stage import Baseline
+    from treeq_export.pipeline.workspace import Workspace
+    from treeq_export.recipe import Recipe
+    from treeq_export.report import Report
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A run of its own that a stage reads beside the results of its run.
+
+    Attributes:
+        folder: Name of its folder in the run folder.
+        recipe: Its recipe, with the same model section.
+        stages: Names of its stages, all of which have to be up to date.
+    """
+
+    folder: str
+    recipe: "Recipe"
+    stages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,86 +39,170 @@ class Stage:
     """One stage of the pipeline.
 
     Attributes:
-        name: Also the command's name.
-        sections: Recipe sections that its result depends on.
-        after: Stages whose results it reads.
-        outputs: Files that it has written, relative to the run folder.
-        execute: Does the work.
-        memory: Recipe keys that lower its memory where they are lowered, each with the number of
-            samples that are in memory at once because of it; 0 where that is not plain.
+        name: The name, which is that of the command too.
+        execute: Does the work on a run; its second argument is called with the fraction done, 0..1.
+        sections: Returns the recipe sections that the result depends on.
+        after: Returns the names of the stages whose results it reads.
+        outputs: Returns the files that it has written, relative to the run folder.
+        record: The one of them that its command prints.
+        summary: Help text of its command; None where the command has options of its own.
+        always: Whether it runs every time, on whatever results exist.
+        idle: Returns why it has nothing to do, as a sentence; None where it has something to do.
+        memory: Returns the recipe keys that lower its memory where they are lowered, each with the
+            number of samples that are in memory at once because of it; 0 where that is not plain.
+        sibling: Returns the run that has to exist before it starts, if any.
+        edited: Files among the outputs that later stages and users change, each with a function
+            that says whether it is still the result of this recipe.
     """
 
     name: str
-    sections: tuple[str, ...]
-    after: tuple[str, ...]
-    outputs: Callable[[Workspace], list[str]]
-    execute: Callable[[Workspace, OnStep], object]
-    memory: Callable[[Recipe], dict[str, int]] = lambda _: {}
-
-
-def _search(workspace: Workspace, on_step: OnStep) -> None:
-    workspace.forget_plan()
-    run_search(
-        workspace.run,
-        workspace.denoiser,
-        workspace.checkpoint,
-        workspace.recipe,
-        on_step,
-        workspace.say,
+    execute: Callable[["Workspace", OnStep], object]
+    sections: Callable[["Recipe"], tuple[str, ...]]
+    after: Callable[["Recipe"], tuple[str, ...]]
+    outputs: Callable[["Workspace"], list[str]]
+    record: str
+    summary: str | None = None
+    always: bool = False
+    idle: Callable[["Recipe"], str | None] = lambda _: None
+    memory: Callable[["Recipe"], dict[str, int]] = lambda _: {}
+    sibling: Callable[["Recipe"], Sibling | None] = lambda _: None
+    edited: Mapping[str, Callable[["Workspace"], bool]] = field(
+        default_factory=dict[str, Callable[["Workspace"], bool]]
     )
 
 
-def _calibrate(workspace: Workspace, on_step: OnStep) -> None:
-    plan = workspace.plan
-    workspace.forget_plan()
-    run_calibrate(workspace.run, workspace.denoiser, plan, workspace.recipe, on_step)
+def _searches(recipe: "Recipe") -> bool:
+    """Whether search measures anything, which it does on sampled trajectories."""
+    return recipe.search.strategy != "uniform" or recipe.search.branch_budget is not None
 
 
-def _finetune(workspace: Workspace, on_step: OnStep) -> object:
-    plan = workspace.plan
-    calibrated = load_tensors(workspace.run, plan, finetuned=False)
-    record = run_finetune(
-        workspace.run,
-        workspace.denoiser,
-        plan,
-        calibrated,
-        workspace.recipe,
-        on_step,
-        workspace.say,
-    )
-    workspace.forget_plan()
-    return record
+def _search(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.search.stage import run_search
+
+    denoiser, checkpoint = workspace.denoiser, workspace.checkpoint
+    run_search(workspace.run, denoiser, checkpoint, workspace.recipe, on_step, workspace.say)
 
 
-def _finetuned_files(workspace: Workspace) -> list[str]:
-    return [name for name in (FINETUNE_FILE, FINETUNED_FILE) if (workspace.run / name).is_file()]
+def _search_sections(recipe: "Recipe") -> tuple[str, ...]:
+    # A measuring search quantizes weights as calibrate does.
+    measuring = ("sampler", "calibrate", "seed") if _searches(recipe) else ()
+    return ("name", "model", "search", *measuring)
 
 
-def _compile(workspace: Workspace, on_step: OnStep) -> None:
-    run_compile(
-        workspace.run,
-        workspace.denoiser,
-        workspace.plan,
-        workspace.tensors,
-        workspace.recipe.compile,
-        on_step,
-    )
+def _search_memory(recipe: "Recipe") -> dict[str, int]:
+    if not _searches(recipe):
+        return {}
+    return {
+        "search.num_samples": recipe.search.num_samples * recipe.sampler.steps,
+        "search.num_rows": 0,
+        "search.num_final_rows": 0,
+        **_calibrate_memory(recipe),
+    }
 
 
-def _validate(workspace: Workspace, on_step: OnStep) -> None:
+def _is_plan_of_recipe(workspace: "Workspace") -> bool:
+    """Whether plan.json was searched with the recipe of the run.
+
+    Its bytes say nothing: calibrate completes it, and a user may have edited its layers. But a
+    search that was killed may have left the plan of another recipe. (That of another checkpoint
+    is refused when it is loaded.)
+    """
+    from treeq_export.errors import PlanError
+    from treeq_export.reading import read_object
+    from treeq_export.recipe import strategy_options
+
+    path = workspace.run / RunFolder.PLAN
+    try:
+        plan = read_object(path, error=PlanError, remedy="Search again.")
+        return plan["strategy"]["options"] == strategy_options(workspace.recipe.search)
+    except (PlanError, KeyError, TypeError):
+        return False
+
+
+def _calibrate(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.calibrate import run_calibrate
+
+    run_calibrate(workspace.run, workspace.denoiser, workspace.plan, workspace.recipe, on_step)
+
+
+def _calibrate_memory(recipe: "Recipe") -> dict[str, int]:
+    return {
+        "calibrate.num_samples": recipe.calibrate.num_samples,
+        "calibrate.num_rows": 0,
+        "calibrate.max_tokens": 0,
+        "sampler.batch_size": 0,
+    }
+
+
+def _finetune(workspace: "Workspace", on_step: OnStep) -> object:
+    from treeq_export.finetune.stage import run_finetune
+    from treeq_export.plan import load_tensors
+
+    run, denoiser, plan = workspace.run, workspace.denoiser, workspace.plan
+    calibrated = load_tensors(run, plan, finetuned=False)
+    recipe = workspace.recipe
+    return run_finetune(run, denoiser, plan, calibrated, recipe, on_step, workspace.say)
+
+
+def _finetuned_files(workspace: "Workspace") -> list[str]:
+    files = (RunFolder.FINETUNE, RunFolder.FINETUNED)
+    return [name for name in files if (workspace.run / name).is_file()]
+
+
+def _finetune_idle(recipe: "Recipe") -> str | None:
+    none = recipe.finetune.mode == "none"
+    return "finetune.mode is none: nothing was trained." if none else None
+
+
+def _finetune_memory(recipe: "Recipe") -> dict[str, int]:
+    section = recipe.finetune
+    if section.mode == "none":
+        return {}
+    return {
+        "finetune.batch_size": 0,
+        "finetune.num_trajectories": section.num_trajectories,
+        "finetune.held_out_rows": section.held_out_rows,
+        "sampler.batch_size": 0,
+    }
+
+
+def _compile(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.compile.stage import run_compile
+
+    run, denoiser, plan = workspace.run, workspace.denoiser, workspace.plan
+    run_compile(run, denoiser, plan, workspace.tensors, workspace.recipe.compile, on_step)
+
+
+def _compiled_files(workspace: "Workspace") -> list[str]:
+    from treeq_export.runners.model_files import model_files, model_path
+    from treeq_export.targets.names import FP32
+
+    run = workspace.run
+    targets = (FP32, *workspace.recipe.compile.targets)
+    files = [file for target in targets for file in model_files(model_path(run, target))]
+    return [RunFolder.COMPILE, *(str(file.relative_to(run)) for file in files)]
+
+
+def _validate(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.validate.stage import run_validate
+
+    recipe = workspace.recipe
     run_validate(
         workspace.run,
         workspace.denoiser,
         workspace.plan,
         workspace.tensors,
-        workspace.recipe.compile.targets,
-        workspace.recipe.validate_,
-        workspace.recipe.seed,
+        recipe.compile.targets,
+        recipe.validate_,
+        recipe.seed,
         on_step,
     )
 
 
-def _bench(workspace: Workspace, on_step: OnStep) -> None:
+def _bench(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.bench.stage import run_bench
+    from treeq_export.targets.table import different_ways
+
     recipe = workspace.recipe
     timed = [way.name for way in different_ways(recipe.compile.targets) if not way.emulated]
     run_bench(
@@ -130,163 +217,167 @@ def _bench(workspace: Workspace, on_step: OnStep) -> None:
     )
 
 
-def _evaluate(workspace: Workspace, on_step: OnStep) -> None:
-    recipe = workspace.recipe
-    name = recipe.evaluate.runner
+def _evaluate(workspace: "Workspace", on_step: OnStep) -> None:
+    from treeq_export.evaluate.stage import run_evaluate
+    from treeq_export.model.quantized import quantize_model
+    from treeq_export.runners.torch_runner import TorchRunner
+    from treeq_export.targets.table import open_way
+
+    recipe, denoiser = workspace.recipe, workspace.denoiser
     with ExitStack() as stack:
-        baseline, before = None, 0.0
-        if recipe.evaluate.baseline is not None:
-            before = _BASELINE_SHARE
-            made = open_baseline(workspace, lambda done: on_step(_BASELINE_SHARE * done))
-            baseline = stack.enter_context(made)
-        if name == "torch":
-            quantized = quantize_model(workspace.denoiser, workspace.plan, workspace.tensors)
-            runner = stack.enter_context(TorchRunner(quantized))
+        baseline = open_baseline(workspace, stack)
+        if recipe.evaluate.runner == "torch":
+            runner = TorchRunner(quantize_model(denoiser, workspace.plan, workspace.tensors))
         else:
-            runner = stack.enter_context(open_way(workspace.run, name))
+            runner = open_way(workspace.run, recipe.evaluate.runner)
         run_evaluate(
             workspace.run,
-            workspace.denoiser,
-            runner,
+            denoiser,
+            stack.enter_context(runner),
             recipe,
-            on_step=lambda done: on_step(before + (1 - before) * done),
+            on_step=on_step,
             baseline=baseline,
             fp_samples=workspace.fp_samples,
             say=workspace.say,
         )
 
 
-def _report(workspace: Workspace, on_step: OnStep) -> Report:
+def open_baseline(workspace: "Workspace", stack: ExitStack) -> "Baseline | None":
+    """Enter the runner of what the same budget gives without search and finetune, if wanted."""
+    from treeq_export.evaluate.samples import digest_quantized
+    from treeq_export.evaluate.stage import Baseline
+    from treeq_export.model.quantized import quantize_model
+    from treeq_export.runners.torch_runner import TorchRunner
+
+    made = baseline_of(workspace.recipe)
+    if made is None:
+        return None
+    with workspace.sibling(workspace.run / made.folder, made.recipe) as uniform:
+        quantized = quantize_model(workspace.denoiser, uniform.plan, uniform.tensors)
+        runner = stack.enter_context(TorchRunner(quantized))
+        return Baseline(uniform.plan, runner, digest_quantized(uniform.run, "torch"))
+
+
+def baseline_of(recipe: "Recipe") -> Sibling | None:
+    """Return the run of strategy "uniform": same budget, exclusions and fixed branch."""
+    if recipe.evaluate.baseline is None:
+        return None
+    search = recipe.search.model_copy(update={"strategy": "uniform", "branch_budget": None})
+    uniform = recipe.model_copy(update={"search": search})
+    return Sibling(RunFolder.BASELINE, uniform, ("search", "calibrate"))
+
+
+def _evaluate_after(recipe: "Recipe") -> tuple[str, ...]:
+    return ("finetune",) if recipe.evaluate.runner == "torch" else ("compile",)
+
+
+def _report(workspace: "Workspace", on_step: OnStep) -> "Report":
+    from treeq_export.report import write_report
+
     report = read_report(workspace)
     write_report(report)
     on_step(1.0)
     return report
 
 
-def read_report(workspace: Workspace) -> Report:
+def read_report(workspace: "Workspace") -> "Report":
     """Return the report of a run without writing it.
 
     Raises:
         PlanError: The plan or compile.json is missing, or a record is malformed.
     """
-    seconds = {name: record.seconds for name, record in workspace.stages.items()}
-    return make_report(
-        workspace.run,
-        stages={stage.name: seconds[stage.name] for stage in STAGES if stage.name in seconds},
-        recipe=workspace.recipe,
-        commands=reproduce_commands(workspace),
-    )
+    from treeq_export.report import make_report
 
-
-def _compiled_files(workspace: Workspace) -> list[str]:
-    run = workspace.run
-    targets = (FP32, *workspace.recipe.compile.targets)
-    files = [file for target in targets for file in model_files(model_path(run, target))]
-    return ["compile.json", *(str(file.relative_to(run)) for file in files)]
-
-
-def _search_memory(recipe: Recipe) -> dict[str, int]:
-    section = recipe.search
-    if section.strategy == "uniform" and section.branch_budget is None:
-        return {}
-    return {
-        "search.num_samples": section.num_samples * recipe.sampler.steps,
-        "search.num_rows": 0,
-        "search.num_final_rows": 0,
-        **_calibrate_memory(recipe),
-    }
-
-
-def _calibrate_memory(recipe: Recipe) -> dict[str, int]:
-    return {
-        "calibrate.num_samples": recipe.calibrate.num_samples,
-        "calibrate.num_rows": 0,
-        "calibrate.max_tokens": 0,
-        "sampler.batch_size": 0,
-    }
-
-
-def _finetune_memory(recipe: Recipe) -> dict[str, int]:
-    section = recipe.finetune
-    if section.mode == "none":
-        return {}
-    return {
-        "finetune.batch_size": 0,
-        "finetune.num_trajectories": section.num_trajectories,
-        "finetune.held_out_rows": section.held_out_rows,
-        "sampler.batch_size": 0,
-    }
-
-
-def _evaluate_memory(recipe: Recipe) -> dict[str, int]:
-    return {"evaluate.num_samples": recipe.evaluate.num_samples, "sampler.batch_size": 0}
+    done, recipe = workspace.stages, workspace.recipe
+    seconds = {name: done[name].seconds for name in STAGE_NAMES if name in done}
+    commands = workspace.reproduce_commands()
+    return make_report(workspace.run, stages=seconds, recipe=recipe, commands=commands)
 
 
 STAGES = (
     Stage(
         "search",
-        ("name", "model", "search"),
-        (),
-        lambda _: [PLAN_FILE, SEARCH_FILE],
         _search,
-        _search_memory,
+        sections=_search_sections,
+        after=lambda _: (),
+        outputs=lambda _: [RunFolder.PLAN, RunFolder.SEARCH],
+        record=RunFolder.PLAN,
+        memory=_search_memory,
+        edited={RunFolder.PLAN: _is_plan_of_recipe},
     ),
     Stage(
         "calibrate",
-        ("model", "sampler", "calibrate", "seed"),
-        ("search",),
-        lambda _: [PLAN_FILE, "plan.safetensors", "calibration.json"],
         _calibrate,
-        _calibrate_memory,
+        sections=lambda _: ("model", "sampler", "calibrate", "seed"),
+        after=lambda _: ("search",),
+        outputs=lambda _: [RunFolder.PLAN, RunFolder.TENSORS, RunFolder.CALIBRATION],
+        record=RunFolder.CALIBRATION,
+        summary="Find scales, codes and branches.\n\nWrites plan.safetensors.",
+        memory=_calibrate_memory,
     ),
     Stage(
         "finetune",
-        ("model", "sampler", "finetune", "seed"),
-        ("calibrate",),
-        _finetuned_files,
         _finetune,
-        _finetune_memory,
+        sections=lambda _: ("model", "sampler", "finetune", "seed"),
+        after=lambda _: ("calibrate",),
+        outputs=_finetuned_files,
+        record=RunFolder.FINETUNE,
+        summary="Train branches and scales by distillation.\n\n"
+        "The key finetune.mode of the recipe chooses what is trained.",
+        idle=_finetune_idle,
+        memory=_finetune_memory,
     ),
-    Stage("compile", ("model", "compile"), ("finetune",), _compiled_files, _compile),
+    Stage(
+        "compile",
+        _compile,
+        sections=lambda _: ("model", "compile"),
+        after=lambda _: ("finetune",),
+        outputs=_compiled_files,
+        record=RunFolder.COMPILE,
+        summary="Write and audit the ONNX graphs of all targets.",
+    ),
     Stage(
         "validate",
-        ("validate", "seed"),
-        ("compile",),
-        lambda _: ["parity.json"],
         _validate,
-        lambda recipe: {"validate.batch_size": recipe.validate_.batch_size},
+        sections=lambda _: ("validate", "seed"),
+        after=lambda _: ("compile",),
+        outputs=lambda _: [RunFolder.PARITY],
+        record=RunFolder.PARITY,
+        memory=lambda recipe: {"validate.batch_size": recipe.validate_.batch_size},
     ),
     Stage(
         "bench",
-        ("bench", "seed"),
-        ("compile",),
-        lambda _: ["bench.json"],
         _bench,
-        lambda recipe: {"bench.batch_sizes": max(recipe.bench.batch_sizes)},
+        sections=lambda _: ("bench", "seed"),
+        after=lambda _: ("compile",),
+        outputs=lambda _: [RunFolder.BENCH],
+        record=RunFolder.BENCH,
+        summary="Time all targets in one interleaved run, and their memory.",
+        memory=lambda recipe: {"bench.batch_sizes": max(recipe.bench.batch_sizes)},
     ),
     Stage(
         "evaluate",
-        ("sampler", "evaluate", "seed"),
-        ("compile",),
-        lambda _: ["quality.json"],
         _evaluate,
-        _evaluate_memory,
+        sections=lambda _: ("sampler", "evaluate", "seed"),
+        after=_evaluate_after,
+        outputs=lambda _: [RunFolder.QUALITY],
+        record=RunFolder.QUALITY,
+        summary="Sample images with equal seeds and score them.\n\n"
+        "Exit status 3 if a gate is not met.",
+        memory=lambda recipe: {
+            "evaluate.num_samples": recipe.evaluate.num_samples,
+            "sampler.batch_size": 0,
+        },
+        sibling=baseline_of,
     ),
     Stage(
         "report",
-        (),
-        ("validate", "bench", "evaluate"),
-        lambda _: ["report.json", "report.html"],
         _report,
+        sections=lambda _: (),
+        after=lambda _: ("validate", "bench", "evaluate"),
+        outputs=lambda _: [RunFolder.REPORT, RunFolder.PAGE],
+        record=RunFolder.REPORT,
+        always=True,
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
-
-
-def reproduce_commands(workspace: Workspace) -> list[str]:
-    """Return the command lines that repeat a run."""
-    recipe = workspace.recipe_path or "RECIPE"
-    words = ["treeq-export", "run", recipe, "--out", workspace.run.absolute().name]
-    for override in workspace.overrides:
-        words += ["--set", override]
-    return [f"pip install treeq-export=={__version__}", shlex.join(words)]

@@ -3,14 +3,16 @@
 import errno
 import fcntl
 import os
+import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from treeq_export import __version__
 from treeq_export.artefacts import OTHER_OUT, make_folder, remove_stale, sha256_of_file, write_json
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -22,12 +24,12 @@ from treeq_export.model.pipeline_scheduler import (
 )
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan, Tensors, load_plan, load_tensors
+from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import first_problem, read_record
 from treeq_export.recipe import Recipe
+from treeq_export.run_folder import RunFolder
 
-RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
-SAMPLES_FOLDER = "samples"
+_PLAN_FILES = {RunFolder.PLAN, RunFolder.TENSORS, RunFolder.FINETUNE, RunFolder.FINETUNED}
 _WRITABLE = "Make it writable, or copy the folder and use the copy."
 
 
@@ -66,9 +68,11 @@ class Workspace:
     Args:
         run: The run folder; it is created.
         recipe: The recipe.
-        recipe_path: Where it came from, for the commands in the report.
-        overrides: The `--set` assignments, likewise.
+        recipe_path: File that the recipe came from, for the commands in the report.
+        overrides: The `--set` assignments, for the commands in the report.
         read_only: Whether nothing is written into the folder. Others may then read it too.
+        like: A workspace with the same model section, whose checkpoint, model and samples of full
+            precision are taken.
 
     Attributes:
         fp_samples: Folder of the cached full-precision samples; runs that are compared share one.
@@ -88,22 +92,24 @@ class Workspace:
         overrides: tuple[str, ...] = (),
         *,
         read_only: bool = False,
+        like: "Workspace | None" = None,
     ) -> None:
         self.recipe = resolve_scheduler(recipe)
         self.run = run
         if not read_only:
-            make_folder(run, _WRITABLE if (run / RUN_FILE).is_file() else OTHER_OUT)
+            make_folder(run, _WRITABLE if (run / RunFolder.RUN).is_file() else OTHER_OUT)
         self.recipe_path = recipe_path
         self.overrides = overrides
-        self.say: Callable[[str], None] = lambda _: None
-        self.fp_samples = run / SAMPLES_FOLDER
+        self.say: Say = like.say if like else say_nothing
+        self.fp_samples = like.fp_samples if like else run / RunFolder.SAMPLES
+        self._like = like
         self.stages: dict[str, StageRecord] = {}
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
         self._lock = _lock_folder(run, shared=read_only)
         if not read_only:
             remove_stale(self.fp_samples)  # nothing may be left to write there
         try:
-            if (run / RUN_FILE).is_file():
+            if (run / RunFolder.RUN).is_file():
                 self.stages = read_run(run).stages
         except BaseException:
             self.close()
@@ -124,7 +130,9 @@ class Workspace:
         try:
             recipe = Recipe.model_validate(record.recipe)
         except ValidationError as error:
-            raise PlanError(f"{run / RUN_FILE}: {first_problem(error)} {_again(run)}") from error
+            raise PlanError(
+                f"{run / RunFolder.RUN}: {first_problem(error)} {_again(run)}"
+            ) from error
         overrides = tuple(record.overrides)
         return cls(run, recipe, record.recipe_path, overrides, read_only=read_only)
 
@@ -139,10 +147,7 @@ class Workspace:
             OutputError: The folder cannot be created or written to.
             PlanError: Its `run.json` is malformed.
         """
-        other = Workspace(run, recipe, self.recipe_path, self.overrides)
-        other.fp_samples, other.say = self.fp_samples, self.say
-        other.__dict__.update(checkpoint=self.checkpoint, denoiser=self.denoiser)
-        return other
+        return Workspace(run, recipe, self.recipe_path, self.overrides, like=self)
 
     def close(self) -> None:
         """Give the folder free for another process."""
@@ -172,16 +177,20 @@ class Workspace:
             recipe=self.recipe.model_dump(mode="json", by_alias=True),
             stages=self.stages,
         )
-        write_json(self.run / RUN_FILE, record.model_dump(mode="json"))
+        write_json(self.run / RunFolder.RUN, record.model_dump(mode="json"))
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, opened and digested."""
+        if self._like is not None:
+            return self._like.checkpoint
         return open_checkpoint(Path(self.recipe.model.checkpoint), self.recipe.model.variant)
 
     @cached_property
     def denoiser(self) -> Denoiser:
         """The full-precision model."""
+        if self._like is not None:
+            return self._like.denoiser
         model = load_model(self.checkpoint)
         denoiser = make_denoiser(model, self.checkpoint, self.recipe.model)
         check_scheduler(self.recipe)
@@ -200,10 +209,19 @@ class Workspace:
         """The calibrated plan's tensors."""
         return load_tensors(self.run, self.plan)
 
-    def forget_plan(self) -> None:
-        """Drop the loaded plan and tensors, because a stage has written new ones."""
-        for name in ("plan", "tensors"):
-            self.__dict__.pop(name, None)
+    def forget(self, files: Collection[str]) -> None:
+        """Drop the loaded plan and tensors if they were loaded from one of these files."""
+        if not _PLAN_FILES.isdisjoint(files):
+            for name in ("plan", "tensors"):
+                vars(self).pop(name, None)
+
+    def reproduce_commands(self) -> list[str]:
+        """Return the command lines that repeat the run."""
+        words = ["treeq-export", "run", self.recipe_path or "RECIPE"]
+        words += ["--out", self.run.absolute().name]
+        for override in self.overrides:
+            words += ["--set", override]
+        return [f"pip install treeq-export=={__version__}", shlex.join(words)]
 
 
 def _lock_folder(run: Path, *, shared: bool) -> IO[bytes] | None:
@@ -214,7 +232,7 @@ def _lock_folder(run: Path, *, shared: bool) -> IO[bytes] | None:
     Raises:
         OutputError: Another process works in the folder, or the lock is no regular file.
     """
-    path = run / LOCK_FILE
+    path = run / RunFolder.LOCK
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -251,7 +269,7 @@ def read_run(run: Path) -> RunRecord:
     Raises:
         PlanError: Missing or malformed.
     """
-    path = run / RUN_FILE
+    path = run / RunFolder.RUN
     if run.is_file():
         raise PlanError(
             f"{run}: received a file, expected a run folder, as `treeq-export run` writes it. A "

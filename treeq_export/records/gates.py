@@ -7,18 +7,19 @@ from treeq_export.errors import GateError
 from treeq_export.records.base import GateResult, load_record
 from treeq_export.records.engines import ParityRecord
 from treeq_export.records.quality import QualityRecord
+from treeq_export.run_folder import RunFolder
 
 
 def gate_results(
-    run: Path, files: Sequence[str] = ("parity.json", "quality.json")
+    run: Path, files: Sequence[str] = (RunFolder.PARITY, RunFolder.QUALITY)
 ) -> list[GateResult]:
     """Return the gates of the records that are there."""
     gates: list[GateResult] = []
-    if "parity.json" in files and (run / "parity.json").is_file():
-        parity = load_record(run / "parity.json", ParityRecord, "validate")
+    if RunFolder.PARITY in files and (run / RunFolder.PARITY).is_file():
+        parity = load_record(run / RunFolder.PARITY, ParityRecord, "validate")
         gates += [gate for target in parity.targets for gate in target.gates]
-    if "quality.json" in files and (run / "quality.json").is_file():
-        gates += load_record(run / "quality.json", QualityRecord, "evaluate").gates
+    if RunFolder.QUALITY in files and (run / RunFolder.QUALITY).is_file():
+        gates += load_record(run / RunFolder.QUALITY, QualityRecord, "evaluate").gates
     return gates
 
 

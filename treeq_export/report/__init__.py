@@ -3,8 +3,9 @@
 from treeq_export.artefacts import write_bytes, write_json
 from treeq_export.report.html import render_html
 from treeq_export.report.report import Report, make_report
-from treeq_export.report.summary import HTML_FILE, REPORT_FILE, report_to_json
+from treeq_export.report.summary import report_to_json
 from treeq_export.report.terminal import print_report
+from treeq_export.run_folder import RunFolder
 
 __all__ = ["Report", "make_report", "print_report", "report_to_json", "write_report"]
 
@@ -15,5 +16,5 @@ def write_report(report: Report) -> None:
     Raises:
         OutputError: The folder cannot be written to.
     """
-    write_bytes(report.run / HTML_FILE, render_html(report).encode())
-    write_json(report.run / REPORT_FILE, report_to_json(report))
+    write_bytes(report.run / RunFolder.PAGE, render_html(report).encode())
+    write_json(report.run / RunFolder.REPORT, report_to_json(report))

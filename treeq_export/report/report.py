@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.plan import FINETUNE_FILE, PLAN_FILE, Plan, load_plan
+from treeq_export.plan import Plan, load_plan
 from treeq_export.recipe import Recipe
 from treeq_export.records import (
     BenchRecord,
@@ -21,6 +21,7 @@ from treeq_export.records import (
     load_record,
 )
 from treeq_export.report.quantities import name_with_runtime
+from treeq_export.run_folder import RunFolder
 from treeq_export.targets.names import FP32
 
 # The section of report.json that a stage fills.
@@ -163,15 +164,15 @@ def make_report(
         run=run,
         stages={name: float(seconds) for name, seconds in stages.items()},
         plan=load_plan(run),
-        plan_sha256=sha256_of_file(run / PLAN_FILE),
+        plan_sha256=sha256_of_file(run / RunFolder.PLAN),
         recipe=recipe,
-        compiled=load_record(run / "compile.json", CompileRecord, "compile"),
-        parity=_read_optional(run / "parity.json", ParityRecord, "validate"),
-        bench=_read_optional(run / "bench.json", BenchRecord, "bench"),
-        quality=_read_optional(run / "quality.json", QualityRecord, "evaluate"),
-        search=_read_optional(run / "search.json", SearchRecord, "search"),
-        finetune=_read_optional(run / FINETUNE_FILE, FinetuneRecord, "finetune"),
-        build=_read_optional(run / "build.json", BuildRecord, "build"),
+        compiled=load_record(run / RunFolder.COMPILE, CompileRecord, "compile"),
+        parity=_read_optional(run / RunFolder.PARITY, ParityRecord, "validate"),
+        bench=_read_optional(run / RunFolder.BENCH, BenchRecord, "bench"),
+        quality=_read_optional(run / RunFolder.QUALITY, QualityRecord, "evaluate"),
+        search=_read_optional(run / RunFolder.SEARCH, SearchRecord, "search"),
+        finetune=_read_optional(run / RunFolder.FINETUNE, FinetuneRecord, "finetune"),
+        build=_read_optional(run / RunFolder.BUILD, BuildRecord, "build"),
         commands=tuple(commands),
     )
 

@@ -28,8 +28,6 @@ from treeq_export.records import (
 )
 from treeq_export.report.report import Report
 
-REPORT_FILE = "report.json"
-HTML_FILE = "report.html"
 PREFERRED_BASELINE = "ort_fp32"
 
 _SCORES = ("frechet_distance", "class_accuracy")

@@ -11,7 +11,8 @@ from rich.text import Text
 from treeq_export.records import BenchRecord, ParityRecord, QualityRecord, QualityScores
 from treeq_export.report import quantities
 from treeq_export.report.report import STAGE_OF_SECTION, Report, judge
-from treeq_export.report.summary import HTML_FILE, baseline_speedups, sort_worst_first
+from treeq_export.report.summary import baseline_speedups, sort_worst_first
+from treeq_export.run_folder import RunFolder
 
 NUM_WORST = 5
 _VERDICT_STYLES = {"passed": "bold green", "failed": "bold red", "incomplete": "bold yellow"}
@@ -190,4 +191,4 @@ def _print_gates(report: Report, console: Console) -> None:
     console.print(
         Text(f"{verdict.headline}{names}", _VERDICT_STYLES[verdict.state]), soft_wrap=True
     )
-    console.print(Text(f"Page: {report.run / HTML_FILE}"), soft_wrap=True)
+    console.print(Text(f"Page: {report.run / RunFolder.PAGE}"), soft_wrap=True)

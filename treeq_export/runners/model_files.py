@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from treeq_export.run_folder import RunFolder
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = f"{MODEL_FILE}.data"
 # What we write into the folder of a model; whatever else lies there is somebody else's.
@@ -10,7 +12,7 @@ OUR_FILES = (MODEL_FILE, DATA_FILE)
 
 def model_path(run: Path, target: str) -> Path:
     """Return DIR/onnx/<target>/model.onnx, of a target or the peer."""
-    return run / "onnx" / target / MODEL_FILE
+    return run / RunFolder.graph(target)
 
 
 def model_files(path: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.zoo import Denoiser
 from treeq_export.ops import MAX_BITS
 from treeq_export.plan import LayerPlan, Tensors
+from treeq_export.progress import OnStep
 from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.numerics import qlinear
 from treeq_export.quant.rotation import rotate
@@ -165,7 +166,7 @@ def choose_branches(
     network: Network,
     recipe: Recipe,
     statistics: Callable[[], Mapping[str, InputStatistics]],
-    on_step: Callable[[float], None],
+    on_step: OnStep,
 ) -> tuple[dict[str, BranchFormat], dict[str, list[BranchTrial]]]:
     """Return every layer's branch, and the trials that it was chosen from.
 

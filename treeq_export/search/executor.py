@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol, Self
 
+from treeq_export.progress import OnStep
 from treeq_export.search.journal import Journal
 
 Key = tuple[str, str, str]  # node, prefix, suffix
@@ -114,9 +115,7 @@ class Progress:
         before: The fraction at which measuring starts.
     """
 
-    def __init__(
-        self, expected: int, tally: Tally, on_step: Callable[[float], None], before: float
-    ) -> None:
+    def __init__(self, expected: int, tally: Tally, on_step: OnStep, before: float) -> None:
         self._expected = max(expected, 1)
         self._tally = tally
         self._on_step = on_step

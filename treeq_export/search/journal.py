@@ -26,7 +26,7 @@ from typing import Self
 
 from treeq_export.artefacts import make_folder
 from treeq_export.errors import OutputError, PlanError
-from treeq_export.sealed import Say, say_nothing
+from treeq_export.progress import Say, say_nothing
 
 BUSY_TIMEOUT_S = 5.0  # a killed owner needs a moment until it is gone
 _APPLICATION_ID = 0x54524551  # "TREQ", in the header of the file

@@ -22,9 +22,9 @@ from treeq_export.model.statistics import InputStatistics
 from treeq_export.model.trajectories import Rows, collect_rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.quant.spec import WeightFormat
 from treeq_export.recipe import Recipe
-from treeq_export.sealed import Say, say_nothing
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.measure.bank import LayerBank
 from treeq_export.search.measure.blocks import LinearSwitch, quantized_handlers
@@ -52,7 +52,7 @@ def prepare(
     session: Session,
     denoiser: Denoiser,
     statistics: Callable[[], Mapping[str, InputStatistics]],
-    on_step: Callable[[float], None],
+    on_step: OnStep,
     say: Say = say_nothing,
 ) -> None:
     """Write what the workers read; whole files of the same fingerprint are kept.
@@ -83,7 +83,7 @@ def prepare(
     ):
         return
 
-    def collect(num_rows: int, seed: int, on_step: Callable[[float], None]) -> Rows:
+    def collect(num_rows: int, seed: int, on_step: OnStep) -> Rows:
         return collect_rows(
             denoiser,
             recipe.sampler,

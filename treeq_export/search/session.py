@@ -4,12 +4,11 @@ A session is small and can be pickled: a Ray worker loads the checkpoint and ope
 files itself. All processes use the same number of threads, so that they measure the same values.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from treeq_export import __version__
+from treeq_export.artefacts import digest_of
 from treeq_export.plan import LayerPlan
 from treeq_export.recipe import Recipe
 from treeq_export.search.formats import make_templates
@@ -55,25 +54,22 @@ class Session:
     def weights_fingerprint(self) -> str:
         """Digest of everything that rows, clean outputs and weights depend on."""
         recipe, branches = self.recipe, self.network.branches
-        return _digest(
-            {
-                "version": __version__,
-                "checkpoint": self.checkpoint_sha256,
-                "model": recipe.model.model_dump(mode="json", exclude={"checkpoint"}),
-                "sampler": recipe.sampler.model_dump(mode="json"),
-                "calibrate": recipe.calibrate.model_dump(mode="json"),
-                "seed": recipe.seed,
-                "search": recipe.search.model_dump(mode="json", exclude=set(_IGNORED)),
-                "branches": {name: branches[name].model_dump() for name in sorted(branches)},
-            }
+        return digest_of(
+            version=__version__,
+            checkpoint=self.checkpoint_sha256,
+            model=recipe.model.model_dump(mode="json", exclude={"checkpoint"}),
+            sampler=recipe.sampler.model_dump(mode="json"),
+            calibrate=recipe.calibrate.model_dump(mode="json"),
+            seed=recipe.seed,
+            search=recipe.search.model_dump(mode="json", exclude=set(_IGNORED)),
+            branches={name: branch.model_dump() for name, branch in branches.items()},
         )
 
     def journal_fingerprint(self, noise: float) -> str:
         """Return the digest of everything that a measured value depends on beside its key."""
-        environment = encode(self.environment) if noise else ""
-        depends = {"weights": self.weights_fingerprint, "noise": noise, "environment": environment}
-        return _digest(depends | {"measure": _MEASURE})
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return digest_of(
+            weights=self.weights_fingerprint,
+            noise=noise,
+            environment=encode(self.environment) if noise else "",
+            measure=_MEASURE,
+        )

@@ -4,7 +4,7 @@
 `search/journal.sqlite`: a search that is killed goes on where it was.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from treeq_export.model.layers import discover
 from treeq_export.model.statistics import InputStatistics, collect_statistics
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import FORMAT_VERSION, ModelRecord, Plan, StrategyRecord, save_plan
+from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import Recipe, strategy_options
 from treeq_export.records import (
     SearchCost,
@@ -27,7 +28,7 @@ from treeq_export.records import (
     SearchRecord,
     save_record,
 )
-from treeq_export.sealed import Say, say_nothing
+from treeq_export.run_folder import RunFolder
 from treeq_export.search.branches import choose_branches
 from treeq_export.search.budget import CostModel, make_budget
 from treeq_export.search.estimate import estimate_cost
@@ -48,17 +49,13 @@ from treeq_export.search.network import Network, make_network
 from treeq_export.search.prepare import choose_batch_rows, prepare
 from treeq_export.search.ray_executor import RayExecutor
 from treeq_export.search.session import Session
-from treeq_export.search.store import FOLDER
 from treeq_export.search.strategies import STRATEGIES, Strategy
 from treeq_export.search.strategies.context import Measure, Outcome, SearchContext
 from treeq_export.search.strategies.uniform import uniform_configuration
 from treeq_export.search.tree import Configuration, describe, walk
 
-RECORD_FILE = "search.json"
 JOURNAL_FILE = "journal.sqlite"
 _BRANCHES, _PREPARED = 0.05, 0.1  # fractions of the progress bar at which these are done
-
-OnStep = Callable[[float], None]
 
 
 def run_search(
@@ -91,7 +88,7 @@ def run_search(
     with _threads(recipe.search.threads):
         plan, record = _Search(run, denoiser, checkpoint, recipe, on_step, say).execute()
     on_step(1.0)
-    save_record(run / RECORD_FILE, record)
+    save_record(run / RunFolder.SEARCH, record)
     return save_plan(run, plan)
 
 
@@ -137,7 +134,7 @@ class _Search:
         on_step: OnStep,
         say: Say,
     ) -> None:
-        self._folder = run / FOLDER
+        self._folder = run / RunFolder.SEARCH_FILES
         self._denoiser = denoiser
         self._checkpoint = checkpoint
         self._recipe = recipe

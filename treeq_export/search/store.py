@@ -22,10 +22,10 @@ from torch import Tensor
 from treeq_export.errors import PlanError
 from treeq_export.model.replay import Output
 from treeq_export.model.trajectories import Rows
+from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
-from treeq_export.sealed import Say, read_sealed_metadata, say_nothing, write_sealed_tensors
+from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
-FOLDER = "search"
 ROWS_FILE, FINAL_FILE = "rows.safetensors", "final.safetensors"
 CLEAN, NOISY, BRANCH = "clean.", "noisy.", "branch."  # what names of tensors begin with
 _REDO = "Remove the folder `search` of the run; the search then starts again."

@@ -10,6 +10,7 @@ from treeq_export.errors import PlanError, RunnerError, ServeError, TreeqError
 from treeq_export.model.zoo import Denoiser
 from treeq_export.recipe import Recipe
 from treeq_export.records.build import EngineManifest
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, read_manifest
 from treeq_export.runners.model_files import DATA_FILE, model_files, model_path
@@ -29,7 +30,6 @@ from treeq_served.settings import (
     SamplerSettings,
 )
 
-ENGINES_FOLDER = "engines"
 _LOOP_PACKAGES = ("torch", "diffusers")
 
 
@@ -192,7 +192,7 @@ def network_path(options: ServeOptions, version: int) -> str:
 
 
 def _find_engine(run: Path, options: ServeOptions) -> Path:
-    folder = run / ENGINES_FOLDER / options.runtime / options.target
+    folder = run / RunFolder.engine(options.runtime, options.target)
     gpus = sorted(path.name for path in folder.glob("sm_*") if (path / ENGINE_FILE).is_file())
     build = f"Run `treeq-export build --run {run} --runtime {options.runtime} --gpu GPU` first"
     if options.gpu is not None and options.gpu not in gpus:

@@ -15,7 +15,7 @@ wrote down of it.
 
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from treeq_export import __version__
 from treeq_export.artefacts import atomic_folder, remove_stale, sha256_of_file
 from treeq_export.errors import OutputError, ServeError
 from treeq_export.model.zoo import Denoiser
+from treeq_export.progress import OnStep
 from treeq_export.reading import read_text
 from treeq_export.recipe import Recipe
 from treeq_export.records import save_record
 from treeq_export.records.serve import ServedFile, ServeManifest
+from treeq_export.run_folder import RunFolder
 from treeq_export.serve.configs import render_configs, render_launch, render_model, render_readme
 from treeq_export.serve.lint import check_repository
 from treeq_export.serve.options import ServeOptions, check_place
@@ -53,7 +55,6 @@ from treeq_export.serve.served import (
 )
 from treeq_served.settings import SETTINGS_FILE, to_json
 
-TRITON_FOLDER = "triton"
 _CODE = Path(treeq_served.__path__[0])
 
 
@@ -82,7 +83,7 @@ def run_serve(
     *,
     out: Path | None = None,
     compiled: Mapping[str, str] | None = None,
-    on_step: Callable[[float], None] = lambda _: None,
+    on_step: OnStep = lambda _: None,
 ) -> ServedRepository:
     """Write a repository for a run, or add a version.
 
@@ -101,7 +102,7 @@ def run_serve(
         PlanError: A file is not the one that compile wrote.
         OutputError: The folder cannot be written to, or holds what serve did not write.
     """
-    root = (out or run / TRITON_FOLDER).absolute()
+    root = (out or run / RunFolder.TRITON).absolute()
     check_place(options.root or root)
     remove_stale(root.resolve().parent)  # puts back a repository that a killed process moved away
     old = None if options.add_version else find_repository(root)
@@ -231,7 +232,7 @@ def _list_files(folder: Path, parts: Iterable[str]) -> list[Path]:
     return sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
 
 
-def _add_version(root: Path, served: Served, on_step: Callable[[float], None]) -> ServedRepository:
+def _add_version(root: Path, served: Served, on_step: OnStep) -> ServedRepository:
     """Add the next version of every model to a repository.
 
     Raises:

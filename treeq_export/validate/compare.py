@@ -18,7 +18,7 @@ the rotation or the rms moves it across; equal-code fractions just below 1 are t
 codes the int32 sums have to be equal bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import nn
 
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of, quantized_layers
+from treeq_export.progress import OnStep
 from treeq_export.quant.metrics import equal_code_fraction, max_abs_error, sqnr_db
 from treeq_export.records import LayerParity
 from treeq_export.runners.graph_file import runnable
@@ -158,7 +159,7 @@ def _run_inside(run: Path, way: Way, sites: Sequence[LayerSite], trace: Trace) -
 
 
 def count_steps(
-    layers: Iterable[LayerParity], before: int, total: int, on_step: Callable[[float], None]
+    layers: Iterable[LayerParity], before: int, total: int, on_step: OnStep
 ) -> Iterator[LayerParity]:
     """Yield comparisons and tell after each which fraction of all is done.
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from treeq_export.errors import PlanError
 from treeq_export.records import ParityRecord, load_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.validate.junit import NETWORK
-from treeq_export.validate.stage import RECORD_FILE
 
 _ROUNDING_DB = 100.0
 
@@ -40,13 +40,14 @@ def load_earlier(run: Path, batch_size: int, seed: int) -> ParityRecord:
     Raises:
         PlanError: The run was not validated, its record is malformed, or it has other inputs.
     """
-    record = load_record(run / RECORD_FILE, ParityRecord, "validate")
+    record = load_record(run / RunFolder.PARITY, ParityRecord, "validate")
     for key, expected in (("batch_size", batch_size), ("seed", seed)):
         received = getattr(record, key)
         if received != expected:
             raise PlanError(
-                f"{run / RECORD_FILE}: received {key} {received}, expected {expected} as in this "
-                "run. Set validate.batch_size and seed alike, and validate the other run again."
+                f"{run / RunFolder.PARITY}: received {key} {received}, expected {expected} as in "
+                "this run. "
+                "Set validate.batch_size and seed alike, and validate the other run again."
             )
     return record
 

@@ -1,6 +1,6 @@
 """The validate stage: every target of a run, layer by layer and as a whole."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Plan
+from treeq_export.progress import OnStep
 from treeq_export.recipe import ValidateSection
 from treeq_export.records import ParityRecord, TargetParity, save_record
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_meta import load_layers
 from treeq_export.runners.model_files import model_path
 from treeq_export.runners.reference_trace import make_reference
 from treeq_export.targets.table import different_ways
 from treeq_export.validate.compare import compare_compiled, count_steps
 from treeq_export.validate.gates import judge
-
-RECORD_FILE = "parity.json"
 
 
 def run_validate(
@@ -28,7 +28,7 @@ def run_validate(
     targets: Iterable[str],
     section: ValidateSection,
     seed: int,
-    on_step: Callable[[float], None],
+    on_step: OnStep,
 ) -> ParityRecord:
     """Compare every target with the reference and write `parity.json`.
 
@@ -60,5 +60,5 @@ def run_validate(
         layers = list(count_steps(compared, index * num, len(ways) * num, on_step))
         entries.append(judge(reference, way, output, layers, section.gates))
     record = ParityRecord(batch_size=section.batch_size, seed=seed, targets=entries)
-    save_record(run / RECORD_FILE, record)
+    save_record(run / RunFolder.PARITY, record)
     return record
