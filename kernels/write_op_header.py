@@ -4,7 +4,8 @@ python kernels/write_op_header.py
 """
 
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,11 +19,18 @@ LIMITS = ("MIN_BITS", "MAX_BITS", "PACK_WORD", "MAX_ROTATION", "MAX_IN_FEATURES"
 FIELDS = {int: ("int32_t", "INT"), float: ("float", "REAL"), str: ("int32_t", "SCALE")}
 
 
+def fill(members: Iterable[str]) -> list[str]:
+    """Return lines of an enum's members, each of them whole."""
+    text = ", ".join(member.replace(" ", "\0") for member in members)
+    lines = textwrap.wrap(text + ",", width=100, initial_indent="  ", subsequent_indent="  ")
+    return [line.replace("\0", " ") for line in lines]
+
+
 def enumerate_names(kind: str, prefix: str, numbers: dict[str, int]) -> Iterator[str]:
     """Yield an enum, and the array of its names by number."""
     members = sorted(numbers.items(), key=lambda item: item[1])
     yield "typedef enum {"
-    yield from (f"  TREEQ_{prefix}_{name.upper()} = {number}," for name, number in members)
+    yield from fill(f"TREEQ_{prefix}_{name.upper()} = {number}" for name, number in members)
     names = ", ".join(f'"{name}"' for name, _ in members)
     yield from (f"}} treeq_{kind};", f"#define TREEQ_{prefix}_NAMES {{{names}}}", "")
 
@@ -32,9 +40,7 @@ def describe(op: ops.OpDefinition, prefix: str) -> Iterator[str]:
     yield f'#define {prefix} "{op.name}"'
     positions = [f"{prefix}_{name.upper()}" for name in op.inputs]
     counts = [f"{prefix}_INPUTS", f"{prefix}_REQUIRED = {op.num_required}"]
-    yield "enum {"
-    yield from (f"  {name}," for name in (*positions, *counts))
-    yield from ("};", "")
+    yield from ("enum {", *fill((*positions, *counts)), "};", "")
 
 
 def header() -> str:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.hand_layers import make_format
+from tests.kernels.cpu_monarch import CpuMonarch
 from treeq_export.errors import RunnerError
 from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.quant import numerics
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
-from treeq_export.runners.cpu_kernels import CpuMonarch, CpuQLinear, load_kernels, read_isa
+from treeq_export.runners.cpu_kernels import CpuQLinear, load_kernels, read_isa
 
 ISAS = ("avx512vnni", "avx2", "neon", "portable")
 SCALES: tuple[ActScale, ...] = ("token_rms", "token_absmax", "tensor_static")

@@ -12,11 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.kernels.cpu_monarch import CpuMonarch
 from tests.kernels.test_cpu_qlinear import AVAILABLE, Case, make_case
 from treeq_export.errors import RunnerError
 from treeq_export.ops import FUSED, QLINEAR
 from treeq_export.quant.packing import pack
-from treeq_export.runners.cpu_kernels import KERNELS_LIBRARY, ORT_LIBRARY, CpuMonarch, find_library
+from treeq_export.runners.cpu_kernels import KERNELS_LIBRARY, ORT_LIBRARY, find_library
 from treeq_export.runners.ort_runner import OrtRunner
 
 NODE = "blocks.3.mlp.fc1"

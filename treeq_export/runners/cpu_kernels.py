@@ -82,10 +82,6 @@ class _Parallel(ctypes.Structure):
     _fields_ = (("parallel_for", _PARALLEL_FOR), ("context", ctypes.c_void_p))
 
 
-def _array(dtype: Any) -> Any:
-    return np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS")
-
-
 @cache
 def load_kernels(path: Path | None = None) -> ctypes.CDLL:
     """Return the loaded library.
@@ -142,14 +138,23 @@ def read_isa() -> str:
         RunnerError: TREEQ_ISA names one that is unknown or missing.
     """
     name: bytes | None = load_kernels().treeq_isa()
-    _check(_BAD_ISA if name is None else 0, "treeq kernels")
+    check_status(_BAD_ISA if name is None else 0, "treeq kernels")
     return (name or b"").decode()
 
 
 _BAD_ISA = 10
 
 
-def _check(status: int, name: str) -> None:
+def check_status(status: int, name: str) -> None:
+    """Check what a function of the library returned.
+
+    Args:
+        status: The status.
+        name: What to name in the message.
+
+    Raises:
+        RunnerError: The status is none of success.
+    """
     if status:
         message = load_kernels().treeq_status_message(status).decode()
         raise RunnerError(f"{name}: the CPU kernels refuse it: {message}.")
@@ -221,7 +226,7 @@ class CpuQLinear:
         pointers = [_pointer(array) for array in self._arrays]
         library = load_kernels()
         status = library.treeq_qlinear_create(self._config, *pointers, self._layer)
-        _check(status, self.name)
+        check_status(status, self.name)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,7 +256,7 @@ class CpuQLinear:
             _pointer(y),
             None if parallel is None else ctypes.byref(parallel),
         )
-        _check(status, self.name)
+        check_status(status, self.name)
         return y
 
     def run_fused(
@@ -317,7 +322,7 @@ class CpuQLinear:
         parallel = _parallel(pool)
         extras = (ctypes.byref(fusion), None if parallel is None else ctypes.byref(parallel))
         status = load_kernels().treeq_qlinear_run_fused(self._layer, _pointer(x), m, y, *extras)
-        _check(status, self.name)
+        check_status(status, self.name)
         return outputs
 
     def inspect(
@@ -330,7 +335,7 @@ class CpuQLinear:
         sums = np.empty((len(x), self.layer.num_groups, self.out_features), np.int32)
         outputs = (_pointer(codes), _pointer(scales), _pointer(sums))
         status = load_kernels().treeq_qlinear_inspect(self._layer, _pointer(x), len(x), *outputs)
-        _check(status, self.name)
+        check_status(status, self.name)
         return codes, scales, sums
 
     def _check_input(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -350,46 +355,3 @@ class CpuQLinear:
                 f"{self.name}: {what} is {array.dtype} {array.shape}, expected float32 {shape}."
             )
         return np.ascontiguousarray(array)
-
-
-class CpuMonarch:
-    """A Monarch branch of its own in the CPU kernels.
-
-    Args:
-        r: (b_in, K/b_in, b_out r) float32.
-        l_factor: (b_out, b_in r, N/b_out) float32.
-        name: For messages.
-    """
-
-    def __init__(
-        self,
-        r: NDArray[np.float32],
-        l_factor: NDArray[np.float32],
-        name: str = "treeq_monarch",
-    ) -> None:
-        self.name = name
-        self._factors = np.ascontiguousarray(r), np.ascontiguousarray(l_factor)
-        self.in_features = r.shape[0] * r.shape[1]
-        self.out_features = l_factor.shape[0] * l_factor.shape[2]
-        self._grid = (len(r), len(l_factor), r.shape[2] // len(l_factor))
-        self._branch = ctypes.c_void_p()
-
-    def __enter__(self) -> Self:
-        pointers = [_pointer(factor) for factor in self._factors]
-        sizes = (self.in_features, self.out_features, *self._grid)
-        _check(load_kernels().treeq_monarch_create(*sizes, *pointers, self._branch), self.name)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        load_kernels().treeq_monarch_destroy(self._branch)
-        self._branch = ctypes.c_void_p()
-
-    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return M x (M, N) of x (M, K)."""
-        x = np.ascontiguousarray(x, np.float32)
-        y = np.empty((len(x), self.out_features), np.float32)
-        status = load_kernels().treeq_monarch_run(
-            self._branch, _pointer(x), len(x), _pointer(y), None
-        )
-        _check(status, self.name)
-        return y

@@ -80,25 +80,6 @@ def linear_workspace_bytes(layer: LayerFormat, most: int, num_sms: int = MAX_SMS
     return max(choose.workspace_bytes(m, n, k, bits, group, num_sms) for m in rows)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One entry of kernels.json, loaded.
-
-    Attributes:
-        name: The instantiation.
-        handle: The driver's handle.
-        params: (name, type) of every argument, hidden ones last.
-        num_threads: Threads of a block.
-        shared_bytes: Dynamic shared memory of a block.
-    """
-
-    name: str
-    handle: Any
-    params: tuple[tuple[str, str], ...]
-    num_threads: int
-    shared_bytes: int
-
-
 class KernelFolder:
     """The kernels of a folder for the current GPU, each loaded at its first launch.
 
@@ -121,7 +102,7 @@ class KernelFolder:
         manifest = read_manifest(folder)
         self.architecture = pick_architecture(folder, manifest, major, minor)
         self._entries = {entry.name: entry for entry in manifest if entry.arch == self.architecture}
-        self._kernels: dict[str, Kernel] = {}
+        self._handles: dict[str, Any] = {}
 
     def launch(self, name: str, grid: Grid, values: Mapping[str, Number], stream: int) -> None:
         """Put one kernel into a stream.
@@ -135,20 +116,22 @@ class KernelFolder:
         Raises:
             RunnerError: The kernel is not in the folder, or the driver refuses.
         """
-        kernel = self._kernels.get(name) or self._load(name)
-        self._call(
-            "cuLaunchKernel",
-            *(self._driver.CUfunction(int(kernel.handle)), *grid, kernel.num_threads, 1, 1),
-            *(kernel.shared_bytes, stream, pack_arguments(kernel, values), 0),
-        )
-
-    def _load(self, name: str) -> Kernel:
         entry = self._entries.get(name)
         if entry is None:
             raise RunnerError(
                 f"{self.folder}: no kernel {name} for {self.architecture}. Run `python -m "
                 f"treeq_gpu.ahead --out {self.folder} --arch {self.architecture}`."
             )
+        if name not in self._handles:
+            self._handles[name] = self._load(entry)
+        self._call(
+            "cuLaunchKernel",
+            *(self._driver.CUfunction(int(self._handles[name])), *grid, entry.num_warps * _WARP),
+            *(1, 1, entry.shared_bytes, stream, pack_arguments(entry, values), 0),
+        )
+
+    def _load(self, entry: "CubinEntry") -> Any:
+        """Return the driver's handle of a kernel."""
         remedy = f"Run `python -m treeq_gpu.ahead --out {self.folder}` again."
         data = read_bytes(self.folder / entry.file, error=RunnerError, remedy=remedy)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -162,10 +145,7 @@ class KernelFolder:
             attribute = self._driver.CUfunction_attribute
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call("cuKernelSetAttribute", most, shared, handle, self._device)
-        params = tuple(entry.params)
-        kernel = Kernel(name, handle, params, entry.num_warps * _WARP, shared)
-        self._kernels[name] = kernel
-        return kernel
+        return handle
 
     def _attribute(self, attribute: Any) -> int:
         return int(self._call("cuDeviceGetAttribute", attribute, self._device))
@@ -240,7 +220,7 @@ def pick_architecture(folder: Path, manifest: list[CubinEntry], major: int, mino
 
 
 def pack_arguments(
-    kernel: Kernel, values: Mapping[str, Number]
+    kernel: CubinEntry, values: Mapping[str, Number]
 ) -> tuple[tuple[Number, ...], tuple[Any, ...]]:
     """Return values and C types in the kernel's order; hidden scratch pointers are null.
 
