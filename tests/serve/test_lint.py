@@ -201,7 +201,6 @@ SERVER_SAYS: list[tuple[str, Edit, bool]] = [
     ("tensors-are-stated", BAD_DIMS, False),
     ("warmup-inputs", add("model_warmup { batch_size: 1 }"), False),
     ("warmup-values", add(VAE_WARMUP % WARMUP_VALUE.replace("[4", "[1, 4")), False),
-    ("warmup-runs", add((VAE_WARMUP % WARMUP_VALUE).replace("batch_size: 1", "")), True),
     ("op-library", add('model_operations { op_library_filename: "/none.so" }'), True),
 ]
 

@@ -147,18 +147,6 @@ WRONG = [
         "received max_queue_delay_microseconds 201",
         ("denoiser", "microseconds: 200", "microseconds: 201"),
     ),
-    wrong(
-        "warmup-runs",
-        "skips the sample",
-        ("denoiser", "batch_size: 1\n", "\n"),
-        also="warmup-covers-profile",
-    ),
-    wrong(
-        "warmup-runs",
-        "received batch_size 16, expected at most 8",
-        ("denoiser", "batch_size: 8\n  inputs", "batch_size: 16\n  inputs"),
-        also="warmup-covers-profile",
-    ),
     wrong("warmup-inputs", "received no latents", add("model_warmup { batch_size: 1 }")),
     wrong(
         "warmup-inputs",

@@ -39,7 +39,6 @@ CONFIG_RULES: tuple[Callable[[Config], Remarks], ...] = (
     models.queue_delay,
     models.variant_is_same_model,
     tensors.tensors_are_stated,
-    tensors.warmup_runs,
     tensors.warmup_inputs,
     tensors.warmup_values,
     tensors.warmup_covers_profile,

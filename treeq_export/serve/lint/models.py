@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treeq_export.serve.lint.read import Config, Remark, Remarks, enum_name
-from treeq_served.settings import DENOISER
+from treeq_served.settings import DENOISER, SAMPLER
 
 MAX_DELAY_US = 200  # a bls sampler pays the denoiser's delay at every step
 _CPU = "cpu"  # the variant for machines without a GPU
@@ -116,8 +116,8 @@ def queue_delay(config: Config) -> Remarks:
     delay = config.message.dynamic_batching.max_queue_delay_microseconds
     if config.folder.name != DENOISER or delay <= MAX_DELAY_US:
         return
-    siblings = [config.sibling(name) for name in config.folder.repository.folders]
-    if any(other is not None and other.parameter("treeq_mode") == "bls" for other in siblings):
+    sampler = config.sibling(SAMPLER)
+    if sampler is not None and sampler.parameter("treeq_mode") == "bls":
         yield config.remark(
             f"dynamic_batching: received max_queue_delay_microseconds {delay}, expected "
             f"0..{MAX_DELAY_US}: the bls sampler waits that long at every step. "
@@ -131,11 +131,8 @@ def variant_is_same_model(config: Config) -> Remarks:
     if main is None or not config.variant:
         return
     for name in ("name", "max_batch_size", "input", "output"):
-        received, expected = getattr(config.message, name), getattr(main.message, name)
-        if received != expected:
-            shown = name in ("name", "max_batch_size")
-            what = f"received {received}, expected {expected}" if shown else "received others"
+        if getattr(config.message, name) != getattr(main.message, name):
             yield config.remark(
-                f"{name}: {what}, as in config.pbtxt: a client has to find the same model. "
-                f"Copy {name} from there."
+                f"{name}: received another than in config.pbtxt, expected the same: a client has "
+                f"to find the same model. Copy {name} from there."
             )

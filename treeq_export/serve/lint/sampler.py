@@ -117,12 +117,6 @@ def sampler_outputs(config: Config) -> Remarks:
                 f'output "image": received {kind}, dims {dims}, expected TYPE_UINT8, dims '
                 "[height, width, 1 or 3]: clients write it as a picture. Write that."
             )
-    for name, expected in (("latents", "TYPE_FP32"), ("step", "TYPE_INT32")):
-        if name in outputs and _describe(outputs[name])[0] != expected:
-            yield config.remark(
-                f'output "{name}": received {_describe(outputs[name])[0]}, expected {expected}. '
-                "Write that."
-            )
 
 
 def sampler_fits_denoiser(config: Config) -> Remarks:

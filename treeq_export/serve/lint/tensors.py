@@ -46,22 +46,6 @@ def _samples(config: Config) -> Iterator[tuple[str, Any]]:
         yield (f'model_warmup "{sample.name}"' if sample.name else f"model_warmup {index}"), sample
 
 
-def warmup_runs(config: Config) -> Remarks:
-    """Every sample has a batch size of 1 to max_batch_size, and so is run."""
-    limit = max(config.message.max_batch_size, 1)
-    for where, sample in _samples(config):
-        if sample.batch_size < 1:
-            yield config.remark(
-                f"{where}: received batch_size 0, or none, expected 1 to {limit}: the server "
-                "skips the sample without a word. Write batch_size: 1."
-            )
-        elif sample.batch_size > limit:
-            yield config.remark(
-                f"{where}: received batch_size {sample.batch_size}, expected at most {limit}, "
-                "which is max_batch_size: the model would not load. Write a smaller one."
-            )
-
-
 def warmup_inputs(config: Config) -> Remarks:
     """Every sample has all required inputs and no other."""
     inputs = config.tensors("input")
