@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from treeq_export.ops import LayerFormat
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER, find_grid, grid_attributes
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
@@ -58,16 +59,20 @@ class HandLayer:
         rank: int = 3,
         name: str = "blocks.0.fc",
         seed: int = 0,
+        grid: str = INTEGER.name,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.name, self.rotation_group, self.group_size = name, rotation_group, group_size
         self.weight_bits, self.rank = weight_bits, rank
-        self.activation = ActivationFormat.model_validate({"bits": act_bits, "scale": act_scale})
+        self.grid = find_grid(grid)
+        self.activation = ActivationFormat.model_validate(
+            {"bits": act_bits, "scale": act_scale, "grid": grid}
+        )
         self.step = numerics.activation_step(self.activation)
         if self.activation.scale.is_static:
-            self.step = float(np.float32(1.1 * numerics.GAUSSIAN_STEP[act_bits or 0]))
-        qmin, qmax = numerics.code_range(weight_bits)
-        self.codes = rng.integers(qmin, qmax + 1, (n, k)).astype(np.int8)
+            self.step = float(np.float32(1.1 * self.grid.gaussian_step[act_bits or 0]))
+        levels = self.grid.levels(weight_bits)
+        self.codes = levels[rng.integers(0, len(levels), (n, k))]
         num_groups = k // group_size if group_size else 1
         self.weight_scale = rng.uniform(0.01, 0.03, (n, num_groups)).astype(np.float32)
         self.bias = rng.standard_normal(n).astype(np.float32) if bias else None
@@ -110,7 +115,7 @@ class HandLayer:
         assert self.step is not None
         rotated = rotate(self.x, self.rotation_group)
         scale = numerics.activation_scale(rotated, self.activation.scale, self.step)
-        return numerics.quantize_activation(rotated, scale, self.activation.bits)
+        return numerics.quantize_activation(rotated, scale, self.activation.bits, self.grid)
 
     @property
     def expected_sums(self) -> NDArray[np.int32]:
@@ -120,7 +125,7 @@ class HandLayer:
     def make_node(self, x: ir.Value) -> tuple[ir.Node, list[ir.Value]]:
         """Return a `treeq::QLinear` node as the exporter writes it, and its initializers."""
         arrays = {
-            "planes": pack(self.codes, self.weight_bits),
+            "planes": pack(self.codes, self.weight_bits, self.grid),
             "weight_scale": self.weight_scale,
             "bias": self.bias,
         }
@@ -132,7 +137,7 @@ class HandLayer:
         node = ir.node(
             "QLinear",
             [x, *values],
-            attributes=self.format.attributes(),
+            attributes=self.format.attributes() | grid_attributes(self.grid.name, self.grid.name),
             domain="treeq",
             version=1,
         )

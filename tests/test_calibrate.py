@@ -20,8 +20,9 @@ from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, TreePath, load_plan, load_tensors
 from treeq_export.quant.branch import dense_branch
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.quant.numerics import GAUSSIAN_STEP, code_range, dequantize_weight
+from treeq_export.quant.numerics import dequantize_weight
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.scales import fit_tensor_scale
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
@@ -178,14 +179,14 @@ def test_seed_moves_no_tensor_of_token_scales(compiled_dit: Any, tmp_path: Path)
     assert calibrate(compiled_dit, tmp_path / "other", seed=1) == written
     for layer in compiled_dit.plan.layers:
         step = compiled_dit.tensors[f"{layer.name}.activation_step"]
-        assert step == np.float32(GAUSSIAN_STEP[4])
+        assert step == np.float32(INTEGER.gaussian_step[4])
 
 
 def test_tensors_have_the_plan_s_shapes(static_run: Any):
     plan = load_plan(static_run.run, static_run.checkpoint.sha256)
     assert plan.tensors_sha256 is not None
     tensors = load_tensors(static_run.run, plan)
-    qmin, qmax = code_range(4)
+    qmin, qmax = INTEGER.ends(4)
     for layer in plan.layers:
         codes = tensors[f"{layer.name}.codes"]
         assert codes.dtype == np.int8

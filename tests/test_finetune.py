@@ -26,7 +26,7 @@ from treeq_export.model.quantized import quantize_model, quantized_layers
 from treeq_export.model.sampler import sample
 from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.plan import load_plan, load_tensors
-from treeq_export.quant.numerics import code_range
+from treeq_export.quant.grids import INTEGER
 from treeq_export.recipe import FinetuneSection, SamplerSection
 from treeq_export.records import FinetuneRecord, load_record
 from treeq_export.run_folder import RunFolder
@@ -150,7 +150,7 @@ class TestStudent:
 
     def test_latents_move_codes_one_cell_at_a_time(self, tiny: Any) -> None:
         student = make_student(tiny.denoiser, tiny.plan, tiny.tensors, frozenset({"codes"}))
-        qmin, qmax = code_range(3)
+        qmin, qmax = INTEGER.ends(3)
         module = trainable_layers(student)[tiny.plan.layers[0].name]
         latent, before = module.trained["codes"], module.export()["codes"]
         assert np.array_equal(latent.detach().numpy(), before)

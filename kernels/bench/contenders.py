@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from treeq_export.ops import ActScale, LayerFormat
-from treeq_export.quant.numerics import activation_step, code_range
+from treeq_export.quant.grids import INTEGER
+from treeq_export.quant.numerics import activation_step
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
 from treeq_export.runners.cpu_kernels import CpuQLinear
@@ -59,7 +60,7 @@ def open_contenders(k: int, n: int, seed: int) -> Iterator[dict[str, Call]]:
 
 
 def _make_treeq(k: int, n: int, bits: int, bias: Array, rng: np.random.Generator) -> CpuQLinear:
-    low, high = code_range(bits)
+    low, high = INTEGER.ends(bits)
     codes = rng.integers(low, high + 1, (n, k)).astype(np.int8)
     activation = ActivationFormat(bits=bits, scale=ActScale.for_bits(bits))
     step = activation_step(activation) or 0.0

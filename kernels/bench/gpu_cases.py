@@ -8,7 +8,8 @@ from torch import Tensor
 from treeq_gpu import launch
 
 from treeq_export.ops import ActScale, LayerFormat
-from treeq_export.quant.numerics import activation_step, code_range
+from treeq_export.quant.grids import INTEGER
+from treeq_export.quant.numerics import activation_step
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
 
@@ -137,7 +138,7 @@ class Layer:
 def make_layer(fmt: Format, k: int, n: int, device: torch.device, seed: int) -> Layer:
     """Return a layer of random codes."""
     rng = np.random.default_rng(seed)
-    low, high = code_range(fmt.weight_bits)
+    low, high = INTEGER.ends(fmt.weight_bits)
     codes = rng.integers(low, high + 1, (n, k)).astype(np.int8)
     scale = 1.0 / (np.sqrt(k) * float(codes.std()))
     return Layer(

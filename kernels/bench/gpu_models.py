@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from treeq_export.model.families.dit import DiTDenoiser
 from treeq_export.model.quantized import put_module
 from treeq_export.plan import LayerPlan, TreePath
-from treeq_export.quant.numerics import code_range
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.spec import BranchFormat, WeightFormat
 from treeq_export.runners.gpu_layers import GpuQLinear, SharedCodes
 
@@ -96,7 +96,7 @@ def random_layer(
     )
     low, high = -(1 << 31), (1 << 31) - 1
     words = -(-k // 32)
-    spread = (code_range(fmt.weight_bits)[1] + 1) / 3**0.5  # of uniform codes
+    spread = (INTEGER.ends(fmt.weight_bits)[1] + 1) / 3**0.5  # of uniform codes
     tensors: dict[str, Tensor | None] = {
         "planes": torch.randint(
             low,

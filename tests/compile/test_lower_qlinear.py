@@ -11,7 +11,7 @@ from treeq_export.compile.bodies.storage import zero_points
 from treeq_export.compile.graph.signature import read_signature
 from treeq_export.compile.passes.lower_qlinear import LowerQLinear
 from treeq_export.errors import CompileError
-from treeq_export.quant.numerics import code_range
+from treeq_export.quant.grids import INTEGER
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.targets.table import TARGETS as ALL_TARGETS
 
@@ -88,10 +88,10 @@ def test_no_pair_of_products_leaves_16_bits(
             continue
         codes = np.array([0, 255])
         if zeros.codes.dtype == np.uint8:
-            codes = np.array(code_range(act_bits)) + int(zeros.codes)
+            codes = np.array(INTEGER.ends(act_bits)) + int(zeros.codes)
         assert codes.min() >= 0
         assert codes.max() <= 255
-        weights = np.array(code_range(weight_bits))
+        weights = np.array(INTEGER.ends(weight_bits))
         for activations in (codes, codes - 128):
             pairs = 2 * np.outer(activations, weights)
             assert pairs.min() >= -32768

@@ -16,6 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.packing import pack
 
 triton = pytest.importorskip("triton")
@@ -96,7 +97,7 @@ def make_product(
 ) -> Product:
     """Return operands with codes over the whole range of 8 and `weight_bits` bits."""
     rng = np.random.default_rng(m * n + k + weight_bits)
-    qmin, qmax = numerics.code_range(weight_bits)
+    qmin, qmax = INTEGER.ends(weight_bits)
     q_x = rng.integers(-128, 128, (m, k)).astype(np.int8)
     q_w = rng.integers(qmin, qmax + 1, (n, k)).astype(np.int8)
     num_groups = k // group_size if group_size else 1

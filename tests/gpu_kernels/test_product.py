@@ -12,6 +12,7 @@ from treeq_gpu.instantiations import INSTANTIATIONS, Instantiation
 from tests.gpu_kernels.conftest import assert_as_exact_as_torch, deinterleave, make_product
 from tests.hand_layers import make_format
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.packing import pack
 from treeq_export.quant.spec import ActivationFormat
 
@@ -116,7 +117,7 @@ def test_layer_equals_reference(
         addend = addend.to(type_)
     layer = make_format(
         act_bits=3,
-        act_step=numerics.GAUSSIAN_STEP[3],
+        act_step=INTEGER.gaussian_step[3],
         rotation_group=8 if k < 128 else 128,
         group_size=group_size,
         in_features=k,

@@ -12,6 +12,7 @@ from tests.gpu_kernels.conftest import deinterleave, interleave
 from tests.hand_layers import make_format
 from treeq_export.ops import ActScale
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.rotation import rotate
 
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +59,7 @@ def test_codes_and_scales_equal_reference(instantiation: Instantiation, gpu: Mod
     x = torch.from_numpy(rng.standard_normal((21, k)).astype(np.float32))
     x[3], x[5, 7], x[20] = 0, 30, x[20] * 1e-4
     x = x.to(TORCH_TYPES[instantiation.dtype])
-    step = {"static": 0.7, "rms": numerics.GAUSSIAN_STEP[3], "absmax": 1 / 127}[act_scale.statistic]
+    step = {"static": 0.7, "rms": INTEGER.gaussian_step[3], "absmax": 1 / 127}[act_scale.statistic]
 
     layer = make_format(
         act_bits=bits, act_scale=act_scale, act_step=step, rotation_group=group, in_features=k
@@ -75,7 +76,7 @@ def test_codes_and_scales_equal_reference(instantiation: Instantiation, gpu: Mod
 )
 def test_shapes_of_networks(m: int, k: int, group: int, gpu: ModuleType):
     x = torch.from_numpy(np.random.default_rng(k).standard_normal((m, k)).astype(np.float16))
-    step = numerics.GAUSSIAN_STEP[4]
+    step = INTEGER.gaussian_step[4]
 
     layer = make_format(act_step=step, rotation_group=group, in_features=k)
     codes, scale = gpu.quantize_tokens(x, layer)

@@ -19,6 +19,7 @@ from tests.kernels.cpu_monarch import CpuMonarch
 from treeq_export.errors import RunnerError
 from treeq_export.ops import ActScale, LayerFormat
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.packing import pack
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
@@ -121,7 +122,7 @@ def make_case(
 ) -> Case:
     """Return a random case; branch is (b_in, b_out, r)."""
     rng = np.random.default_rng(seed)
-    qmin, qmax = numerics.code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     activation = ActivationFormat(bits=act_bits, scale=scale if act_bits else "none")
     step = numerics.activation_step(activation) or (0.1 if act_bits else None)
     factors = None
@@ -330,7 +331,7 @@ def test_largest_products_do_not_saturate(monkeypatch: pytest.MonkeyPatch):
     for bits in range(2, 9):
         for act_bits in range(2, 9):
             case = make_case(2, 64, 33, bits=bits, act_bits=act_bits, scale="tensor_static")
-            low, high = numerics.code_range(bits)
+            low, high = INTEGER.ends(bits)
             case.codes[:] = high
             case.codes[::2] = low
             case.x[0], case.x[1] = 1e6, -1e6
@@ -338,7 +339,7 @@ def test_largest_products_do_not_saturate(monkeypatch: pytest.MonkeyPatch):
                 monkeypatch.setenv("TREEQ_ISA", isa)
                 with case.open() as layer:
                     codes, _, sums = layer.inspect(case.x)
-                assert {codes[0, 0], codes[1, 0]} == set(numerics.code_range(act_bits))
+                assert {codes[0, 0], codes[1, 0]} == set(INTEGER.ends(act_bits))
                 np.testing.assert_array_equal(sums, numerics.accumulate(codes, case.codes))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.test_cpu_qlinear import AVAILABLE, Case
-from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.spec import ActivationFormat
 
 # A pair of products is added up in 16 bits so often as fits; this is a little more than twice that.
@@ -15,8 +15,8 @@ def extreme_case(bits: int, act_bits: int, m: int, *, sign: int) -> Case:
     """Return a layer whose weight codes all are the largest, for inputs beyond the clip."""
     steps = INT16 // (2 * (2**bits - 1) * 2 ** (act_bits - 1))
     k = 8 * (steps + 1) + 5
-    codes = np.full((33, k), numerics.code_range(bits)[1], np.int8)
-    codes[1] = numerics.code_range(bits)[0]
+    codes = np.full((33, k), INTEGER.ends(bits)[1], np.int8)
+    codes[1] = INTEGER.ends(bits)[0]
     return Case(
         codes=codes,
         weight_scale=np.ones((33, 1), np.float32),
@@ -34,7 +34,7 @@ def extreme_case(bits: int, act_bits: int, m: int, *, sign: int) -> Case:
 @pytest.mark.parametrize("act_bits", range(2, 9))
 def test_no_sum_is_cut_off(isa: str, act_bits: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TREEQ_ISA", isa)
-    low, high = numerics.code_range(act_bits)
+    low, high = INTEGER.ends(act_bits)
     for bits in range(2, 9):
         for m, sign in ((1, -1), (2, -1), (13, -1), (7, 1)):
             case = extreme_case(bits, act_bits, m, sign=sign)

@@ -23,6 +23,7 @@ from treeq_export.plan import (
 )
 from treeq_export.quant import numerics
 from treeq_export.quant.branch import apply_branch, dense_branch
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 
@@ -58,7 +59,7 @@ def make_layer(
 def make_tensors(layer: LayerPlan, seed: int = 0) -> Tensors:
     rng = np.random.default_rng(seed)
     n, k = layer.out_features, layer.in_features
-    qmin, qmax = numerics.code_range(layer.weight.bits)
+    qmin, qmax = INTEGER.ends(layer.weight.bits)
     groups = k // (layer.weight.group_size or k)
     tensors: Tensors = {
         "codes": rng.integers(qmin, qmax + 1, (n, k)).astype(np.int8),
@@ -361,7 +362,7 @@ def test_gradient_of_the_input_is_straight_through_inside_the_range_and_zero_out
     (module(x) * weights).sum().backward()
     w_hat = torch.from_numpy(numerics.dequantize_weight(tensors["codes"], tensors["weight_scale"]))
     step = float(tensors["activation_step"][0])
-    qmin, qmax = numerics.code_range(3)
+    qmin, qmax = INTEGER.ends(3)
     inside = (x.detach() / step > qmin) & (x.detach() / step < qmax)
     assert 0.02 < inside.float().mean() < 0.98
     expected = torch.where(inside, weights @ w_hat, 0.0)

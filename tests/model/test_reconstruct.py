@@ -15,7 +15,7 @@ from treeq_export.model.reconstruct import BlockCall, SoftLinear, reconstruct_bl
 from treeq_export.model.trajectories import collect_rows, predict
 from treeq_export.plan import load_tensors
 from treeq_export.quant.branch import dense_branch
-from treeq_export.quant.numerics import code_range
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.rotation import rotate
 from treeq_export.recipe import Recipe
 
@@ -41,7 +41,7 @@ def make_soft(tiny: Any, index: int = 0) -> tuple[QLinear, SoftLinear, np.ndarra
 def test_a_soft_layer_starts_between_the_codes_and_the_real_values(tiny: Any):
     layer, soft, real = make_soft(tiny)
     start = soft.codes().detach().numpy()
-    qmin, qmax = code_range(3)
+    qmin, qmax = INTEGER.ends(3)
     inside = (layer.codes > qmin) & (layer.codes < qmax)
     middle = 0.5 * (layer.codes + real)
     assert np.abs(start - middle)[inside].max() <= 0.021
@@ -126,7 +126,7 @@ def test_training_lowers_the_block_s_error_and_changes_codes(tiny: Any):
     quantized, new = reconstruct(tiny, calls, 150)
     assert block_error(quantized, calls) < 0.5 * before
     assert len(new) == sum(layer.name.startswith(BLOCK) for layer in tiny.plan.layers)
-    qmin, qmax = code_range(3)
+    qmin, qmax = INTEGER.ends(3)
     num_changed = 0
     for name, tensors in new.items():
         codes = tensors["codes"]

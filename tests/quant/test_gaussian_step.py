@@ -1,4 +1,4 @@
-"""Where the numbers of GAUSSIAN_STEP come from, and what they are worth."""
+"""Where the Gaussian steps of the grid `integer` come from, and what they are worth."""
 
 import math
 
@@ -8,12 +8,11 @@ from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 
 from treeq_export.ops import ActScale
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.metrics import sqnr_db
 from treeq_export.quant.numerics import (
-    GAUSSIAN_STEP,
     activation_scale,
     activation_step,
-    code_range,
     quantize_activation,
 )
 from treeq_export.quant.spec import ActivationFormat
@@ -52,11 +51,11 @@ def best_step(bits: int) -> tuple[float, float]:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_step_minimises_the_squared_error_of_a_unit_gaussian(bits: int):
     step, _ = best_step(bits)
-    assert GAUSSIAN_STEP[bits] == pytest.approx(step, abs=1e-5)
+    assert INTEGER.gaussian_step[bits] == pytest.approx(step, abs=1e-5)
 
 
 def test_there_is_one_step_per_width():
-    assert list(GAUSSIAN_STEP) == [2, 3, 4, 5, 6, 7, 8]
+    assert list(INTEGER.gaussian_step) == [2, 3, 4, 5, 6, 7, 8]
 
 
 def measured_sqnr_db(bits: int, scale: ActScale) -> float:
@@ -84,11 +83,14 @@ def test_absmax_wins_at_8_bits():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_activation_step(bits: int):
-    assert activation_step(ActivationFormat(bits=bits, scale="token_rms")) == GAUSSIAN_STEP[bits]
+    assert (
+        activation_step(ActivationFormat(bits=bits, scale="token_rms"))
+        == INTEGER.gaussian_step[bits]
+    )
     absmax = activation_step(ActivationFormat(bits=bits, scale="token_absmax"))
     assert absmax == 1 / (2 ** (bits - 1) - 1)
     assert activation_step(ActivationFormat(bits=bits, scale="tensor_static")) is None
-    assert code_range(bits) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert INTEGER.ends(bits) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def test_no_step_where_nothing_is_quantized():

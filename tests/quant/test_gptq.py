@@ -12,7 +12,8 @@ from treeq_export.quant.gptq import (
     refit_weight,
     second_moment,
 )
-from treeq_export.quant.numerics import code_range, dequantize_weight, quantize_weight
+from treeq_export.quant.grids import INTEGER
+from treeq_export.quant.numerics import dequantize_weight, quantize_weight
 from treeq_export.quant.scales import fit_weight_scale
 
 
@@ -37,7 +38,7 @@ def test_output_error_is_below_rounding_to_nearest(bits: int, group_size: int | 
     scale = fit_weight_scale(weight, bits, group_size, 40)
     codes = quantize_weight_gptq(weight, scale, bits, inverse_factor(h))
     assert codes.dtype == np.int8
-    qmin, qmax = code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     assert codes.min() >= qmin
     assert codes.max() <= qmax
     nearest = output_error(weight, quantize_weight(weight, scale, bits), scale, h)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from treeq_export.ops import ActScale
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.numerics import (
     SCALE_FLOOR,
     accumulate,
     activation_scale,
     activation_step,
-    code_range,
     dequantize_output,
     dequantize_weight,
     qlinear,
@@ -42,7 +42,7 @@ def step_of(bits: int, scale: ActScale) -> float:
 def test_activation_error_is_half_a_step_inside_the_range(
     bits: int, scale: float, data: st.DataObject
 ):
-    qmin, qmax = code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     inside = st.floats(qmin * scale, qmax * scale)
     x = data.draw(hnp.arrays(np.float64, (3, 5), elements=inside))
     codes = quantize_activation(x, np.full((3, 1), scale), bits)
@@ -53,7 +53,7 @@ def test_activation_error_is_half_a_step_inside_the_range(
 @settings(deadline=None)
 @given(bits=BITS, scale=SCALES, factor=st.floats(1.0, 1e6))
 def test_activations_outside_the_range_saturate(bits: int, scale: float, factor: float):
-    qmin, qmax = code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     x = np.array([[qmin * factor, qmax * factor]]) * scale
     assert quantize_activation(x, np.array([[scale]]), bits).tolist() == [[qmin, qmax]]
 
@@ -61,7 +61,7 @@ def test_activations_outside_the_range_saturate(bits: int, scale: float, factor:
 @settings(deadline=None)
 @given(bits=BITS, groups=st.sampled_from([1, 2, 4]), data=st.data())
 def test_weight_error_is_half_a_step_inside_the_range(bits: int, groups: int, data: st.DataObject):
-    qmin, qmax = code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     scale = data.draw(hnp.arrays(np.float64, (3, groups), elements=SCALES))
     unit = data.draw(hnp.arrays(np.float64, (3, 8), elements=st.floats(qmin, qmax)))
     per_weight = np.repeat(scale, 8 // groups, axis=1)
@@ -77,7 +77,7 @@ def test_weight_error_is_half_a_step_inside_the_range(bits: int, groups: int, da
 @settings(deadline=None)
 @given(bits=BITS, data=st.data())
 def test_codes_on_the_grid_come_back(bits: int, data: st.DataObject):
-    qmin, qmax = code_range(bits)
+    qmin, qmax = INTEGER.ends(bits)
     codes = data.draw(hnp.arrays(np.int8, (4, 6), elements=st.integers(qmin, qmax)))
     scale = data.draw(hnp.arrays(np.float32, (4, 2), elements=st.floats(0.25, 4.0, width=32)))
     assert np.array_equal(quantize_weight(dequantize_weight(codes, scale), scale, bits), codes)

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from treeq_export.quant import scales
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.numerics import (
-    GAUSSIAN_STEP,
     SCALE_FLOOR,
-    code_range,
     dequantize_weight,
     quantize_weight,
 )
@@ -38,7 +37,7 @@ def weights(kind: str) -> np.ndarray:
 def test_never_worse_than_absmax(kind: str, bits: int, group_size: int | None, num_steps: int):
     weight = weights(kind)
     grouped = np.abs(weight).reshape(6, -1, group_size or 96)
-    absmax = grouped.max(axis=-1) / np.float32(code_range(bits)[1])
+    absmax = grouped.max(axis=-1) / np.float32(INTEGER.ends(bits)[1])
     scale = fit_weight_scale(weight, bits, group_size, num_steps)
     assert scale.shape == absmax.shape
     assert scale.dtype == np.float32
@@ -55,7 +54,7 @@ def test_a_single_step_is_absmax():
 def test_clipping_pays_at_few_bits(bits: int):
     weight = np.random.default_rng(1).standard_normal((8, 1152)).astype(np.float32)
     scale = fit_weight_scale(weight, bits, None, 80)
-    np.testing.assert_allclose(scale, GAUSSIAN_STEP[bits], rtol=0.12)
+    np.testing.assert_allclose(scale, INTEGER.gaussian_step[bits], rtol=0.12)
 
 
 def test_the_best_of_the_grid_is_found():

@@ -29,6 +29,7 @@ from treeq_export.plan import (
     TreePath,
 )
 from treeq_export.quant import numerics
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat, BranchFormat, WeightFormat
 from treeq_export.recipe import ParityGates
@@ -106,7 +107,7 @@ def make_tensors(denoiser: Denoiser, layer: LayerPlan, rng: np.random.Generator)
     rotated = rotate(weight, layer.rotation_group)
     groups = layer.in_features // (layer.weight.group_size or layer.in_features)
     grouped = np.abs(rotated.reshape(len(rotated), groups, -1))
-    scale = (grouped.max(axis=2) / max(numerics.code_range(layer.weight.bits)[1], 1)).astype("f4")
+    scale = (grouped.max(axis=2) / max(INTEGER.ends(layer.weight.bits)[1], 1)).astype("f4")
     tensors = {
         "codes": numerics.quantize_weight(rotated, scale, layer.weight.bits),
         "weight_scale": scale,

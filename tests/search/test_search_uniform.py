@@ -40,18 +40,20 @@ def make_section(**fields: Any) -> SearchSection:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_auto_takes_rms_below_seven_bits(bits: int):
     scale = "token_rms" if bits < 7 else "token_absmax"
-    assert make_activation_format(bits, "auto") == ActivationFormat(bits=bits, scale=scale)
+    assert make_activation_format(SearchSection(), bits) == ActivationFormat(bits=bits, scale=scale)
 
 
 @pytest.mark.parametrize("scale", ["token_rms", "token_absmax", "tensor_static"])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_named_scales_are_taken_at_any_width(bits: int, scale: Any):
-    assert make_activation_format(bits, scale) == ActivationFormat(bits=bits, scale=scale)
+    section = SearchSection(activation_scale=scale)
+    assert make_activation_format(section, bits) == ActivationFormat(bits=bits, scale=scale)
 
 
 @pytest.mark.parametrize("scale", ["auto", "token_rms", "tensor_static"])
-def test_no_bits_is_weight_only(scale: str):
-    assert make_activation_format(None, scale) == ActivationFormat(bits=None, scale="none")
+def test_no_bits_is_weight_only(scale: Any):
+    section = SearchSection(activation_scale=scale)
+    assert make_activation_format(section, None) == ActivationFormat(bits=None, scale="none")
 
 
 def test_every_layer_gets_the_same_formats():

@@ -16,7 +16,7 @@ times full precision's, against 1.45 without any training).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,37 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treeq_export.model import fake_quant
 from treeq_export.model.monarch import apply_factors
 from treeq_export.model.quantized import layer_tensors, linear_of, quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors
-from treeq_export.quant.numerics import SCALE_FLOOR, code_range, dequantize_weight
-from treeq_export.quant.rotation import hadamard
+from treeq_export.quant.numerics import dequantize_weight
 
 Kind = Literal["branch", "weight_scale", "activation_step", "bias", "codes"]
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """x_hat = s clip(rint(x / s)); straight through inside the grid, exact for s.
-
-    The gradient of s is that of learned step sizes (Esser et al., LSQ, 2020, eq. 3).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-        scaled = x * (1.0 / scale)
-        codes = scaled.round().clamp_(qmin, qmax)
-        inside = (scaled >= qmin) & (scaled <= qmax)
-        ctx.save_for_backward(scaled, codes, inside)
-        return codes * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (gradient,) = gradients
-        scaled, codes, inside = ctx.saved_tensors
-        passed = gradient * inside
-        slope = (gradient * codes - passed * scaled).sum(dim=-1, keepdim=True)
-        return passed, slope, None, None
 
 
 class TrainableLinear(nn.Module):
@@ -90,7 +67,7 @@ class TrainableLinear(nn.Module):
         self.trained = nn.ParameterDict()
         for name in self._names(kinds):
             self.trained[name.replace(".", "_")] = nn.Parameter(self._initial(name))
-        matrix = torch.from_numpy(hadamard(layer.rotation_group).astype(np.float32))
+        matrix = fake_quant.hadamard_matrix(layer.rotation_group)
         self.register_buffer("_hadamard", matrix, persistent=False)
         fixed = None  # the weight, or the codes where only their scale is trained
         if "codes" not in self.trained:
@@ -125,7 +102,11 @@ class TrainableLinear(nn.Module):
         if name in self.unit:
             return parameter * self.unit[name]
         if name == "codes":
-            return _round_through(parameter, self.layer.weight.bits)
+            # Straight through outside of the grid too: a value that has left it could otherwise
+            # never come back.
+            weight = self.layer.weight
+            codes = fake_quant.nearest_level(parameter, weight.numbers, weight.bits)
+            return fake_quant.pass_through(codes, parameter)
         return self.start[name] * torch.exp(parameter)
 
     def _multiply(self, x_hat: Tensor) -> Tensor:
@@ -139,29 +120,15 @@ class TrainableLinear(nn.Module):
         weight = codes.reshape(*scale.shape, -1) * scale[:, :, None]
         return functional.linear(x_hat, weight.reshape(codes.shape))
 
-    def _quantize(self, rotated: Tensor) -> Tensor:
-        activation = self.layer.activation
-        if activation.bits is None:
-            return rotated
-        step = self.tensor("activation_step")
-        if activation.scale == "token_rms":
-            scale = torch.sqrt(torch.mean(rotated * rotated, dim=-1, keepdim=True)) * step
-        elif activation.scale == "token_absmax":
-            scale = rotated.abs().amax(dim=-1, keepdim=True) * step
-        else:
-            scale = step.expand(*rotated.shape[:-1], 1)
-        qmin, qmax = code_range(activation.bits)
-        scale = scale.clamp_min(SCALE_FLOOR)
-        return cast(Tensor, _FakeQuantize.apply(rotated, scale, qmin, qmax))
-
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., N) of x (..., K)."""
-        group = self.layer.rotation_group
-        rotated = x
-        if group > 1:
-            matrix = self.get_buffer("_hadamard")
-            rotated = (x.reshape(*x.shape[:-1], -1, group) @ matrix).reshape(x.shape)
-        y = self._multiply(self._quantize(rotated))
+        activation, x_hat = (
+            self.layer.activation,
+            fake_quant.rotate(x, self.get_buffer("_hadamard")),
+        )
+        if activation.bits is not None:
+            x_hat = fake_quant.fake_quantize(x_hat, self.tensor("activation_step"), activation)
+        y = self._multiply(x_hat)
         if "bias" in self.start:
             y = y + self.tensor("bias")
         if self.layer.branch is not None:
@@ -182,15 +149,6 @@ class TrainableLinear(nn.Module):
 def _has_trainable_step(layer: LayerPlan) -> bool:
     bits, scale = layer.activation.bits, layer.activation.scale
     return bits is not None and scale.has_trainable_step(bits)
-
-
-def _round_through(latent: Tensor, bits: int) -> Tensor:
-    """Return clip(rint(latent)); gradients pass straight through.
-
-    Also outside of the grid: a latent that has left it would otherwise never come back.
-    """
-    codes = torch.round(latent).clamp(*code_range(bits))
-    return latent + (codes - latent).detach()
 
 
 def make_student(

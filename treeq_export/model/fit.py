@@ -192,11 +192,12 @@ class LayerFitter:
     def fit(self, met: Met, weight: WeightFormat) -> LayerFit:
         """Return the layer with weights of one format behind the activation quantizer."""
         residual, section = met.residual, self._section
-        scale = fit_weight_scale(residual, weight.bits, weight.group_size, section.num_clip_steps)
+        bits, grid = weight.bits, weight.numbers
+        scale = fit_weight_scale(residual, bits, weight.group_size, section.num_clip_steps, grid)
         if met.upper is None:
-            codes = quantize_weight(residual, scale, weight.bits)
+            codes = quantize_weight(residual, scale, bits, grid)
         else:
-            codes = quantize_weight_gptq(residual, scale, weight.bits, met.upper)
+            codes = quantize_weight_gptq(residual, scale, bits, met.upper, grid)
         tensors = self._branch | {"weight_scale": scale, "codes": codes}
         if met.step is not None:
             tensors["activation_step"] = np.array([met.step], dtype=np.float32)
@@ -232,7 +233,9 @@ def _find_step(
     assert activation.bits is not None
     step = activation_step(activation)
     if step is None:
-        step = fit_tensor_scale(rotated, activation.bits, section.num_clip_steps)
+        step = fit_tensor_scale(
+            rotated, activation.bits, section.num_clip_steps, activation.numbers
+        )
     if section.step == "gaussian" or len(rotated) == 0:
         return step
     stride = -(-len(rotated) // _STEP_TOKENS)
@@ -253,7 +256,7 @@ def _fake_quantize(rotated: FloatArray, activation: ActivationFormat, step: floa
     """Return what the codes of rotated activations stand for, (n, K)."""
     assert activation.bits is not None
     scale = activation_scale(rotated, activation.scale, step)
-    return quantize_activation(rotated, scale, activation.bits) * scale
+    return quantize_activation(rotated, scale, activation.bits, activation.numbers) * scale
 
 
 def _mean(values: FloatArray) -> FloatArray:

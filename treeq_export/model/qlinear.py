@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treeq_export.model import fake_quant
 from treeq_export.model.monarch import Monarch
 from treeq_export.plan import LayerPlan
-from treeq_export.quant.numerics import SCALE_FLOOR, code_range
+from treeq_export.quant.grids import grid_attributes
 from treeq_export.quant.packing import pack, unpack
-from treeq_export.quant.rotation import hadamard
 
 _EXACT_FLOAT32 = 1 << 24
 
@@ -43,7 +43,7 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        planes = pack(tensors["codes"], layer.weight.bits)
+        planes = pack(tensors["codes"], layer.weight.bits, layer.weight.numbers)
         self.register_buffer("planes", torch.from_numpy(planes))
         self.weight_scale = nn.Parameter(
             torch.from_numpy(tensors["weight_scale"].copy()), requires_grad=False
@@ -55,6 +55,7 @@ class QLinear(nn.Module):
         # For the exported node: reading a parameter while it is traced is not possible.
         self.step = 0.0 if step is None else float(step[0])
         self.attributes = layer.layer_format(self.step).attributes()
+        self.attributes |= grid_attributes(layer.weight.grid, layer.activation.grid)
         self.activation_step = (
             None
             if step is None
@@ -66,8 +67,7 @@ class QLinear(nn.Module):
                 torch.from_numpy(tensors["branch.R"].copy()),
                 torch.from_numpy(tensors["branch.L"].copy()),
             )
-        group = layer.rotation_group
-        matrix = torch.from_numpy(hadamard(group).astype(np.float32))
+        matrix = fake_quant.hadamard_matrix(layer.rotation_group)
         self.register_buffer("_hadamard", matrix, persistent=False)
         codes = torch.from_numpy(np.ascontiguousarray(tensors["codes"]))
         self.register_buffer("_codes", codes, persistent=False)
@@ -75,35 +75,27 @@ class QLinear(nn.Module):
     @property
     def codes(self) -> NDArray[np.int8]:
         """The weight codes (N, K), unpacked from the planes."""
-        return unpack(self.planes.numpy(), self.layer.in_features)
+        return unpack(self.planes.numpy(), self.layer.in_features, self.layer.weight.numbers)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Return x H_g, (..., K)."""
-        group = self.layer.rotation_group
-        if group == 1:
-            return x
-        matrix = self.get_buffer("_hadamard").to(x.dtype)
-        return (x.reshape(*x.shape[:-1], -1, group) @ matrix).reshape(x.shape)
+        return fake_quant.rotate(x, self.get_buffer("_hadamard"))
 
     def activation_scale(self, rotated: Tensor) -> Tensor:
         """Return s_x of rotated activations (..., K), as (..., 1)."""
         assert self.activation_step is not None
         step = self.activation_step.to(rotated.dtype)
-        kind = self.layer.activation.scale
-        if kind == "token_rms":
-            scale = torch.sqrt(torch.mean(rotated * rotated, dim=-1, keepdim=True)) * step
-        elif kind == "token_absmax":
-            scale = rotated.abs().amax(dim=-1, keepdim=True) * step
-        else:
-            scale = step.expand(*rotated.shape[:-1], 1)
-        return scale.clamp_min(SCALE_FLOOR)
+        return fake_quant.activation_scale(rotated, step, self.layer.activation)
 
     def quantize(self, rotated: Tensor, scale: Tensor) -> Tensor:
         """Return the codes (..., K) as floating point; gradients pass straight through."""
-        assert self.layer.activation.bits is not None
-        qmin, qmax = code_range(self.layer.activation.bits)
-        clipped = torch.clamp(rotated * (1.0 / scale), qmin, qmax)
-        return clipped + (torch.round(clipped) - clipped).detach()
+        activation = self.layer.activation
+        assert activation.bits is not None
+        scaled = rotated * (1.0 / scale)
+        codes = fake_quant.nearest_level(scaled, activation.numbers, activation.bits)
+        return fake_quant.pass_through(
+            codes, scaled.clamp(*activation.numbers.ends(activation.bits))
+        )
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """Return the exact sums q_x q_w^T per group of input channels.
@@ -116,7 +108,10 @@ class QLinear(nn.Module):
         """
         groups = self.weight_scale.shape[1]
         size = self.layer.in_features // groups
-        bound = size << (self.layer.weight.bits + (self.layer.activation.bits or 0) - 2)
+        weight_format, activation = self.layer.weight, self.layer.activation
+        assert activation.bits is not None
+        bound = size * weight_format.numbers.magnitude(weight_format.bits)
+        bound *= activation.numbers.magnitude(activation.bits)
         exact = codes.dtype if bound < _EXACT_FLOAT32 else torch.float64
         weight = self.get_buffer("_codes")
         sums = [

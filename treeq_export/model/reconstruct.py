@@ -1,9 +1,9 @@
 """Learned rounding: the codes of one transformer block trained for its full-precision output.
 
-Every weight may be rounded to its code or to the neighbour on the other side of its real value. The
-choice is a number v, and while it is trained the code is
+Every weight may be rounded to its level or to the neighbour on the other side of its real value.
+The choice is a number v, and while it is trained the level is
 
-    q = floor + h(v),    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
+    q = floor + gap h(v),    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
 
 The loss is the error of the whole block's output on quantized inputs, relative to that before
 training, and a term that pushes every h to 0 or 1 as beta falls from 20 to 2:
@@ -36,7 +36,6 @@ from treeq_export.model.quantized import put_module
 from treeq_export.model.replay import Output
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import Tensors
-from treeq_export.quant.numerics import code_range
 
 _ROUNDING_SHARE = 0.6  # of the steps; the rest trains the other tensors
 _FREE_SHARE = 0.2  # of the steps of rounding, before h is pushed to 0 or 1
@@ -74,12 +73,19 @@ class SoftLinear(nn.Module):
         super().__init__()
         self.layer = layer
         self.hard_codes: Tensor | None = None
-        qmin, qmax = code_range(layer.layer.weight.bits)
-        codes = torch.from_numpy(layer.codes.astype(np.float32))
-        real = torch.from_numpy(real_codes)
-        floor = (codes - (real < codes).float()).clamp(qmin, qmax - 1)
-        start = (0.5 * (codes - floor) + 0.5 * (real - floor).clamp(0, 1)).clamp(0.02, 0.98)
+        weight = layer.layer.weight
+        levels = weight.numbers.levels(weight.bits)
+        below = np.searchsorted(levels, layer.codes) - (real_codes < layer.codes)
+        below = below.clip(0, len(levels) - 2)
+        floor, gap = (
+            torch.from_numpy(array[below].astype(np.float32))
+            for array in (levels, np.diff(levels.astype(np.int16)))
+        )
+        part = (torch.from_numpy(real_codes) - floor) / gap
+        hard = (torch.from_numpy(layer.codes.astype(np.float32)) - floor) / gap
+        start = (0.5 * hard + 0.5 * part.clamp(0, 1)).clamp(0.02, 0.98)
         self.register_buffer("floor", floor)
+        self.register_buffer("gap", gap)
         self.choice = nn.Parameter(torch.special.logit((start + 0.1) / 1.2))
         self.log_scale = nn.Parameter(torch.zeros_like(layer.weight_scale))
         self.log_step = nn.Parameter(torch.zeros(1))
@@ -96,16 +102,17 @@ class SoftLinear(nn.Module):
 
     def codes(self) -> Tensor:
         """Return the codes (N, K) as floating point, whole numbers where they are hard."""
-        return (
-            self.get_buffer("floor") + self.fraction()
-            if self.hard_codes is None
-            else self.hard_codes
-        )
+        if self.hard_codes is not None:
+            return self.hard_codes
+        return self._between(self.fraction())
+
+    def _between(self, fraction: Tensor) -> Tensor:
+        return self.get_buffer("floor") + self.get_buffer("gap") * fraction
 
     @torch.no_grad()
     def harden(self) -> None:
         """Let every choice be the nearer one from now on."""
-        self.hard_codes = self.get_buffer("floor") + (self.fraction() >= 0.5)
+        self.hard_codes = self._between((self.fraction() >= 0.5).float())
 
     def revert(self) -> None:
         """Use the codes of the layer-wise fit from now on."""

@@ -24,7 +24,7 @@ and W the residual beside a branch.
 import numpy as np
 from numpy.typing import NDArray
 
-from treeq_export.quant.numerics import code_range
+from treeq_export.quant.grids import INTEGER, Grid
 
 DAMPING = 0.01  # of the mean diagonal of H, as published
 _BLOCK = 128  # channels whose updates of the later channels are applied at once
@@ -65,7 +65,11 @@ def inverse_factor(moment: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def quantize_weight_gptq(
-    weight: FloatArray, scale: FloatArray, bits: int, upper: NDArray[np.float64]
+    weight: FloatArray,
+    scale: FloatArray,
+    bits: int,
+    upper: NDArray[np.float64],
+    grid: Grid = INTEGER,
 ) -> NDArray[np.int8]:
     """Return codes that minimise the output error rather than the weight error.
 
@@ -74,11 +78,11 @@ def quantize_weight_gptq(
         scale: (N, G) positive.
         bits: 2..8.
         upper: U, (K, K) (`inverse_factor`).
+        grid: The grid whose levels the weights become.
 
     Returns:
         (N, K) int8.
     """
-    qmin, qmax = code_range(bits)
     n, k = weight.shape
     group = k // scale.shape[1]
     rest = weight.astype(np.float64)
@@ -88,7 +92,7 @@ def quantize_weight_gptq(
         errors = np.empty((n, end - start))
         for j in range(start, end):
             step = scale[:, j // group].astype(np.float64)
-            column = np.clip(np.rint(rest[:, j] / step), qmin, qmax)
+            column = grid.round(rest[:, j] / step, bits)
             codes[:, j] = column.astype(np.int8)
             error = (rest[:, j] - column * step) / upper[j, j]
             errors[:, j - start] = error

@@ -2,46 +2,27 @@
 
     x'   = x H_g
     s_x  = step * rms(x')  |  step * max|x'|  |  step       token_rms | token_absmax | tensor_static
-    q_x  = clip(rint(x' * (1 / s_x)))                        reciprocal, round half to even
+    q_x  = round(x' * (1 / s_x))                             reciprocal; the grid's levels
     acc  = q_x q_w^T                                         int32, exact
     y    = (acc * s_w) * s_x + M x + b
 
-`step` is one number per layer: the Gaussian step for token_rms, 1/qmax for token_absmax and the
+`round` is the grid's (quant/grids): clip and round half to even for `integer`. `step` is one number
+per layer: the grid's Gaussian step for token_rms, 1 / its largest level for token_absmax and the
 calibrated scale for tensor_static. s_x is kept at least SCALE_FLOOR, so a token of zeros has
-codes of zeros instead of 0 * inf.
+codes of zeros instead of 0 * inf. The int8 arrays named `codes` hold levels.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treeq_export.ops import ActScale
+from treeq_export.quant.grids import INTEGER, Grid
 from treeq_export.quant.rotation import rotate
 from treeq_export.quant.spec import ActivationFormat
 
 SCALE_FLOOR = 1e-20
 
-# The step that minimises the squared error of a unit Gaussian on the grid step * {qmin..qmax} of a
-# two's complement integer, by bits. tests/quant/test_gaussian_step.py derives each number.
-GAUSSIAN_STEP = {
-    2: 1.048385,
-    3: 0.601824,
-    4: 0.338608,
-    5: 0.188792,
-    6: 0.104179,
-    7: 0.056887,
-    8: 0.030766,
-}
-
 FloatArray = NDArray[np.floating]
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """Return (qmin, qmax) of a two's complement integer.
-
-    >>> code_range(3)
-    (-4, 3)
-    """
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def activation_step(activation: ActivationFormat) -> float | None:
@@ -49,8 +30,8 @@ def activation_step(activation: ActivationFormat) -> float | None:
     if activation.bits is None or activation.scale.is_static:
         return None
     if activation.scale == ActScale.TOKEN_RMS:
-        return GAUSSIAN_STEP[activation.bits]
-    return 1.0 / code_range(activation.bits)[1]
+        return activation.numbers.gaussian_step[activation.bits]
+    return 1.0 / activation.numbers.ends(activation.bits)[1]
 
 
 def activation_scale(x: FloatArray, scale: ActScale, step: float) -> FloatArray:
@@ -74,39 +55,44 @@ def activation_scale(x: FloatArray, scale: ActScale, step: float) -> FloatArray:
     return np.maximum(raw, x.dtype.type(SCALE_FLOOR))
 
 
-def quantize_activation(x: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]:
-    """Return q_x = clip(rint(x * (1 / scale))).
+def quantize_activation(
+    x: FloatArray, scale: FloatArray, bits: int, grid: Grid = INTEGER
+) -> NDArray[np.int8]:
+    """Return q_x = round(x * (1 / scale)).
 
     Args:
         x: (..., K), rotated.
         scale: (..., 1), positive.
         bits: 2..8.
+        grid: The grid whose levels are wanted.
 
     Returns:
-        (..., K) int8; 0 where x or the scale is NaN, because int8 has none. A scale per token is
-        then NaN itself and carries it into that token's output; a static scale does not.
+        (..., K) int8; where x or the scale is NaN, the level of 0, because int8 has no NaN. A
+        scale per token is then NaN itself and carries it into that token's output; a static scale
+        does not.
     """
-    qmin, qmax = code_range(bits)
     with np.errstate(invalid="ignore"):  # inf * (1 / inf)
         scaled = x * (x.dtype.type(1) / scale)
-    return np.nan_to_num(np.rint(np.clip(scaled, qmin, qmax)), nan=0.0).astype(np.int8)
+    return np.nan_to_num(grid.round(scaled, bits), nan=0.0).astype(np.int8)
 
 
-def quantize_weight(weight: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]:
-    """Return q_w = clip(rint(W / s_w)).
+def quantize_weight(
+    weight: FloatArray, scale: FloatArray, bits: int, grid: Grid = INTEGER
+) -> NDArray[np.int8]:
+    """Return q_w = round(W / s_w).
 
     Args:
         weight: (N, K), rotated, the branch already subtracted.
         scale: (N, G) positive, G divides K; G = 1 is one scale per output channel.
         bits: 2..8.
+        grid: The grid whose levels are wanted.
 
     Returns:
         (N, K) int8.
     """
-    qmin, qmax = code_range(bits)
     n, k = weight.shape
     grouped = weight.reshape(n, scale.shape[1], -1) / scale[:, :, None]
-    return np.clip(np.rint(grouped), qmin, qmax).astype(np.int8).reshape(n, k)
+    return grid.round(grouped, bits).astype(np.int8).reshape(n, k)
 
 
 def dequantize_weight(codes: NDArray[np.int8], scale: FloatArray) -> FloatArray:
@@ -184,7 +170,7 @@ def qlinear(
             y = rotated @ dequantize_weight(codes, weight_scale.astype(x.dtype)).T
         else:
             scale = activation_scale(rotated, activation.scale, step)
-            q_x = quantize_activation(rotated, scale, activation.bits)
+            q_x = quantize_activation(rotated, scale, activation.bits, activation.numbers)
             accumulators = accumulate(q_x, codes, weight_scale.shape[1])
             y = dequantize_output(accumulators, weight_scale.astype(x.dtype), scale)
     return y if bias is None else y + bias.astype(x.dtype)

@@ -1,19 +1,44 @@
 """Number formats of a quantized linear, and which shapes they fit.
 
-Weights are symmetric two's-complement integers of 2..8 bits with one float32 scale per output
-channel, or per group of `group_size` input channels. Activations are symmetric integers of 2..8
-bits with one scale per token (derived from the token's rms or absolute maximum) or one static
-scale per tensor; `none` keeps them in floating point (weight-only quantization).
+Weights are levels of a grid (quant/grids) of 2..8 bits with one float32 scale per output channel,
+or per group of `group_size` input channels. Activations are levels of 2..8 bits with one scale per
+token (derived from the token's rms or absolute maximum) or one static scale per tensor; `none`
+keeps them in floating point (weight-only quantization).
 """
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from treeq_export.errors import FormatError
 from treeq_export.ops import MAX_BITS, MIN_BITS, ActScale
+from treeq_export.quant.grids import INTEGER, Grid, find_grid
 
 Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+
+
+def _check_name(name: str) -> str:
+    try:
+        return find_grid(name).name
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+
+
+# Files name every grid but the first one.
+GridName = Annotated[
+    str, AfterValidator(_check_name), Field(exclude_if=lambda name: name == INTEGER.name)
+]
+
+
+def check_width(grid: str, bits: int | None) -> None:
+    """Check that a grid has a width.
+
+    Raises:
+        ValueError: It does not.
+    """
+    widths = find_grid(grid).widths
+    if bits is not None and bits not in widths:
+        raise ValueError(f"grid {grid} has no {bits} bits. Use one of {list(widths)}")
 
 
 class Spec(BaseModel):
@@ -28,10 +53,22 @@ class WeightFormat(Spec):
     Attributes:
         bits: Bits per code, 2..8.
         group_size: Input channels that share a scale; None is one scale per output channel.
+        grid: Name of the grid.
     """
 
     bits: Bits
     group_size: Annotated[int, Field(ge=1)] | None = None
+    grid: GridName = INTEGER.name
+
+    @property
+    def numbers(self) -> Grid:
+        """The grid."""
+        return find_grid(self.grid)
+
+    @model_validator(mode="after")
+    def _grid_has_the_width(self) -> Self:
+        check_width(self.grid, self.bits)
+        return self
 
 
 class ActivationFormat(Spec):
@@ -41,15 +78,23 @@ class ActivationFormat(Spec):
         bits: Bits per code, 2..8; None exactly where `scale` is "none".
         scale: How the scale is found: from each token's rms or absolute maximum, static for the
             whole tensor (calibrated), or not quantized at all.
+        grid: Name of the grid.
     """
 
     bits: Bits | None
     scale: Annotated[ActScale, Field(strict=False)]
+    grid: GridName = INTEGER.name
+
+    @property
+    def numbers(self) -> Grid:
+        """The grid."""
+        return find_grid(self.grid)
 
     @model_validator(mode="after")
-    def _bits_match_scale(self) -> Self:
+    def _bits_match_scale_and_grid(self) -> Self:
         if (self.bits is None) != (self.scale is ActScale.NONE):
             raise ValueError("bits is null exactly where scale is 'none'")
+        check_width(self.grid, self.bits)
         return self
 
 

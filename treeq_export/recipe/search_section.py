@@ -1,10 +1,11 @@
 """The section `search` of a recipe."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from treeq_export.quant.spec import Bits, BranchFormat
+from treeq_export.quant.grids import INTEGER
+from treeq_export.quant.spec import Bits, BranchFormat, GridName, check_width
 from treeq_export.recipe.fields import (
     MAX_COUNT,
     AverageBits,
@@ -74,6 +75,8 @@ class SearchSection(Section):
         threads: PyTorch threads of each process. Another number may round differently.
         activation_scale: Scale of activations. "auto" is token_rms below 7 bits and token_absmax
             from 7 bits on.
+        weight_grid: Number grid of the weights.
+        activation_grid: Number grid of the activations.
         group_size: Input channels that share a weight scale. null is one scale per output channel.
         rotation_group: Size of the Hadamard blocks. "auto" is, for each layer, the largest power of
             two up to 128 that divides its in_features. A number has to divide the in_features of
@@ -102,11 +105,24 @@ class SearchSection(Section):
     num_workers: Threads = 2
     threads: Threads = 1
     activation_scale: Literal["auto", "token_rms", "token_absmax", "tensor_static"] = "auto"
+    weight_grid: GridName = INTEGER.name
+    activation_grid: GridName = INTEGER.name
     group_size: Positive | None = None
     rotation_group: Positive | Literal["auto"] = "auto"
     branch: BranchFormat | None = BranchFormat(b_in=1, b_out=1, rank=8)
     branch_budget: BranchBudget | None = None
     exclude: list[str] = []
+
+    @model_validator(mode="after")
+    def _grids_have_the_widths(self) -> Self:
+        weights: list[int | None] = [*self.weight_candidates]
+        activations: list[int | None] = [*self.activation_candidates]
+        if self.strategy == "uniform":
+            weights, activations = [self.weight_bits], [self.activation_bits]
+        for grid, widths in ((self.weight_grid, weights), (self.activation_grid, activations)):
+            for bits in widths:
+                check_width(grid, bits)
+        return self
 
 
 def strategy_options(section: SearchSection) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from treeq_export.model.quantized import put_module, quantized_layers
 from treeq_export.model.zoo import Denoiser
 from treeq_export.ops import MAX_ROTATION, PACK_WORD
 from treeq_export.plan import LayerPlan
+from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.numerics import dequantize_weight
 from treeq_export.quant.rotation import rotate
 from treeq_export.runners import gpu_ops
@@ -137,6 +138,12 @@ def check_supported(layer: LayerPlan) -> None:
         RunnerError: They do not.
     """
     group, rotation = layer.weight.group_size, layer.rotation_group
+    for grid in (layer.weight.grid, layer.activation.grid):
+        if grid != INTEGER.name:
+            raise RunnerError(
+                f"{layer.name}: grid {grid}, expected {INTEGER.name} for the GPU kernels. "
+                "Search again with another grid."
+            )
     if group is not None and group % PACK_WORD:
         raise RunnerError(
             f"{layer.name}: group_size {group}, expected a multiple of {PACK_WORD} for the GPU "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from treeq_export.errors import RecipeError
 from treeq_export.ops import PACK_WORD
+from treeq_export.quant.grids import find_grid
 from treeq_export.recipe import BudgetSection, SearchSection
 from treeq_export.search.network import Network
 from treeq_export.search.tree import Configuration, LeafConfiguration
@@ -55,12 +56,12 @@ class CostModel:
 
     Args:
         network: The searched layers and their branches.
-        section: Group size of the weights.
+        section: Grid and group size of the weights.
     """
 
     def __init__(self, network: Network, section: SearchSection) -> None:
         self.network = network
-        self._group_size = section.group_size
+        self._group_size, self._grid = section.group_size, find_grid(section.weight_grid)
         self._known: dict[tuple[int, LeafConfiguration], Cost] = {}
 
     def cost(self, configuration: Configuration, first: int = 0) -> Cost:
@@ -91,7 +92,7 @@ class CostModel:
             scales = k // self._group_size if self._group_size else 1
             branch = self.network.branches.get(linear.name)
             factors = branch.num_parameters(k, n) if branch else 0
-            size += 4 * (pair[0] * n * words + n * scales + factors)
+            size += self._grid.size_bytes(pair[0], n * words, n * scales) + 4 * factors
         return Cost(pair[0] * weights, (pair[1] or FLOAT_BITS) * weights, size, weights)
 
 

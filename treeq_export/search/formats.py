@@ -19,17 +19,18 @@ def candidate_pairs(section: SearchSection) -> list[Pair]:
     ]
 
 
-def make_activation_format(bits: int | None, scale: str) -> ActivationFormat:
+def make_activation_format(section: SearchSection, bits: int | None) -> ActivationFormat:
     """Return the activation format for the recipe's words.
 
     Args:
+        section: Grid, and kind of activation scale; "auto" goes by the bits.
         bits: 2..8, or None to keep activations in floating point.
-        scale: "auto", which goes by the bits, or the name of an `ActScale`.
     """
     if bits is None:
         return ActivationFormat(bits=None, scale=ActScale.NONE)
+    scale = section.activation_scale
     chosen = ActScale.for_bits(bits) if scale == "auto" else ActScale(scale)
-    return ActivationFormat(bits=bits, scale=chosen)
+    return ActivationFormat(bits=bits, scale=chosen, grid=section.activation_grid)
 
 
 def make_layer_plan(
@@ -43,7 +44,7 @@ def make_layer_plan(
 
     Args:
         linear: The layer.
-        section: Group size, rotation group and kind of activation scale.
+        section: Grids, group size, rotation group and kind of activation scale.
         weight_bits: 2..8.
         activation_bits: 2..8, or None to keep activations in floating point.
         branch: Shape of its branch.
@@ -57,8 +58,10 @@ def make_layer_plan(
         in_features=linear.in_features,
         out_features=linear.out_features,
         tree=TreePath(block=linear.block, position=linear.position, leaf=linear.leaf),
-        weight=WeightFormat(bits=weight_bits, group_size=section.group_size),
-        activation=make_activation_format(activation_bits, section.activation_scale),
+        weight=WeightFormat(
+            bits=weight_bits, group_size=section.group_size, grid=section.weight_grid
+        ),
+        activation=make_activation_format(section, activation_bits),
         rotation_group=largest_group(linear.in_features) if group == "auto" else group,
         branch=branch,
     )

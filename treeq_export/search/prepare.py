@@ -23,7 +23,6 @@ from treeq_export.model.trajectories import Rows, collect_rows, predict
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan
 from treeq_export.progress import OnStep, Say, say_nothing
-from treeq_export.quant.spec import WeightFormat
 from treeq_export.recipe import Recipe
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.measure.bank import LayerBank
@@ -181,9 +180,9 @@ def _fit_layer(
     fitter = LayerFitter(layer, weight, bias, tokens, recipe.calibrate.without_training())
     tensors: dict[str, Tensor] = {}
     for activation_bits in sorted(set(section.activation_candidates)):
-        met = fitter.meet(make_activation_format(activation_bits, section.activation_scale))
+        met = fitter.meet(make_activation_format(section, activation_bits))
         for weight_bits in sorted(set(section.weight_candidates)):
-            widened = WeightFormat(bits=weight_bits, group_size=layer.weight.group_size)
+            widened = layer.weight.model_copy(update={"bits": weight_bits})
             for name, value in fitter.fit(met, widened).tensors.items():
                 own = "" if name.startswith(BRANCH) else pair_prefix(weight_bits, activation_bits)
                 tensors[own + name] = torch.from_numpy(np.ascontiguousarray(value))

@@ -4,6 +4,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.compile.audits.onnx_runtime import AUDIT_PACKED
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
+from treeq_export.compile.passes.check_formats import CheckGrids
 from treeq_export.compile.passes.clean_metadata import CleanMetadata
 from treeq_export.compile.passes.fuse_attention import FuseAttention
 from treeq_export.compile.passes.fuse_branch import FuseBranch
@@ -23,6 +24,7 @@ TARGET = Target(
         NameLayers(),
         CleanMetadata(),
         RepairSqueeze(),
+        CheckGrids(),
         ShareSubgraphs(),
         FuseBranch(),
         MergeSiblings(),

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from treeq_export.errors import CompileError
 from treeq_export.plan import LayerPlan, Plan
-from treeq_export.quant.numerics import accumulate, code_range
+from treeq_export.quant.grids import INTEGER, Grid
+from treeq_export.quant.numerics import accumulate
+from treeq_export.quant.spec import WeightFormat
 from treeq_export.records import AuditLayer
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.kernel_probe import KernelProbe
@@ -26,17 +28,20 @@ from treeq_export.runners.layer_probe import LayerProbe
 from treeq_export.runners.ways import Way
 
 ROWS = 8
-Kind = tuple[int, int | None, int | None]
+Kind = tuple[WeightFormat, int | None, str]
 
 
-def extreme_codes(bits: int, rows: int, columns: int, seed: int = 0) -> NDArray[np.int8]:
-    """Return codes of a format: rows of least, of largest, of both by turns; random rows.
+def extreme_codes(
+    bits: int, rows: int, columns: int, seed: int = 0, grid: Grid = INTEGER
+) -> NDArray[np.int8]:
+    """Return levels of a format: rows of least, of largest, of both by turns; random rows.
 
     Args:
         bits: Bits per code.
         rows: At least 3.
         columns: Codes in a row.
         seed: Seed of the random rows; every second of them has the extremes only.
+        grid: The grid of the levels.
 
     Returns:
         (rows, columns) int8.
@@ -44,12 +49,12 @@ def extreme_codes(bits: int, rows: int, columns: int, seed: int = 0) -> NDArray[
     >>> extreme_codes(2, 3, 4).tolist()
     [[-2, -2, -2, -2], [1, 1, 1, 1], [-2, 1, -2, 1]]
     """
-    least, largest = code_range(bits)
-    codes = np.random.default_rng(seed).integers(least, largest + 1, (rows, columns))
+    levels, (least, largest) = grid.levels(bits), grid.ends(bits)
+    codes = levels[np.random.default_rng(seed).integers(0, len(levels), (rows, columns))]
     codes[0], codes[1] = least, largest
     codes[2] = np.where(np.arange(columns) % 2, largest, least)
     codes[3::2] = np.where(codes[3::2] < 0, least, largest)
-    return codes.astype(np.int8)
+    return codes
 
 
 def audit_sums(
@@ -106,7 +111,7 @@ def _by_kind(layers: Iterable[LayerPlan]) -> dict[Kind, list[LayerPlan]]:
     kinds: dict[Kind, list[LayerPlan]] = {}
     for layer in layers:
         if layer.activation.bits is not None:
-            kind = (layer.weight.bits, layer.activation.bits, layer.weight.group_size)
+            kind = (layer.weight, layer.activation.bits, layer.activation.grid)
             kinds.setdefault(kind, []).append(layer)
     return kinds
 
@@ -139,5 +144,6 @@ def _weight_of(
 
 
 def _codes_of(layer: LayerPlan) -> NDArray[np.int8]:
-    assert layer.activation.bits is not None
-    return extreme_codes(layer.activation.bits, ROWS, layer.in_features)
+    activation = layer.activation
+    assert activation.bits is not None
+    return extreme_codes(activation.bits, ROWS, layer.in_features, grid=activation.numbers)

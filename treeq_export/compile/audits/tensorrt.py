@@ -58,7 +58,7 @@ def _audit_layer(
     layer: LayerPlan, codes: NDArray[np.int8], found: Mapping[str, set[str]]
 ) -> AuditLayer:
     kinds = found.get(digest_of(codes.T), set()) | found.get(
-        digest_of(pack(codes, layer.weight.bits)), set()
+        digest_of(pack(codes, layer.weight.bits, layer.weight.numbers)), set()
     )
     return audit_entry(layer, kinds, _INTEGER)
 

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from treeq_export.compile.bodies.storage import SIGNED, stored_codes
+from treeq_export.compile.bodies.storage import SIGNED
 from treeq_export.compile.bodies.writer import BodyWriter
 from treeq_export.compile.graph.match import input_of
 from treeq_export.compile.graph.rewrite import add_initializer, initializer_array, replace_node
@@ -39,8 +40,8 @@ class LoweredLayer:
         self.signature = read_signature(node)
         self.writer = BodyWriter(f"{self._name}/", self._share)
         self.x = x
-        codes = unpack(initializer_array(node.inputs[1]), self.signature.in_features)
-        self.codes = np.ascontiguousarray(codes.T)
+        planes, grid = initializer_array(node.inputs[1]), self.signature.weight_grid
+        self.codes = np.ascontiguousarray(unpack(planes, self.signature.in_features, grid).T)
         self.scales = np.ascontiguousarray(initializer_array(node.inputs[2]).T)
         self.bias = input_of(node, 3)
 
@@ -56,8 +57,11 @@ class LoweredLayer:
     def store_codes(
         self, codes: NDArray[np.int8], zero: np.int8 | np.uint8 = SIGNED.weight
     ) -> ir.Value:
-        """Return the weight codes as an initializer: INT4 up to 4 bits, INT8 or UINT8 above."""
-        return self.store("weight_quantized", stored_codes(codes, self.signature.weight_bits, zero))
+        """Return the weight codes as an initializer: INT4 where all fit, else INT8 or UINT8."""
+        if self.signature.fits_int4:
+            return self.store("weight_quantized", codes.astype(ml_dtypes.int4))
+        wide = codes.astype(np.int16) + zero
+        return self.store("weight_quantized", wide.astype(zero.dtype))
 
     def finish(self) -> None:
         """Put the recorded nodes in the layer's place; the last one computes its output."""

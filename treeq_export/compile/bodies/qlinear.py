@@ -9,6 +9,8 @@ Runtime fuses to integer arithmetic (`MatMulIntegerToFloat`):
 With several weight scales per channel the sums are kept apart, as MatMulInteger over groups.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,7 +18,8 @@ from treeq_export.compile.bodies.storage import ZeroPoints, zero_points
 from treeq_export.compile.bodies.writer import BodyWriter
 from treeq_export.compile.graph.signature import QLinearSignature
 from treeq_export.ops import ActScale
-from treeq_export.quant.numerics import SCALE_FLOOR, code_range
+from treeq_export.quant.grids import Cells
+from treeq_export.quant.numerics import SCALE_FLOOR
 
 
 def write_rotation(writer: BodyWriter, x: ir.Value, signature: QLinearSignature) -> ir.Value:
@@ -53,13 +56,30 @@ def write_codes(
     signature: QLinearSignature,
     zeros: ZeroPoints,
 ) -> ir.Value:
-    """Append q_x = clip(rint(x' * (1 / s_x))), stored as `zeros` says."""
-    qmin, qmax = code_range(signature.act_bits)
-    scaled = writer.op("Mul", rotated, writer.op("Reciprocal", scale))
-    clipped = writer.op(
-        "Clip", scaled, writer.constant(qmin, np.float32), writer.constant(qmax, np.float32)
-    )
-    return writer.op("QuantizeLinear", clipped, *_unit_scale(writer, zeros), label="codes")
+    """Append q_x = round(x' * (1 / s_x)), stored as `zeros` says."""
+    grid, bits = signature.act_grid, signature.act_bits
+    levels = writer.op("Mul", rotated, writer.op("Reciprocal", scale))
+    if grid.cells is None:
+        levels = _clip(writer, levels, grid.ends(bits), np.float32)
+    else:
+        levels = _look_up(writer, levels, grid.cells(bits))
+    return writer.op("QuantizeLinear", levels, *_unit_scale(writer, zeros), label="codes")
+
+
+def _look_up(writer: BodyWriter, values: ir.Value, cells: Cells) -> ir.Value:
+    """Append the levels of the cells that values lie in."""
+    if cells.per_unit != 1.0:
+        values = writer.op("Mul", values, writer.constant(cells.per_unit, np.float32))
+    cell = _clip(writer, writer.op("Floor", values), (cells.first, cells.last), np.float32)
+    place = writer.op("Sub", cell, writer.constant(cells.first, np.float32))
+    # NaN becomes any integer, and the table has no place for it.
+    index = writer.op("Cast", place, to=ir.DataType.INT32.value)
+    index = _clip(writer, index, (0, len(cells.levels) - 1), np.int32)
+    return writer.op("Gather", writer.constant(cells.levels, np.float32), index)
+
+
+def _clip(writer: BodyWriter, x: ir.Value, ends: tuple[int, int], dtype: Any) -> ir.Value:
+    return writer.op("Clip", x, *(writer.constant(end, dtype) for end in ends))
 
 
 def _unit_scale(writer: BodyWriter, zeros: ZeroPoints) -> tuple[ir.Value, ir.Value]:

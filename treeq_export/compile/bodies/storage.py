@@ -8,17 +8,11 @@ Codes and weights are therefore stored with zero points that keep each pair with
 `zero_points`; UINT8 times UINT8 is never added in 16 bits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from treeq_export.compile.graph.signature import QLinearSignature
-from treeq_export.ops import MAX_BITS
-from treeq_export.quant.numerics import code_range
-
-INT4_BITS = 4
 
 
 class ZeroPoints(NamedTuple):
@@ -50,19 +44,12 @@ def zero_points(signature: QLinearSignature) -> ZeroPoints:
     Args:
         signature: The layer's; SIGNED for weight-only ones.
     """
-    (least, _), is_float = code_range(signature.weight_bits), not signature.act_bits
-    if is_float or (signature.num_groups == 1 and 2 * 255 * -least <= _LEAST_PAIR):
+    # Sums of positive products end at 32767, those of negative ones at -32768.
+    least, largest = signature.weight_grid.ends(signature.weight_bits)
+    size, is_float = max(-least, largest + 1), not signature.act_bits
+    if is_float or (signature.num_groups == 1 and 2 * 255 * size <= _LEAST_PAIR):
         return SIGNED
-    qmin, qmax = code_range(signature.act_bits)
-    codes = np.uint8(-qmin + (signature.act_bits < MAX_BITS))
-    fits = 2 * (qmax + int(codes)) * -least <= _LEAST_PAIR
-    return ZeroPoints(codes, np.int8(0) if fits else np.uint8(-least))
-
-
-def stored_codes(
-    codes: NDArray[np.int8], bits: int, zero: np.int8 | np.uint8 = SIGNED.weight
-) -> NDArray[Any]:
-    """Return weight codes as a graph stores them: INT4 up to 4 bits, INT8 or UINT8 above."""
-    if bits <= INT4_BITS:
-        return codes.astype(ml_dtypes.int4)
-    return (codes.astype(np.int16) + zero).astype(zero.dtype)
+    qmin, qmax = signature.act_grid.ends(signature.act_bits)
+    codes = np.uint8(-qmin + (qmin > -128))
+    fits = 2 * (qmax + int(codes)) * size <= _LEAST_PAIR
+    return ZeroPoints(codes, np.int8(0) if fits else np.uint8(128))

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from treeq_export import ops
 from treeq_export.errors import CompileError
 from treeq_export.ops import LayerFormat
+from treeq_export.quant.grids import ACT_GRID, INTEGER, WEIGHT_GRID, Grid, find_grid
 from treeq_export.runners.plain_layer import input_of, read_format
 
 DOMAIN, MONARCH, QLINEAR = ops.DOMAIN, ops.MONARCH.name, ops.QLINEAR.name
@@ -19,10 +20,20 @@ class QLinearSignature(LayerFormat):
     Attributes:
         rank: Number of axes of x.
         has_bias: Whether the node has a bias.
+        weight_grid: Grid of the weight's levels.
+        act_grid: Grid of the activation's levels.
     """
 
     rank: int
     has_bias: bool
+    weight_grid: Grid = INTEGER
+    act_grid: Grid = INTEGER
+
+    @property
+    def fits_int4(self) -> bool:
+        """Whether every level of the weight is an INT4."""
+        least, largest = self.weight_grid.ends(self.weight_bits)
+        return least >= -8 and largest <= 7
 
     @property
     def overload(self) -> str:
@@ -59,8 +70,13 @@ def read_signature(node: ir.Node) -> QLinearSignature:
     x = input_of(node, "x")
     if x is None or x.shape is None or not isinstance(x.shape[-1], int):
         raise CompileError(f"{layer_name(node)}: the exported graph does not say the shape of x.")
-    has_bias = input_of(node, "bias") is not None
-    return QLinearSignature(**vars(read_format(node)), rank=len(x.shape), has_bias=has_bias)
+    return QLinearSignature(
+        **vars(read_format(node)),
+        rank=len(x.shape),
+        has_bias=input_of(node, "bias") is not None,
+        weight_grid=find_grid(node.attributes.get_string(WEIGHT_GRID, INTEGER.name)),
+        act_grid=find_grid(node.attributes.get_string(ACT_GRID, INTEGER.name)),
+    )
 
 
 def nodes_of(model: ir.Model, op_type: str) -> list[ir.Node]:

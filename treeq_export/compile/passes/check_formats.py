@@ -1,6 +1,9 @@
-"""Pass `CheckFormats`: refuse layers that a TensorRT target has no arithmetic for, by name.
+"""Passes that refuse, by name, layers that a target has no arithmetic for.
 
-Rules, for layers with quantized activations in target `tensorrt` (the kernels of kernels/gpu):
+`CheckGrids` refuses grids other than `integer`, the only one of our kernels and plugins.
+`CheckFormats` does the same, and refuses formats that a TensorRT target does not have.
+
+Its rules, for layers with quantized activations in target `tensorrt` (the kernels of kernels/gpu):
 1. weight_bits and act_bits are 2..8.
 2. group_size is 0, all input channels, or a multiple of 32 that divides them.
 3. rotation_group is at most 128.
@@ -28,6 +31,7 @@ from treeq_export.compile.graph.signature import (
 )
 from treeq_export.errors import CompileError
 from treeq_export.ops import MAX_BITS, MAX_ROTATION, MIN_BITS, PACK_WORD
+from treeq_export.quant.grids import INTEGER
 
 MIN_BLOCK, MAX_BLOCK = 16, 128
 _SHOWN = 8
@@ -50,17 +54,35 @@ class CheckFormats(LayerPass):
         Raises:
             CompileError: Names the layers, what they have and what they may have.
         """
-        found: dict[str, list[str]] = {}
-        for node in nodes_of(model, QLINEAR):
-            signature = read_signature(node)
-            check: Callable[[QLinearSignature], str | None]
+
+        def problem(signature: QLinearSignature) -> str | None:
             check = self._check if signature.act_bits else _weight_only_problem
-            problem = _bits_problem(signature) or check(signature)
-            if problem is not None:
-                found.setdefault(problem, []).append(layer_name(node))
-        if found:
-            raise CompileError(describe_problems(found))
-        return PassResult(model, False)
+            return _grid_problem(signature) or _bits_problem(signature) or check(signature)
+
+        return _refuse(model, problem)
+
+
+class CheckGrids(LayerPass):
+    """Check the grids; every QLinear has the grid `integer` then."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change nothing.
+
+        Raises:
+            CompileError: Names the layers and their grids.
+        """
+        return _refuse(model, _grid_problem)
+
+
+def _refuse(model: ir.Model, problem_of: Callable[[QLinearSignature], str | None]) -> PassResult:
+    found: dict[str, list[str]] = {}
+    for node in nodes_of(model, QLINEAR):
+        problem = problem_of(read_signature(node))
+        if problem is not None:
+            found.setdefault(problem, []).append(layer_name(node))
+    if found:
+        raise CompileError(describe_problems(found))
+    return PassResult(model, False)
 
 
 def describe_problems(found: Mapping[str, list[str]]) -> str:
@@ -74,6 +96,16 @@ def describe_problems(found: Mapping[str, list[str]]) -> str:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         parts.append(f"{', '.join(names[:_SHOWN])}{more}: {problem}")
     return " ".join(parts)
+
+
+def _grid_problem(signature: QLinearSignature) -> str | None:
+    for grid in (signature.weight_grid, signature.act_grid):
+        if grid is not INTEGER:
+            return (
+                f"grid {grid.name}, expected {INTEGER.name}, the only one of the kernels. Compile "
+                "for target portable, or search again with another grid."
+            )
+    return None
 
 
 def _bits_problem(signature: QLinearSignature) -> str | None:

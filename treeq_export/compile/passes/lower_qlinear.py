@@ -1,9 +1,9 @@
 """Pass `LowerQLinear`: `treeq::QLinear` to standard ONNX with INT4, INT8 or UINT8 weights.
 
 Rules:
-1. The planes become `<layer>.weight_quantized`, transposed to (K, N): INT4 up to 4 bits, followed
-   by a Cast to INT8 that a runtime folds at load; INT8 above, or UINT8 with the zero point 128
-   where INT8 products could saturate (`zero_points`).
+1. The planes become `<layer>.weight_quantized`, transposed to (K, N): INT4 where all levels fit,
+   followed by a Cast to INT8 that a runtime folds at load; else INT8, or UINT8 with the zero point
+   128 where INT8 products could saturate (`zero_points`).
 2. The scales become `<layer>.weight_quantized_scale`, (N,), or (G, 1, N) with several per channel.
 3. The node becomes the form of bodies/qlinear.py; the output keeps its name, type and shape.
 """
@@ -15,7 +15,7 @@ from onnx_ir.passes import PassResult
 
 from treeq_export.compile.bodies.layer import LoweredLayer
 from treeq_export.compile.bodies.qlinear import write_qlinear
-from treeq_export.compile.bodies.storage import INT4_BITS, zero_points
+from treeq_export.compile.bodies.storage import zero_points
 from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
 
@@ -40,7 +40,7 @@ class LowerQLinear(RewritePass[ir.Node]):
             codes = codes.reshape(signature.num_groups, signature.group_size, -1)
             scales = layer.scales[:, None, :]
         weight = layer.store_codes(codes, zero_points(signature).weight)
-        if signature.weight_bits <= INT4_BITS:
+        if signature.fits_int4:
             weight = layer.writer.op("Cast", weight, to=ir.DataType.INT8.value)
         scale = layer.store("weight_quantized_scale", scales)
         write_qlinear(layer.writer, layer.x, weight, scale, layer.bias, signature)

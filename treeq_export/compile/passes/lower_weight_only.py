@@ -22,7 +22,6 @@ import onnx_ir as ir
 
 from treeq_export.compile.bodies.layer import LoweredLayer
 from treeq_export.compile.bodies.qlinear import write_rotation
-from treeq_export.compile.bodies.storage import INT4_BITS
 from treeq_export.compile.graph.contract import RewritePass, refuse
 from treeq_export.compile.graph.signature import (
     QLINEAR,
@@ -85,6 +84,4 @@ class LowerWeightOnly(RewritePass[ir.Node]):
 def _has_block_product(signature: QLinearSignature) -> bool:
     """Whether ONNX Runtime has a fast MatMulNBits of a layer's weights."""
     blocked = signature.num_groups > 1
-    return signature.weight_bits <= INT4_BITS and (
-        not blocked or signature.group_size in _BLOCK_SIZES
-    )
+    return signature.fits_int4 and (not blocked or signature.group_size in _BLOCK_SIZES)

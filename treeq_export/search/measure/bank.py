@@ -5,7 +5,6 @@ from collections import OrderedDict
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of
 from treeq_export.model.zoo import Denoiser
-from treeq_export.quant.spec import WeightFormat
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.session import Session
 from treeq_export.search.store import BRANCH, pair_prefix, weight_file
@@ -28,7 +27,7 @@ class LayerBank:
         self._store = session.store
         self._templates = {layer.name: layer for layer in session.templates}
         self._biases = {name: linear_of(denoiser, x).bias for name, x in self._templates.items()}
-        self._scale = session.recipe.search.activation_scale
+        self._section = session.recipe.search
         self._limit_bytes = limit_bytes
         self._layers: OrderedDict[tuple[str, int, int | None], QLinear] = OrderedDict()
         self._num_bytes = 0
@@ -62,8 +61,8 @@ class LayerBank:
         template = self._templates[name]
         layer = template.model_copy(
             update={
-                "weight": WeightFormat(bits=weight_bits, group_size=template.weight.group_size),
-                "activation": make_activation_format(activation_bits, self._scale),
+                "weight": template.weight.model_copy(update={"bits": weight_bits}),
+                "activation": make_activation_format(self._section, activation_bits),
             }
         )
         return QLinear(layer, own, self._biases[name])

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from treeq_export.errors import RecipeError
-from treeq_export.ops import MAX_BITS, MIN_BITS
+from treeq_export.ops import MAX_BITS
+from treeq_export.quant.grids import INTEGER, find_grid
 from treeq_export.recipe import SearchSection
 from treeq_export.search.budget import CostModel
 from treeq_export.search.strategies.context import Outcome, SearchContext
 from treeq_export.search.tree import Configuration, Leaf
-
-ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
 def search_uniform(context: SearchContext) -> Outcome:
@@ -34,7 +33,7 @@ def search_uniform(context: SearchContext) -> Outcome:
 def uniform_configuration(
     costs: CostModel,
     section: SearchSection,
-    widths: tuple[Sequence[int], Sequence[int]] = (ALL_WIDTHS, ALL_WIDTHS),
+    widths: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Configuration:
     """Return the uniform assignment at the recipe's budget.
 
@@ -42,13 +41,15 @@ def uniform_configuration(
         costs: Costs of configurations of the network.
         section: The budget. Where it does not limit weights or activations, they get the recipe's
             weight_bits or activation_bits.
-        widths: Widths of weights and of activations, to choose from.
+        widths: Widths of weights and of activations, to choose from; None is all of their grids.
 
     Raises:
         RecipeError: Even the least width exceeds the size.
     """
     limits = section.budget
     assert limits is not None
+    if widths is None:
+        widths = find_grid(section.weight_grid).widths, find_grid(section.activation_grid).widths
     leaves = costs.network.leaves
     bits = limits.activation_bits or section.activation_bits or MAX_BITS
     activation = spread_bits(leaves, max(bits, min(widths[1])), widths[1])
@@ -73,7 +74,7 @@ def uniform_configuration(
 
 
 def spread_bits(
-    leaves: Sequence[Leaf], average: float, widths: Sequence[int] = ALL_WIDTHS
+    leaves: Sequence[Leaf], average: float, widths: Sequence[int] = INTEGER.widths
 ) -> list[int]:
     """Return one width per leaf: two neighbouring ones, spread evenly, at most `average`.
 
