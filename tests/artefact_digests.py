@@ -30,7 +30,10 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "finetune": {"mode": "peft", "steps": 4, "batch_size": 2},
     },
     "pixart": {"search": {"strategy": "greedy", "activation_scale": "tensor_static"}},
-    "sd3": {"search": {"strategy": "integer_programming", "group_size": 32}},
+    "sd3": {
+        "search": {"strategy": "integer_programming", "group_size": 32},
+        "compile": {"targets": ["portable", "ort", "tensorrt"]},  # groups need the plugin
+    },
     "flux": {"search": {"strategy": "uniform", "budget": {"weight_bits": 4.0}}},
 }
 NOT_COMPARED = re.compile(
