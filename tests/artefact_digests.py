@@ -14,12 +14,15 @@ import argparse
 import hashlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from tests.tiny_models import TINY_CONFIGS, TINY_LATENT, save_tiny
 
@@ -38,7 +41,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 NOT_COMPARED = re.compile(
     r".*(_s|_ms|_us|seconds|_bytes_per_s|peak.*_bytes|rss.*|memory.*)|time|times|seconds|created"
-    r"|environment|machine|processor|threads|rounds|bench|timings|raw|speedup.*|interval|date"
+    r"|environment|engine_sha256|machine|processor|threads|rounds|bench|timings|raw|speedup.*|interval|date"
 )
 BY_NAME = {".engine", ".png", ".html", ".so", ".lock", ".log", ".timing"}
 
@@ -86,6 +89,7 @@ def make(folder: Path, command: str, names: list[str]) -> None:
 def without_times(value: Any) -> Any:
     """Return a JSON value without what differs from run to run."""
     if isinstance(value, dict):
+        value = {key: part for key, part in value.items() if not has_times(key, part)}
         return {
             key: without_times(part)
             for key, part in value.items()
@@ -96,6 +100,14 @@ def without_times(value: Any) -> Any:
     return value
 
 
+def has_times(key: str, part: Any) -> bool:
+    """Whether a value is the digest of a record that holds times, or the times of all stages."""
+    seal = key == "sha256" and isinstance(part, str)
+    record = key.endswith((".json", ".html")) and isinstance(part, str) and len(part) == 64
+    stages = key == "stages" and all(isinstance(each, float) for each in part.values())
+    return seal or record or stages
+
+
 def digest(path: Path) -> str:
     """Return the digest of what is compared of a file."""
     data = path.read_bytes()
@@ -103,6 +115,18 @@ def digest(path: Path) -> str:
         return "by name"
     if path.suffix == ".json":
         data = json.dumps(without_times(json.loads(data))).encode()
+    if path.suffix == ".safetensors":  # the order of its metadata is not the same twice
+        with safe_open(path, "np") as file:
+            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "sha256"}
+            data = repr(sorted(metadata.items())).encode()
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                data += f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes()
+    if path.suffix == ".sqlite":
+        with closing(sqlite3.connect(path)) as journal:
+            columns = "fingerprint, node, prefix, suffix, value"
+            rows = journal.execute(f"SELECT {columns} FROM evaluations").fetchall()
+            data = repr(sorted(rows)).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
