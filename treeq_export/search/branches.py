@@ -71,8 +71,8 @@ def branch_candidates(
     """Return the shapes within the budget, low rank first; none where not even rank 1 fits.
 
     Args:
-        in_features: K.
-        out_features: N.
+        in_features: Number K of input features.
+        out_features: Number N of output features.
         budget: Fraction of the N K weights, and the largest grid.
 
     >>> budget = BranchBudget(parameter_fraction=0.125, grids=2)
@@ -93,17 +93,10 @@ def branch_candidates(
     return found
 
 
-def output_error(
+def _output_error(
     layer: LayerPlan, weight: NDArray[np.floating], tensors: Tensors, x: NDArray[np.floating]
 ) -> float:
-    """Return the relative squared error of a quantized layer's output, bias left out.
-
-    Args:
-        layer: The layer's entry in the plan.
-        weight: W, (N, K).
-        tensors: The result of `quantize_layer`.
-        x: Inputs (n, K), not rotated.
-    """
+    """Return the relative squared error of a quantized layer's output for x (n, K), not rotated."""
     step = tensors.get("activation_step")
     y_hat = qlinear(
         x,
@@ -120,25 +113,14 @@ def output_error(
     return float(error / max(signal, 1e-300))
 
 
-def try_branches(
+def _try_branches(
     layer: LayerPlan,
     weight: NDArray[np.floating],
     statistics: InputStatistics,
     section: CalibrateSection,
     budget: BranchBudget,
 ) -> list[BranchTrial]:
-    """Measure every shape on one layer, in its formats.
-
-    Args:
-        layer: The layer's entry in the plan; the branch is replaced.
-        weight: W, (N, K).
-        statistics: Statistics of the layer's rotated input, with kept tokens.
-        section: The way in which scales and codes are found.
-        budget: Parameters, and the largest grid.
-
-    Returns:
-        One trial per shape, low rank first.
-    """
+    """Measure every shape on one layer, in its formats; the shape of least error comes first."""
     kept = np.concatenate(statistics.kept)
     kept = kept[:: max(1, len(kept) // (2 * _MOST_TOKENS))]
     fitted, held_out = kept[::2], kept[1::2]
@@ -153,12 +135,12 @@ def try_branches(
         tensors = quantize_layer(tried, weight, own, plain)
         errors = [
             # The rotation is its own inverse.
-            output_error(tried, weight, tensors, rotate(tokens, layer.rotation_group))
+            _output_error(tried, weight, tensors, rotate(tokens, layer.rotation_group))
             for tokens in (fitted, held_out)
         ]
         number = branch.num_parameters(layer.in_features, layer.out_features)
         trials.append(BranchTrial(branch, number, *errors))
-    return trials
+    return sorted(trials, key=lambda trial: trial.error)
 
 
 def choose_branches(
@@ -190,12 +172,11 @@ def choose_branches(
     inputs = statistics()
     for done, layer in enumerate(layers, start=1):
         weight = linear_of(denoiser, layer).weight.detach().numpy()
-        trials = try_branches(
+        found[layer.name] = _try_branches(
             layer, weight, inputs[layer.name], recipe.calibrate, section.branch_budget
         )
-        if trials:
-            found[layer.name] = sorted(trials, key=lambda trial: trial.error)
         on_step(done / len(layers))
+    found = {name: trials for name, trials in found.items() if trials}
     return {name: trials[0].branch for name, trials in found.items()}, found
 
 

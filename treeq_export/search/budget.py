@@ -41,6 +41,14 @@ class Cost:
         )
 
     @property
+    def averages(self) -> dict[str, float]:
+        """Average bits by the names that they have in records."""
+        return {
+            "weight_bits": self.average_weight_bits,
+            "activation_bits": self.average_activation_bits,
+        }
+
+    @property
     def average_weight_bits(self) -> float:
         """Average bits of a weight."""
         return self.weight_bits / max(self.num_weights, 1)
@@ -118,15 +126,9 @@ class Budget:
 
     def fractions(self, cost: Cost) -> list[float]:
         """Return what part of every limit that is set a cost takes: weights, activations, size."""
-        return [
-            spent / limit
-            for limit, spent in (
-                (self.weight_bits, cost.weight_bits),
-                (self.activation_bits, cost.activation_bits),
-                (self.size_bytes, cost.size_bytes),
-            )
-            if limit is not None
-        ]
+        limits = (self.weight_bits, self.activation_bits, self.size_bytes)
+        spent = (cost.weight_bits, cost.activation_bits, cost.size_bytes)
+        return [x / limit for limit, x in zip(limits, spent, strict=True) if limit is not None]
 
     def relative(self, cost: Cost) -> list[float]:
         """Return what a node spends relative to its share: for weights, then for activations.
@@ -139,18 +141,12 @@ class Budget:
             limits on both weight bits and size, the one that is closer to its limit counts.
         """
         share = cost.num_weights / self.num_weights
-        weights = [
-            spent / (limit * share)
-            for limit, spent in (
-                (self.weight_bits, cost.weight_bits),
-                (self.size_bytes, cost.size_bytes),
-            )
-            if limit is not None
+        scaled = [
+            None if limit is None else limit * share
+            for limit in (self.weight_bits, self.activation_bits, self.size_bytes)
         ]
-        parts = [max(weights)] if weights else []
-        if self.activation_bits is not None:
-            parts.append(cost.activation_bits / (self.activation_bits * share))
-        return parts
+        weights = Budget(scaled[0], None, scaled[2]).fractions(cost)
+        return [*([max(weights)] if weights else []), *Budget(None, scaled[1]).fractions(cost)]
 
 
 def make_budget(section: SearchSection, costs: CostModel) -> Budget:

@@ -8,6 +8,7 @@ them only what the journal does not know yet.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Protocol, Self
 
@@ -79,61 +80,42 @@ class LocalExecutor:
                 yield task, suffix, value
 
 
-@dataclass
 class Tally:
-    """Counts what was measured and what the journal knew; pass it, or call it, as `on_measured`.
+    """Counts what was measured and what the journal knew, and says how far the search is.
 
-    Attributes:
-        num_measured: Values that an executor measured.
-        num_reused: Values that the journal knew.
-        seconds: Time spent measuring.
-    """
-
-    num_measured: int = 0
-    num_reused: int = 0
-    seconds: float = 0.0
-
-    def __call__(self, seconds: float | None) -> None:
-        """Count one value, measured in `seconds`, or reused (None)."""
-        if seconds is None:
-            self.num_reused += 1
-        else:
-            self.num_measured += 1
-            self.seconds += seconds
-
-
-class Progress:
-    """Turns measured values into the fraction of the search that is done.
-
-    What a strategy measures beyond what is expected moves the bar towards its end without reaching
-    it.
+    Pass it, or what `count` returns, as `on_measured`.
 
     Args:
-        expected: Block runs that the search will take.
-        tally: Counts what is measured and what the journal knew.
+        expected: Block runs that the search will take. What a strategy measures beyond them moves
+            the bar towards its end without reaching it.
         on_step: Called with the fraction done, 0..1.
         before: The fraction at which measuring starts.
     """
 
-    def __init__(self, expected: int, tally: Tally, on_step: OnStep, before: float) -> None:
+    def __init__(
+        self, expected: int = 1, on_step: OnStep = lambda _: None, before: float = 0
+    ) -> None:
+        self.num_measured = self.num_reused = 0
+        self.seconds = 0.0  # spent measuring
         self._expected = max(expected, 1)
-        self._tally = tally
         self._on_step = on_step
         self._before = before
         self._done = self._fraction = 0.0
 
+    def __call__(self, seconds: float | None, block_runs: float = 0.0) -> None:
+        """Count one value, measured in `seconds`, or reused (None)."""
+        self.num_measured += seconds is not None
+        self.num_reused += seconds is None
+        self.seconds += seconds or 0.0
+        self._done += block_runs
+        left = max(self._expected - self._done, 0.05 * self._done)
+        self._fraction = max(self._fraction, self._done / (self._done + left))
+        self._on_step(self._before + (1 - self._before) * self._fraction)
+
     def count(self, tasks: Sequence[Task], block_runs: int) -> Callable[[float | None], None]:
-        """Return what `measure_all` calls for every value of these tasks."""
+        """Return what `measure_all` calls for every value of tasks of so many block runs."""
         number = max(sum(len(task.suffixes) for task in tasks), 1)
-
-        def on_measured(seconds: float | None) -> None:
-            self._tally(seconds)
-            self._done += block_runs / number
-            left = max(self._expected - self._done, 0.05 * self._done)
-            self._fraction = max(self._fraction, self._done / (self._done + left))
-            self._on_step(self._before + (1 - self._before) * self._fraction)
-
-        return on_measured
+        return partial(self, block_runs=block_runs / number)
 
 
 def measure_all(

@@ -51,17 +51,16 @@ def select_linears(linears: Sequence[LinearInfo], exclude: Sequence[str]) -> lis
     Raises:
         RecipeError: A pattern matches nothing, or nothing is left.
     """
+    excluded: set[str] = set()
     for pattern in exclude:
-        if not any(fnmatch.fnmatchcase(linear.name, pattern) for linear in linears):
+        matched = {x.name for x in linears if fnmatch.fnmatchcase(x.name, pattern)}
+        if not matched:
             raise RecipeError(
                 f"search.exclude: {pattern!r} matches none of {len(linears)} layers, "
                 f"such as {linears[0].name}. Correct or remove the pattern."
             )
-    selected = [
-        linear
-        for linear in linears
-        if not any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in exclude)
-    ]
+        excluded |= matched
+    selected = [linear for linear in linears if linear.name not in excluded]
     if not selected:
         raise RecipeError("search.exclude: leaves no layer to quantize. Remove a pattern.")
     return selected

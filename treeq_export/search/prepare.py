@@ -29,17 +29,17 @@ from treeq_export.search.measure.bank import LayerBank
 from treeq_export.search.measure.blocks import LinearSwitch, quantized_handlers
 from treeq_export.search.session import Session
 from treeq_export.search.store import (
+    BLOCK_FILE,
     BRANCH,
     CLEAN,
     FINAL_FILE,
     NOISY,
+    PROBE_FILE,
     ROWS_FILE,
+    WEIGHT_FILE,
     Store,
-    block_file,
     pair_prefix,
-    probe_file,
     slice_rows,
-    weight_file,
 )
 
 _FINAL_SEED_OFFSET = 500  # calibration has 0, the held-out inputs of `evaluate` have 1000
@@ -65,20 +65,22 @@ def prepare(
     """
     recipe, section, network = session.recipe, session.recipe.search, session.network
     store = Store(session.folder, session.weights_fingerprint, say)
-    missing = [layer for layer in session.templates if not store.has(weight_file(layer.name))]
+    missing = [
+        layer for layer in session.templates if not store.has(WEIGHT_FILE.format(layer.name))
+    ]
     if missing:
         fitted = statistics()
         for done, layer in enumerate(missing, start=1):
             tensors = _fit_layer(denoiser, layer, fitted[layer.name], recipe)
-            store.save(weight_file(layer.name), tensors)
+            store.save(WEIGHT_FILE.format(layer.name), tensors)
             on_step(0.8 * (done / len(missing)))
     noisy = Store(session.folder, session.journal_fingerprint(1.0), say)
     searched = sorted({leaf.block for leaf in network.leaves})
     probed = searched if section.num_probes else []
     wanted = [ROWS_FILE, *([FINAL_FILE] if section.num_final_rows else [])]
-    wanted += [probe_file(block) for block in probed]
+    wanted += [PROBE_FILE.format(block) for block in probed]
     if all(store.has(name) for name in wanted) and all(
-        noisy.has(block_file(block)) for block in range(len(network.blocks))
+        noisy.has(BLOCK_FILE.format(block)) for block in range(len(network.blocks))
     ):
         return
 
@@ -113,9 +115,9 @@ def prepare(
             folder=session.folder,
         )
         for block, output in zip(probed, gradients, strict=True):
-            store.save_outputs(probe_file(block), {"": output})
+            store.save_outputs(PROBE_FILE.format(block), {"": output})
     for block, (output, noisy_output) in enumerate(zip(clean, dirty, strict=True)):
-        noisy.save_outputs(block_file(block), {CLEAN: output, NOISY: noisy_output})
+        noisy.save_outputs(BLOCK_FILE.format(block), {CLEAN: output, NOISY: noisy_output})
     store.save_rows(ROWS_FILE, rows, prediction)
     on_step(1.0)
 

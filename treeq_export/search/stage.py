@@ -36,7 +36,6 @@ from treeq_export.search.executor import (
     Executor,
     Key,
     LocalExecutor,
-    Progress,
     Tally,
     Task,
     measure_all,
@@ -142,7 +141,6 @@ class _Search:
         self._on_step = on_step
         self._say = say
         self._started = perf_counter()
-        self._tally = Tally()
         discovery = discover(denoiser)
         if discovery.note is not None:
             say(discovery.note)
@@ -166,11 +164,14 @@ class _Search:
         )
         network = replace(self.network, branches=branches)
         context = SearchContext(section, network, CostModel(network, section))
-        cost = None
+        cost, tally = None, Tally()
         if strategy.measures:
             context = replace(context, budget=make_budget(section, context.costs))
             cost = self.announce(network) if strategy.estimates else None
-            outcome = self._measure(strategy, context, cost)
+            alone = len(network.leaves) * len(context.candidates) * len(network.blocks)
+            expected = cost.num_block_runs if cost else alone
+            tally = Tally(expected, self._on_step, _PREPARED)
+            outcome = self._measure(strategy, context, tally)
         else:
             outcome = strategy.run(context)
         limits = section.budget.model_dump(exclude_none=True) if section.budget else {}
@@ -180,8 +181,8 @@ class _Search:
             noise=section.noise,
             budget={name: float(value) for name, value in limits.items()},
             cost=cost,
-            num_measured=self._tally.num_measured,
-            num_from_journal=self._tally.num_reused,
+            num_measured=tally.num_measured,
+            num_from_journal=tally.num_reused,
             seconds=round(perf_counter() - self._started, 3),
             network_mse=outcome.network_mse if strategy.measures else None,
             nodes=_describe_tree(context, outcome),
@@ -208,9 +209,7 @@ class _Search:
     def _batch_rows(self) -> int:
         return choose_batch_rows(self._denoiser, self.network.blocks)
 
-    def _measure(
-        self, strategy: Strategy, context: SearchContext, cost: SearchCost | None
-    ) -> Outcome:
+    def _measure(self, strategy: Strategy, context: SearchContext, tally: Tally) -> Outcome:
         """Prepare a session and run a strategy that measures configurations in it."""
         section, network = self._section, context.network
         widths = (section.weight_candidates, section.activation_candidates)
@@ -229,15 +228,12 @@ class _Search:
             lambda part: self._on_step(_BRANCHES + (_PREPARED - _BRANCHES) * part),
             self._say,
         )
-        alone = len(network.leaves) * len(context.candidates) * len(network.blocks)
-        expected = cost.num_block_runs if cost else alone
-        progress = Progress(expected, self._tally, self._on_step, _PREPARED)
         known = session.journal_fingerprint(section.noise)
         with Journal(self._folder / JOURNAL_FILE, known, say=self._say) as journal:
 
             def measure_on(executor: Executor) -> Measure:
                 def measure(tasks: Sequence[Task], block_runs: int) -> dict[Key, float]:
-                    return measure_all(tasks, journal, executor, progress.count(tasks, block_runs))
+                    return measure_all(tasks, journal, executor, tally.count(tasks, block_runs))
 
                 return measure
 
@@ -296,8 +292,7 @@ def _describe_tree(context: SearchContext, outcome: Outcome) -> list[SearchNode]
                 first_leaf=node.first,
                 last_leaf=node.last,
                 num_configurations=outcome.kept[node.name],
-                weight_bits=cost.average_weight_bits,
-                activation_bits=cost.average_activation_bits,
+                **cost.averages,
             )
         )
     return nodes
@@ -308,8 +303,7 @@ def _describe_finalists(context: SearchContext, outcome: Outcome) -> list[Search
     costs = [context.costs.cost(finalist.configuration) for finalist in outcome.finalists]
     return [
         SearchFinalist(
-            weight_bits=cost.average_weight_bits,
-            activation_bits=cost.average_activation_bits,
+            **cost.averages,
             network_mse=finalist.network_mse,
             final_mse=finalist.final_mse,
             calibrated_mse=finalist.calibrated_mse,

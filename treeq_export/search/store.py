@@ -7,7 +7,8 @@ files, so that outputs and gradients of all blocks take twice as much disk:
     rows.safetensors             the network's inputs, and `prediction`, its clean answer
     final.safetensors            other ones, that finalists are compared on
     blocks/<b>.safetensors       clean.<e>, noisy.<e>: element e of the output of block b
-    probes/<b>.safetensors       <e>: K gradients of the prediction by element e of block b's output
+    probes/<b>.safetensors       <e>: gradients (rows, K, ...) of K random directions of the
+                                 prediction by element e of the output of block b
     weights/<layer>.safetensors  branch.R, branch.L, and w<bits>a<bits>.<tensor> for every pair
 """
 
@@ -27,6 +28,8 @@ from treeq_export.reading import load_safetensors
 from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
 ROWS_FILE, FINAL_FILE = "rows.safetensors", "final.safetensors"
+BLOCK_FILE, PROBE_FILE = "blocks/{}.safetensors", "probes/{}.safetensors"  # number of the block
+WEIGHT_FILE = "weights/{}.safetensors"  # name of the layer
 CLEAN, NOISY, BRANCH = "clean.", "noisy.", "branch."  # what names of tensors begin with
 _REDO = "Remove the folder `search` of the run; the search then starts again."
 _PREDICTION = "prediction"
@@ -86,21 +89,6 @@ class Store:
         tensors = self.load(name)
         count = int(tensors[_NUM_ELEMENTS])
         return tuple(tensors.get(f"{prefix}{at}") for at in range(count))
-
-
-def block_file(block: int) -> str:
-    """Return the name of the file with a block's outputs."""
-    return f"blocks/{block}.safetensors"
-
-
-def probe_file(block: int) -> str:
-    """Return the name of the file with the gradients of a block, elements (rows, K, ...)."""
-    return f"probes/{block}.safetensors"
-
-
-def weight_file(layer: str) -> str:
-    """Return the name of the file with a layer's quantized weights."""
-    return f"weights/{layer}.safetensors"
 
 
 def pair_prefix(weight_bits: int, activation_bits: int | None) -> str:

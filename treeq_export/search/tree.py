@@ -77,7 +77,7 @@ def make_leaves(linears: Sequence[LinearInfo]) -> list[Leaf]:
     """Group layers by the input that they share, and number the leaves from 0.
 
     Args:
-        linears: In execution order; layers that are excluded from the search may be missing.
+        linears: Layers in execution order; layers that are excluded from the search may be missing.
 
     Returns:
         The leaves in execution order, each inside one block.
@@ -95,7 +95,7 @@ def build_tree(leaves: Sequence[Leaf]) -> Node:
     """Merge neighbours pairwise, first inside each block, then the blocks.
 
     Args:
-        leaves: In execution order.
+        leaves: All leaves, in execution order.
 
     Returns:
         The root.
@@ -120,17 +120,14 @@ def _merge_all(nodes: list[Node]) -> Node:
 def merge_levels(root: Node) -> list[list[Node]]:
     """Return the merging nodes bottom up; those of one level do not depend on each other."""
     levels: dict[int, list[Node]] = {}
-    for node, height in _with_heights(root):
-        if height:
-            levels.setdefault(height, []).append(node)
-    return [levels[height] for height in sorted(levels)]
 
+    def enter(node: Node) -> int:
+        height = max((enter(child) + 1 for child in node.children), default=0)
+        levels.setdefault(height, []).append(node)
+        return height
 
-def _with_heights(node: Node) -> Iterator[tuple[Node, int]]:
-    below = [list(_with_heights(child)) for child in node.children]
-    for pairs in below:
-        yield from pairs
-    yield node, max((pairs[-1][1] + 1 for pairs in below), default=0)
+    enter(root)
+    return [levels[height] for height in sorted(levels) if height]
 
 
 def walk(node: Node, depth: int = 0) -> Iterator[tuple[Node, int]]:

@@ -7,7 +7,7 @@ from treeq_export.model.quantized import linear_of
 from treeq_export.model.zoo import Denoiser
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.session import Session
-from treeq_export.search.store import BRANCH, pair_prefix, weight_file
+from treeq_export.search.store import BRANCH, WEIGHT_FILE, pair_prefix
 
 _LIMIT_BYTES = 1 << 30  # of quantized layers in memory
 
@@ -55,7 +55,7 @@ class LayerBank:
         prefix = pair_prefix(weight_bits, activation_bits)
         own = {
             key.removeprefix(prefix): value.numpy()
-            for key, value in self._store.load(weight_file(name)).items()
+            for key, value in self._store.load(WEIGHT_FILE.format(name)).items()
             if key.startswith((prefix, BRANCH))
         }
         template = self._templates[name]

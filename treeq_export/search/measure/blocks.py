@@ -10,11 +10,12 @@ from torch import Tensor
 
 from treeq_export.model.replay import BlockReplay, Output, replace_forward
 from treeq_export.model.sensitivity import prediction_error
+from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
 from treeq_export.search.measure.bank import LayerBank
 from treeq_export.search.network import Network
 from treeq_export.search.session import Session
-from treeq_export.search.store import CLEAN, block_file, probe_file, slice_output, slice_rows
+from treeq_export.search.store import BLOCK_FILE, CLEAN, PROBE_FILE, slice_output, slice_rows
 from treeq_export.search.tree import Configuration, Leaf
 
 Handler = Callable[[Tensor], Tensor]
@@ -89,7 +90,7 @@ class PreparedBlocks:
         self._rows, self._prediction = self.store.load_rows()
         self.starts = range(0, len(self._prediction), self.batch_rows)
         self._stack = ExitStack()
-        self.replay = self._stack.enter_context(BlockReplay(denoiser, self.network.blocks))
+        self._replay = self._stack.enter_context(BlockReplay(denoiser, self.network.blocks))
         self._switch = self._stack.enter_context(LinearSwitch(denoiser, self.network))
 
     def close(self) -> None:
@@ -104,10 +105,6 @@ class PreparedBlocks:
         """Return handlers for the leaves from number `first` on."""
         return quantized_handlers(self._bank, self.network.leaves[first:], configuration)
 
-    def switch(self, handlers: Handlers) -> None:
-        """Let layers run these handlers from now on, all others themselves."""
-        self._switch.handlers = handlers
-
     def run(
         self,
         start: int,
@@ -116,6 +113,7 @@ class PreparedBlocks:
         first: int = 0,
         last: int | None = None,
         before: Output | None = None,
+        rows: Rows | None = None,
         on_output: Callable[[int, Output], None] = lambda _block, _output: None,
     ) -> Output:
         """Run blocks on one batch and return the last one's output.
@@ -126,6 +124,7 @@ class PreparedBlocks:
             first: First block that runs.
             last: Last block that runs; None goes on to the network's prediction.
             before: Output of block `first - 1`; None is the clean one.
+            rows: Other inputs of the network than the prepared ones.
             on_output: Called with every running block's number and output.
         """
 
@@ -134,19 +133,21 @@ class PreparedBlocks:
                 return before
             return self.load_output(block, start)
 
-        self.switch(handlers)
-        rows = slice_rows(self._rows, start, self.batch_rows)
-        return self.replay.run(rows, first=first, last=last, recorded=recorded, on_output=on_output)
+        self._switch.handlers = handlers
+        rows = slice_rows(self._rows if rows is None else rows, start, self.batch_rows)
+        return self._replay.run(
+            rows, first=first, last=last, recorded=recorded, on_output=on_output
+        )
 
     def load_output(self, block: int, start: int, kind: str = CLEAN) -> Output:
         """Return one batch of the prepared output of a block."""
         return slice_output(
-            self.store.load_outputs(block_file(block), kind), start, self.batch_rows
+            self.store.load_outputs(BLOCK_FILE.format(block), kind), start, self.batch_rows
         )
 
     def clean_outputs(self, block: int) -> list[Output]:
         """Return the clean output of a block, batch by batch."""
-        return self._split(self.store.load_outputs(block_file(block), CLEAN))
+        return self._split(self.store.load_outputs(BLOCK_FILE.format(block), CLEAN))
 
     def network_error(self, outputs: Sequence[Output]) -> float:
         """Return the mean squared error of batches of the prediction."""
@@ -161,7 +162,7 @@ class PreparedBlocks:
         if not self.session.recipe.search.num_probes:
             return mean_square(outputs, wanted)
         return prediction_error(
-            self._split(self.store.load_outputs(probe_file(block))),
+            self._split(self.store.load_outputs(PROBE_FILE.format(block))),
             [_difference(*pair) for pair in zip(outputs, wanted, strict=True)],
             self._prediction.numel(),
         )

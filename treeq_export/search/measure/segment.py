@@ -11,6 +11,7 @@ every right one.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -22,23 +23,23 @@ from treeq_export.search.store import NOISY
 from treeq_export.search.tree import Configuration, Node
 
 
+@dataclass
 class LeafAlone:
     """Measures the formats of a leaf by the error of its block's output.
 
-    Args:
+    Attributes:
         blocks: The network on the prepared inputs.
         node: The leaf.
     """
 
-    def __init__(self, blocks: PreparedBlocks, node: Node) -> None:
-        self._blocks = blocks
-        self._node = node
+    blocks: PreparedBlocks
+    node: Node
 
     def measure(self, _prefix: Configuration, suffixes: Sequence[Configuration]) -> Iterator[float]:
         """Yield the error of every format."""
-        blocks, block = self._blocks, self._node.first_block
+        blocks, block = self.blocks, self.node.first_block
         for suffix in suffixes:
-            handlers = blocks.quantized(self._node.first, suffix)
+            handlers = blocks.quantized(self.node.first, suffix)
             outputs = [blocks.run(at, handlers, first=block, last=block) for at in blocks.starts]
             yield blocks.block_error(outputs, blocks.clean_outputs(block), block)
 
@@ -54,16 +55,14 @@ class Segment:
     def __init__(self, blocks: PreparedBlocks, node: Node) -> None:
         self._blocks = blocks
         self._node = node
-        self._left, self._right = node.children
+        self._right = node.children[1]
         self._noise = blocks.session.recipe.search.noise
         network = blocks.network
         self._ends = node is network.root and node.last_block == len(network.blocks) - 1
 
     def measure(self, prefix: Configuration, suffixes: Sequence[Configuration]) -> Iterator[float]:
         """Yield the error of every suffix behind the prefix."""
-        inside = self._right.first_block == self._node.first_block
-        start_left = self._start_inside if inside else self._start_across
-        states = [start_left(prefix, start) for start in self._blocks.starts]
+        states = [self._start(prefix, start) for start in self._blocks.starts]
         for suffix in suffixes:
             yield self._finish(states, suffix)
 
@@ -105,14 +104,21 @@ class Segment:
             start, handlers, first=first, last=last, before=self._input_at(start)
         )
 
-    def _start_inside(self, prefix: Configuration, start: int) -> tuple[Output | None, Handlers]:
-        """Run the block once and return its input and handlers that replay the left child."""
-        blocks, block = self._blocks, self._node.first_block
-        outputs: dict[str, Tensor] = {}
+    def _start(self, prefix: Configuration, start: int) -> tuple[Output | None, Handlers]:
+        """Run the left child, and return what the right one runs on.
+
+        Returns:
+            The output before the right child's first block, and handlers that replay the layers of
+            that block which lie before the right child.
+        """
+        blocks, block = self._blocks, self._right.first_block
         running = self._noisy_before | blocks.quantized(self._node.first, prefix)
+        if block != self._node.first_block:
+            return self._run_left(start, running, block - 1), {}
+        outputs: dict[str, Tensor] = {}
         replayed = [
             linear.name
-            for leaf in blocks.network.leaves[: self._left.last + 1]
+            for leaf in blocks.network.leaves[: self._right.first]
             if leaf.block == block
             for linear in leaf.linears
         ]
@@ -122,11 +128,6 @@ class Segment:
         }
         self._run_left(start, handlers, block)
         return self._input_at(start), {name: _constant(outputs[name]) for name in replayed}
-
-    def _start_across(self, prefix: Configuration, start: int) -> tuple[Output | None, Handlers]:
-        """Run the left child's blocks and return their output."""
-        handlers = self._noisy_before | self._blocks.quantized(self._node.first, prefix)
-        return self._run_left(start, handlers, self._right.first_block - 1), {}
 
     def _finish(
         self, states: Sequence[tuple[Output | None, Handlers]], suffix: Configuration

@@ -5,7 +5,7 @@ from functools import partial
 
 from treeq_export.model.replay import Output
 from treeq_export.search.measure.blocks import PreparedBlocks, mean_square
-from treeq_export.search.store import FINAL_FILE, slice_rows
+from treeq_export.search.store import FINAL_FILE
 from treeq_export.search.tree import Configuration
 
 
@@ -76,10 +76,10 @@ class FinalInputs:
 
     def measure(self, _prefix: Configuration, suffixes: Sequence[Configuration]) -> Iterator[float]:
         """Yield the error of every configuration."""
-        size, replay = self._blocks.batch_rows, self._blocks.replay
+        size = self._blocks.batch_rows
         starts = range(0, len(self._prediction), size)
         wanted = [(self._prediction[at : at + size],) for at in starts]
         for configuration in suffixes:
-            self._blocks.switch(self._blocks.quantized(0, configuration))
-            outputs = [replay.run(slice_rows(self._rows, at, size)) for at in starts]
+            handlers = self._blocks.quantized(0, configuration)
+            outputs = [self._blocks.run(at, handlers, rows=self._rows) for at in starts]
             yield mean_square(outputs, wanted)

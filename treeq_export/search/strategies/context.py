@@ -133,8 +133,7 @@ class SearchContext:
         """Return a measured whole configuration as the record holds it."""
         cost = self.costs.cost(configuration)
         return SearchPoint(
-            weight_bits=cost.average_weight_bits,
-            activation_bits=cost.average_activation_bits,
+            **cost.averages,
             size_bytes=cost.size_bytes,
             mse=mse,
             kept=kept,

@@ -18,7 +18,7 @@ from treeq_export.search.strategies.context import Finalist, Outcome, SearchCont
 from treeq_export.search.strategies.guide import Guide, make_guide
 from treeq_export.search.strategies.pareto import drop
 from treeq_export.search.strategies.refine import refine
-from treeq_export.search.tree import Configuration, Node, encode, merge_levels, walk
+from treeq_export.search.tree import Configuration, Node, decode, encode, merge_levels, walk
 
 Measured = tuple[Configuration, float]  # a configuration of a node, and its error
 
@@ -59,13 +59,11 @@ def _measure_level(
         block_runs += len(left) * len(right) * span
     values = context.measure(tasks, block_runs)
     measured: dict[str, list[Measured]] = {}
-    for node in level:
-        left, right = (kept[child.name] for child in node.children)
-        measured[node.name] = [
-            (prefix + suffix, values[node.name, encode(prefix), encode(suffix)])
-            for prefix in left
-            for suffix in right
-        ]
+    for task in tasks:
+        measured.setdefault(task.node, []).extend(
+            (decode(task.prefix) + decode(suffix), values[task.node, task.prefix, suffix])
+            for suffix in task.suffixes
+        )
     return measured
 
 
