@@ -70,24 +70,30 @@ def check_model(connection: Connection, name: str, sampler: str = SAMPLER) -> Mo
         name: The model.
         sampler: The sampler's name: it is asked for an image of one step, any other for zeros.
     """
-    ready = None
+    ready = latency_ms = None
     try:
         ready = connection.is_model_ready(name)
         ask = _ask_sampler if name == sampler else _ask_with_zeros
-        latency_ms, arrays = ask(connection, name)
+        elapsed_ms, arrays = ask(connection, name)
+        bad = [key for key, array in arrays.items() if not _is_finite(array)]
+        if bad:
+            received = f"{bad[0]}: NaN, infinity or nothing, expected finite numbers"
+        else:
+            latency_ms = elapsed_ms
+            received = ", ".join(f"{key} {each.dtype} {each.shape}" for key, each in arrays.items())
     except ServeError as error:
-        text = str(error).removeprefix(f"{connection.url}: ")
-        return ModelHealth(name=name, ready=ready, healthy=False, latency_ms=None, received=text)
-    bad = [key for key, array in arrays.items() if not np.isfinite(array).all() or not array.size]
-    if bad:
-        received = f"{bad[0]}: NaN, infinity or nothing, expected finite numbers"
-        return ModelHealth(
-            name=name, ready=ready, healthy=False, latency_ms=None, received=received
-        )
-    received = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in arrays.items())
+        received = str(error).removeprefix(f"{connection.url}: ")
     return ModelHealth(
-        name=name, ready=ready, healthy=True, latency_ms=latency_ms, received=received
+        name=name,
+        ready=ready,
+        healthy=latency_ms is not None,
+        latency_ms=latency_ms,
+        received=received,
     )
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    return bool(array.size) and bool(np.isfinite(array).all())
 
 
 def _ask_sampler(connection: Connection, name: str) -> tuple[float, Mapping[str, NDArray[Any]]]:

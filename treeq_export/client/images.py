@@ -2,19 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeq_export.artefacts import atomic_path
-from treeq_export.client.connection import Arrays, Connection
+from treeq_export.artefacts import atomic_path, write_bytes
+from treeq_export.client.connection import Arrays, Connection, refused
 from treeq_export.client.inputs import make_inputs
-from treeq_export.client.picture import save_png
+from treeq_export.client.picture import to_png
 from treeq_export.client.responses import Response, responses
 from treeq_export.client.sampler import SamplerInfo
-from treeq_export.errors import ServeError
 from treeq_export.records.images import ImageRecord, ImagesRecord
 
 Progress = Callable[[int, int], None]
@@ -27,8 +27,8 @@ class ImageOrder:
     Attributes:
         label: Class; None of text models.
         conditioning: One row of every text input; None of class-conditional models.
-        seed: Of the first image; the others have the next ones.
-        num: Images.
+        seed: Seed of the first image; the others have the next ones.
+        num: Number of images.
         steps: Solver steps; None leaves it to the server.
         guidance: Guidance scale; None leaves it to the server.
         preview_every: Steps between previews; None is no previews.
@@ -74,26 +74,32 @@ def fetch_images(
     """Ask for images, as many per request as the server takes, and write them.
 
     Args:
-        connection: To the server.
-        info: Its sampler.
-        order: What is wanted.
+        connection: Connection to the server.
+        info: The server's sampler.
+        order: The images that are wanted.
         progress: Called with (step, steps) for every response of a stream.
 
     Returns:
-        What was received and written.
+        The images that were received and written.
 
     Raises:
         ServeError: The order does not fit the model, or the server refuses or fails.
         OutputError: A file cannot be written.
     """
     if order.num < 1:
-        raise ServeError(f"num: received {order.num}, expected 1 or more.", kind="refused")
+        raise refused(f"num: received {order.num}, expected 1 or more.")
     images: list[ImageRecord] = []
     raw: list[NDArray[np.float32]] = []
-    for seeds in _requests(order, info.max_batch):
-        request = _Request(connection, info, order, seeds)
-        last = request.run(progress)
-        images += request.records(last)
+    for seeds in _seeds_of_requests(order, info.max_batch):
+        files: dict[int, list[str]] = {seed: [] for seed in seeds}
+        last: Response | None = None
+        for last in responses(connection, info, _inputs(info, order, seeds), order.outputs):
+            if info.decoupled:
+                progress(int(last.arrays["step"].max()), order.steps or info.steps)
+            if order.out is not None:
+                _write(connection, info, order, last, files)
+        assert last is not None  # the result, with which `responses` ends
+        images += _records(order, last, files)
         if order.latents is not None:
             raw.append(last.arrays["latents"])
     if order.latents is not None:
@@ -110,87 +116,67 @@ def fetch_images(
     )
 
 
-def _requests(order: ImageOrder, max_batch: int) -> Iterator[list[int]]:
+def _seeds_of_requests(order: ImageOrder, max_batch: int) -> Iterator[list[int]]:
     """Yield the seeds of each request."""
     end = order.seed + order.num
     for first in range(order.seed, end, max_batch):
         yield list(range(first, min(first + max_batch, end)))
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One request of an order: the images of some seeds.
+def _inputs(info: SamplerInfo, order: ImageOrder, seeds: list[int]) -> dict[str, NDArray[Any]]:
+    return make_inputs(
+        info,
+        label=order.label,
+        seed=seeds,
+        steps=order.steps,
+        guidance=order.guidance,
+        conditioning=order.conditioning,
+        preview_every=order.preview_every,
+    )
 
-    Attributes:
-        connection: To the server.
-        info: Its sampler.
-        order: What is wanted.
-        seeds: One for each image.
-        files: PNG files by seed, previews first.
-    """
 
-    connection: Connection
-    info: SamplerInfo
-    order: ImageOrder
-    seeds: list[int]
-    files: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+def _write(
+    connection: Connection,
+    info: SamplerInfo,
+    order: ImageOrder,
+    response: Response,
+    files: dict[int, list[str]],
+) -> None:
+    """Write the images of a response, and name their files by seed."""
+    for row, seed in enumerate(files):
+        step = int(response.arrays["step"][row, 0])
+        path = order.file(seed, None if response.is_last else step)
+        text = {
+            "label": order.label,
+            "seed": seed,
+            "steps": order.steps or info.steps,
+            "step": step,
+            "guidance": info.guidance if order.guidance is None else order.guidance,
+            "model": info.model,
+            "version": info.version or None,
+            "target": info.target,
+            "url": connection.url,
+        }
+        write_bytes(path, to_png(response.arrays["image"][row], text, order.scale))
+        files[seed].append(str(path))
 
-    def run(self, progress: Progress) -> Response:
-        """Send it, write the images of every response, and return the last one."""
-        inputs = make_inputs(
-            self.info,
-            label=self.order.label,
-            seed=self.seeds,
-            steps=self.order.steps,
-            guidance=self.order.guidance,
-            conditioning=self.order.conditioning,
-            preview_every=self.order.preview_every,
+
+def _records(
+    order: ImageOrder, last: Response, files: dict[int, list[str]]
+) -> Iterator[ImageRecord]:
+    """Yield a record for each image of a request."""
+    for row, (seed, paths) in enumerate(files.items()):
+        digest = None
+        if "latents" in last.arrays:
+            digest = hashlib.sha256(last.arrays["latents"][row].tobytes()).hexdigest()
+        yield ImageRecord(
+            seed=seed,
+            label=order.label,
+            step=int(last.arrays["step"][row, 0]),
+            latency_ms=last.latency_ms,
+            batch=len(files),
+            shapes={name: list(array.shape[1:]) for name, array in last.arrays.items()},
+            file=paths[-1] if paths else None,
+            previews=paths[:-1],
+            latents_sha256=digest,
         )
-        for response in responses(self.connection, self.info, inputs, self.order.outputs):
-            if self.info.decoupled:
-                step = int(response.arrays["step"].max())
-                progress(step, self.order.steps or self.info.steps)
-            if self.order.out is not None:
-                self._write(response)
-            if response.is_last:
-                return response
-        raise AssertionError("`responses` ends with the last one")
-
-    def _write(self, response: Response) -> None:
-        for row, seed in enumerate(self.seeds):
-            step = int(response.arrays["step"][row, 0])
-            path = self.order.file(seed, None if response.is_last else step)
-            text = {
-                "label": self.order.label,
-                "seed": seed,
-                "steps": self.order.steps or self.info.steps,
-                "step": step,
-                "guidance": (
-                    self.info.guidance if self.order.guidance is None else self.order.guidance
-                ),
-                "model": self.info.model,
-                "version": self.info.version or None,
-                "target": self.info.target,
-                "url": self.connection.url,
-            }
-            save_png(path, response.arrays["image"][row], text, self.order.scale)
-            self.files.setdefault(seed, []).append(str(path))
-
-    def records(self, last: Response) -> Iterator[ImageRecord]:
-        """Yield a record for each image."""
-        for row, seed in enumerate(self.seeds):
-            *previews, file = self.files.get(seed, [None])
-            digest = None
-            if "latents" in last.arrays:
-                digest = hashlib.sha256(last.arrays["latents"][row].tobytes()).hexdigest()
-            yield ImageRecord(
-                seed=seed,
-                label=self.order.label,
-                step=int(last.arrays["step"][row, 0]),
-                latency_ms=last.latency_ms,
-                batch=len(self.seeds),
-                shapes={name: list(array.shape[1:]) for name, array in last.arrays.items()},
-                file=file,
-                previews=[path for path in previews if path is not None],
-                latents_sha256=digest,
-            )

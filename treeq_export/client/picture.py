@@ -2,13 +2,11 @@
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treeq_export.artefacts import write_bytes
 from treeq_export.errors import ServeError
 
 SHOWN_PIXELS = 256  # a smaller image is enlarged to at least this, unless a scale is given
@@ -77,15 +75,3 @@ def to_png(
         file, format="PNG", pnginfo=info
     )
     return file.getvalue()
-
-
-def save_png(
-    path: Path, image: NDArray[np.uint8], text: Mapping[str, Any], scale: int | None = None
-) -> None:
-    """Write a PNG file atomically; see `to_png`.
-
-    Raises:
-        OutputError: The folder cannot be written to.
-        ServeError: See `to_png`.
-    """
-    write_bytes(path, to_png(image, text, scale))
