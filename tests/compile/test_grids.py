@@ -1,7 +1,7 @@
-"""A grid that the product does not have, added by a test, runs in every layer of the seam.
+"""Every grid in fake quantization and target portable; and one that the product does not have.
 
-Its levels are -3 -1 1 3 at 2 bits and the odd numbers -7 .. 7 at 3 bits. Weights, activations, the
-modules, the search's costs and target `portable` ask nothing but the `Grid`.
+The levels of the grid `toy` are -3 -1 1 3 at 2 bits and the odd numbers -7 .. 7 at 3 bits. A
+fixture adds it to GRIDS. Weights, activations, modules and target `portable` ask the `Grid` alone.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from treeq_export.model.qlinear import QLinear
 from treeq_export.model.reconstruct import SoftLinear
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant import grids, numerics
-from treeq_export.quant.grids import INTEGER, Cells, Grid
+from treeq_export.quant.grids import Cells, Grid
 from treeq_export.quant.packing import pack, unpack
 from treeq_export.quant.spec import ActivationFormat, WeightFormat
 from treeq_export.recipe import CalibrateSection, SearchSection
@@ -45,7 +45,7 @@ TOY = Grid(
 
 @pytest.fixture(autouse=True)
 def with_toy_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grids, "GRIDS", (INTEGER, TOY))
+    monkeypatch.setattr(grids, "GRIDS", (*grids.GRIDS, TOY))
 
 
 def make_plan(bits: int = 2, group_size: int | None = None) -> LayerPlan:
@@ -110,7 +110,9 @@ def test_plans_name_every_grid_but_integer():
 
 
 def test_unknown_grids_and_widths_are_refused():
-    with pytest.raises(ValidationError, match="grid lut: unknown, expected one of integer, toy"):
+    with pytest.raises(
+        ValidationError, match=r"grid lut: unknown, expected one of integer,.* ?toy"
+    ):
         WeightFormat(bits=2, grid="lut")
     with pytest.raises(ValidationError, match=r"grid toy has no 4 bits. Use one of \[2, 3\]"):
         SearchSection(strategy="tss", weight_grid="toy")
@@ -183,24 +185,36 @@ def test_learned_rounding_chooses_between_neighbouring_levels():
 
 # Graphs -----------------------------------------------------------------------------------------
 
+# Places in the grid's widths stand for bits.
 CASES: dict[str, dict[str, Any]] = {
-    "w2a2": {"weight_bits": 2, "act_bits": 2},
-    "w3a3": {"weight_bits": 3, "act_bits": 3, "rank": 2, "k": 40, "rotation_group": 8},
-    "static": {"weight_bits": 3, "act_bits": 2, "act_scale": "tensor_static"},
-    "group": {"weight_bits": 2, "act_bits": 3, "act_scale": "token_absmax", "group_size": 16},
-    "weight-only": {"weight_bits": 3, "act_bits": None, "act_scale": "none"},
+    "least": {"weight_bits": 0, "act_bits": 0},
+    "largest": {"weight_bits": -1, "act_bits": -1, "rank": 2, "k": 40, "rotation_group": 8},
+    "static": {"weight_bits": -1, "act_bits": 0, "act_scale": "tensor_static"},
+    "group": {"weight_bits": 0, "act_bits": -1, "act_scale": "token_absmax", "group_size": 16},
+    "weight-only": {"weight_bits": -1, "act_bits": None, "act_scale": "none"},
 }
 
 
+def make_case(make_layer: Make, grid: Grid, case: str) -> Any:
+    """Return the hand-made layer of a case."""
+    bits = {
+        name: grid.widths[place]
+        for name, place in CASES[case].items()
+        if name in ("weight_bits", "act_bits") and place is not None
+    }
+    return make_layer(grid=grid.name, **CASES[case] | bits)
+
+
+@pytest.mark.parametrize("grid", [*grids.GRIDS, TOY], ids=lambda grid: grid.name)
 @pytest.mark.parametrize("case", CASES)
 def test_portable_graph_equals_the_reference(
-    case: str, make_layer: Make, make_model: Make, run_onnx: Make
+    grid: Grid, case: str, make_layer: Make, make_model: Make, run_onnx: Make
 ):
-    check_layer(make_layer(grid="toy", **CASES[case]), "portable", make_model, run_onnx)
+    check_layer(make_case(make_layer, grid, case), "portable", make_model, run_onnx)
 
 
 @pytest.mark.parametrize("target", ["ort", "tensorrt", "tensorrt-native"])
 def test_targets_without_kernels_refuse_the_grid(target: str, make_layer: Make, make_model: Make):
     with pytest.raises(CompileError) as error:
-        lower(make_model(make_layer(grid="toy", **CASES["w2a2"])), target)
+        lower(make_model(make_case(make_layer, TOY, "least")), target)
     assert str(error.value).startswith("blocks.0.fc: grid toy, expected integer")
