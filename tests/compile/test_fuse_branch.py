@@ -6,12 +6,12 @@ import onnx_ir as ir
 import pytest
 
 from tests.hand_layers import lower
-from treeq_export.compile.graph.fused import BIAS, BRANCH_L, BRANCH_R, X
 from treeq_export.compile.passes.fuse_branch import FuseBranch
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.quant.branch import apply_branch
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.plain_layer import input_of
 
 Make = Callable[..., Any]
 
@@ -37,11 +37,11 @@ def test_branch_becomes_inputs_of_its_layer(
     assert FuseBranch()(model).modified
     [node] = model.graph
     assert (node.domain, node.op_type, node.name) == ("treeq", "FusedQLinear", "blocks.0.fc")
-    assert node.inputs[X] is model.graph.inputs[0]
-    assert node.inputs[BRANCH_R] is before["model.blocks.0.fc.branch.R"]
-    assert node.inputs[BRANCH_L] is before["model.blocks.0.fc.branch.L"]
-    assert node.inputs[BIAS] is before.get("model.blocks.0.fc.bias")
-    assert len(node.inputs) == BRANCH_L + 1
+    assert input_of(node, "x") is model.graph.inputs[0]
+    assert input_of(node, "branch_R") is before["model.blocks.0.fc.branch.R"]
+    assert input_of(node, "branch_L") is before["model.blocks.0.fc.branch.L"]
+    assert input_of(node, "bias") is before.get("model.blocks.0.fc.bias")
+    assert node.inputs[-1] is input_of(node, "branch_L")
     assert node.attributes["out_features"].as_int() == 12
     assert node.attributes["activation"].as_string() == "none"
     [y] = model.graph.outputs
@@ -100,7 +100,7 @@ def test_second_branch_is_added_as_before(
         for op_type in ("FusedQLinear", "Monarch", "Add")
     )
     assert len(model.graph) == 3
-    assert fused.inputs[BRANCH_R].name == "model.blocks.0.fc.branch.R"
+    assert input_of(fused, "branch_R").name == "model.blocks.0.fc.branch.R"
     assert list(add.inputs) == [fused.outputs[0], monarch.outputs[0]]
     assert not FuseBranch()(model).modified
 

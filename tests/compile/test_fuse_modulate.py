@@ -7,13 +7,13 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from tests.hand_layers import lower
-from treeq_export.compile.graph.fused import NORM_SCALE, NORM_SHIFT, X
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.passes.fuse_modulate import FuseModulate
 from treeq_export.compile.passes.merge_siblings import MergeSiblings
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.plain_layer import input_of
 
 Make = Callable[..., Any]
 EPSILON = 1e-6
@@ -70,9 +70,9 @@ def test_modulation_becomes_inputs_of_its_layer(swapped: bool, make_layer: Make,
     [node] = model.graph
     assert (node.op_type, node.name) == ("FusedQLinear", "blocks.0.fc")
     x, scale, shift = model.graph.inputs
-    assert node.inputs[X] is x
-    assert node.inputs[NORM_SCALE] is scale
-    assert node.inputs[NORM_SHIFT] is shift
+    assert input_of(node, "x") is x
+    assert input_of(node, "norm_scale") is scale
+    assert input_of(node, "norm_shift") is shift
     assert node.attributes["norm_epsilon"].as_float() == pytest.approx(EPSILON)
     [y] = model.graph.outputs
     assert y is node.outputs[0]
@@ -184,7 +184,7 @@ def test_layers_with_other_modulations_of_one_x_are_no_siblings(make_layer: Make
     model = modulate(modulate(make_model(*layers), 0), 1)
     NameLayers()(model)
     assert FuseModulate()(model).modified
-    assert [node.inputs[X].name for node in model.graph] == ["x", "x"]
+    assert [input_of(node, "x").name for node in model.graph] == ["x", "x"]
     assert not MergeSiblings()(model).modified
 
 
@@ -196,7 +196,7 @@ def test_modulation_before_a_fused_one_stays(make_layer: Make, make_model: Make)
         value.name = name
     modulate(model, 0)
     assert not FuseModulate()(model).modified
-    assert list(find(model, "FusedQLinear").inputs[NORM_SCALE : NORM_SHIFT + 1]) == outer
+    assert [input_of(find(model, "FusedQLinear"), n) for n in ("norm_scale", "norm_shift")] == outer
 
 
 @pytest.mark.parametrize("count", [1, 3])

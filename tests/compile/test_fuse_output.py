@@ -7,12 +7,12 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from tests.hand_layers import lower
-from treeq_export.compile.graph.fused import GATE, RESIDUAL
 from treeq_export.compile.passes.fuse_output import FuseOutput
 from treeq_export.compile.passes.merge_siblings import MergeSiblings
 from treeq_export.compile.passes.name_layers import NameLayers
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.plain_layer import input_of
 
 Make = Callable[..., Any]
 LAYER = "blocks.0.fc"
@@ -69,8 +69,8 @@ def test_gate_and_residual_become_inputs(swapped: bool, make_layer: Make, make_m
     assert FuseOutput()(model).modified
     [node] = model.graph
     _, gate, residual = model.graph.inputs
-    assert node.inputs[GATE] is gate
-    assert node.inputs[RESIDUAL] is residual
+    assert input_of(node, "gate") is gate
+    assert input_of(node, "residual") is residual
     assert node.attributes["activation"].as_string() == "none"
     assert model.graph.outputs[0].name == "total"
     assert model.graph.outputs[0].shape == residual.shape
@@ -85,7 +85,7 @@ def test_gate_may_follow_the_gelu(make_layer: Make, make_model: Make):
     assert FuseOutput()(model).modified
     [node] = model.graph
     assert node.attributes["activation"].as_string() == "gelu_tanh"
-    assert node.inputs[GATE] is model.graph.inputs[1]
+    assert input_of(node, "gate") is model.graph.inputs[1]
 
 
 def test_gelu_behind_the_gate_stays(make_layer: Make, make_model: Make):

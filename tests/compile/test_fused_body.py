@@ -12,20 +12,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from tests.hand_layers import lower
-from treeq_export.compile.bodies.fused import FusedForm, make_fused_function
-from treeq_export.compile.graph.fused import (
-    BRANCH_L,
-    BRANCH_R,
-    GATE,
-    INPUTS,
-    NORM_SCALE,
-    NORM_SHIFT,
-    RESIDUAL,
-    widen,
-)
+from treeq_export.compile.bodies.form import Form, make_function
+from treeq_export.compile.graph.fused import widen
 from treeq_export.compile.graph.signature import QLinearSignature
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
-from treeq_export.ops import ActScale
+from treeq_export.ops import FUSED, ActScale
 from treeq_export.quant.branch import apply_branch
 from treeq_export.runners.graph_meta import read_layers
 from treeq_export.runners.kernel_probe import KernelProbe
@@ -35,7 +26,8 @@ from treeq_export.runners.ort_runner import OrtRunner
 Make = Callable[..., Any]
 Array = NDArray[np.float32]
 SIGNATURE = QLinearSignature(4, 4, ActScale.TOKEN_RMS, 0.25, 32, 0, 64, 96, 3, has_bias=True)
-FORM = FusedForm(
+FORM = Form(
+    FUSED,
     SIGNATURE,
     branch=None,
     norm_epsilon=None,
@@ -72,13 +64,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_form_has_an_overload_of_its_own():
-    forms = [FORM, *(FusedForm(**vars(FORM) | options) for options in OPTIONS.values())]
+    forms = [FORM, *(Form(**vars(FORM) | options) for options in OPTIONS.values())]
     names = [form.overload for form in forms]
     assert len(set(names)) == len(forms)
     for form, name in zip(forms, names, strict=True):
-        function = make_fused_function(form)
+        function = make_function(form)
         assert function.identifier() == ("treeq", "FusedQLinear", name)
-        assert [value.name for value in function.inputs] == list(INPUTS[: form.num_inputs])
+        assert [value.name for value in function.inputs] == list(FUSED.inputs[: form.num_inputs])
         assert len(function.outputs) == form.num_outputs
 
 
@@ -110,11 +102,11 @@ class Fusion:
         model = make_model(self.layer)
         graph, node = model.graph, model.graph[0]
         attributes: dict[str, Any] = {}
-        inputs: dict[int, ir.Value | None] = {}
+        inputs: dict[str, ir.Value | None] = {}
         for name, array in self.feeds.items():
             shape = ["batch", *array.shape[1:]]
             graph.inputs.append(ir.val(name, ir.DataType.FLOAT, shape))
-            inputs[INPUTS.index(name)] = graph.inputs[-1]
+            inputs[name] = graph.inputs[-1]
         if "norm" in self.parts:
             attributes["norm_epsilon"] = 1e-6
         if "gelu" in self.parts:
@@ -123,7 +115,7 @@ class Fusion:
             _, values = self.branch.make_node(graph.inputs[0])
             for value in values:
                 graph.register_initializer(value)
-            inputs |= dict(zip((BRANCH_R, BRANCH_L), values, strict=True))
+            inputs |= dict(zip(("branch_R", "branch_L"), values, strict=True))
         widen(graph, node, inputs, list(node.outputs), **attributes)
         AddFunctionBodies(half=False)(model)
         return model
@@ -282,11 +274,11 @@ def test_block_is_five_nodes(make_layer: Make, make_branch: Make):
         "MultiHeadAttention"
     ]
     present = [
-        [index for index in range(NORM_SCALE, len(INPUTS)) if index < len(node.inputs)]
+        list(FUSED.inputs[FUSED.position("norm_scale") : len(node.inputs)])
         for node in model.graph
         if node.domain == "treeq"
     ]
-    norm, gate = [NORM_SCALE, NORM_SHIFT], [NORM_SCALE, NORM_SHIFT, GATE, RESIDUAL]
+    norm, gate = ["norm_scale", "norm_shift"], list(FUSED.inputs[-4:])
     assert present == [norm, gate, norm, gate]
 
 

@@ -6,7 +6,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from treeq_export.compile.graph.fused import BIAS, BRANCH_L, BRANCH_R, PLANES, WEIGHT_SCALE
 from treeq_export.compile.passes.add_function_bodies import AddFunctionBodies
 from treeq_export.compile.passes.fuse_branch import FuseBranch
 from treeq_export.compile.passes.merge_siblings import MergeSiblings
@@ -15,6 +14,7 @@ from treeq_export.quant.branch import apply_branch
 from treeq_export.quant.packing import pack
 from treeq_export.runners.graph_meta import LayerSite, read_layers
 from treeq_export.runners.ort_runner import OrtRunner
+from treeq_export.runners.plain_layer import input_of
 
 Make = Callable[..., Any]
 
@@ -67,14 +67,14 @@ def test_three_siblings_become_one_node(make_layer: Make, make_branch: Make, mak
     assert [str(value.shape) for value in node.outputs] == ["[batch,3,32]"] * 3
     assert node.attributes["out_features"].as_int() == 96
     stacked = {
-        PLANES: pack(np.concatenate([layer.codes for layer in layers]), 4),
-        WEIGHT_SCALE: np.concatenate([layer.weight_scale for layer in layers]),
-        BIAS: np.concatenate([layer.bias for layer in layers]),
-        BRANCH_R: np.concatenate([branch.R for branch in branches], axis=2),
-        BRANCH_L: np.concatenate([branch.L for branch in branches]),
+        "planes": pack(np.concatenate([layer.codes for layer in layers]), 4),
+        "weight_scale": np.concatenate([layer.weight_scale for layer in layers]),
+        "bias": np.concatenate([layer.bias for layer in layers]),
+        "branch_R": np.concatenate([branch.R for branch in branches], axis=2),
+        "branch_L": np.concatenate([branch.L for branch in branches]),
     }
-    for position, expected in stacked.items():
-        np.testing.assert_array_equal(node.inputs[position].const_value.numpy(), expected)
+    for part, expected in stacked.items():
+        np.testing.assert_array_equal(input_of(node, part).const_value.numpy(), expected)
     assert list(model.graph.initializers) == [
         f"model.{name}.{key}" for key in ("planes", "weight_scale", "bias", "branch.R", "branch.L")
     ]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from treeq_export.compile.bodies.qlinear import write_qlinear
+from treeq_export.compile.bodies.qlinear import QLinearBody
 from treeq_export.compile.bodies.storage import SIGNED, zero_points
 from treeq_export.compile.bodies.writer import BodyWriter
 from treeq_export.compile.graph.signature import QLinearSignature
@@ -40,47 +40,39 @@ def plane_table(plane: int, bits: int, zero: np.int8 | np.uint8 = SIGNED.weight)
     return (set_bits << plane).astype(zero.dtype)
 
 
-def write_unpacked_weight(
-    writer: BodyWriter, planes: ir.Value, signature: QLinearSignature
-) -> ir.Value:
+def _write_weight(writer: BodyWriter, planes: ir.Value, signature: QLinearSignature) -> ir.Value:
     """Append the unpacking of bit planes (bits, N, K/32) to stored codes (K, N), or (G, K/G, N).
 
     A byte of a plane is looked up in a table of eight codes. No value takes more than four bytes a
     weight, so a runtime that folds all layers at load, or unpacks at each call, can afford it.
     """
+    op, constant = writer.op, writer.constant
     bits, k = signature.weight_bits, signature.in_features
     zero = zero_points(signature).weight
-    words = writer.op("Cast", planes, to=ir.DataType.UINT32.value)
-    column = writer.op("Unsqueeze", words, writer.constant([-1], np.int64))
-    shifts = writer.constant(np.arange(_BYTES) * _BYTE_BITS, np.uint32)
-    shifted = writer.op("BitShift", column, shifts, direction="RIGHT")
-    masked = writer.op("BitwiseAnd", shifted, writer.constant(255, np.uint32))
-    index = writer.op("Cast", masked, to=ir.DataType.INT32.value)  # (bits, N, words, 4)
+    words = op("Cast", planes, to=ir.DataType.UINT32.value)
+    column = op("Unsqueeze", words, constant([-1], np.int64))
+    shifts = constant(np.arange(_BYTES) * _BYTE_BITS, np.uint32)
+    shifted = op("BitShift", column, shifts, direction="RIGHT")
+    masked = op("BitwiseAnd", shifted, constant(255, np.uint32))
+    index = op("Cast", masked, to=ir.DataType.INT32.value)  # (bits, N, words, 4)
     codes = None
     for plane in range(bits):
-        bytes_ = writer.op("Gather", index, writer.constant(plane, np.int64), axis=0)
-        table = writer.constant(plane_table(plane, bits, zero), zero.dtype)
-        part = writer.op("Gather", table, bytes_, axis=0)  # (N, words, 4, 8)
-        codes = part if codes is None else writer.op("BitwiseOr", codes, part)
+        bytes_ = op("Gather", index, constant(plane, np.int64), axis=0)
+        table = constant(plane_table(plane, bits, zero), zero.dtype)
+        part = op("Gather", table, bytes_, axis=0)  # (N, words, 4, 8)
+        codes = part if codes is None else op("BitwiseOr", codes, part)
     assert codes is not None
     flat = writer.reshape(codes, 0, -1)
     if k % PACK_WORD:
-        flat = writer.op(
-            "Slice",
-            flat,
-            writer.constant([0], np.int64),
-            writer.constant([k], np.int64),
-            writer.constant([1], np.int64),
-        )
-    perm = [1, 0]
-    if signature.num_groups > 1:
-        turned = writer.op("Transpose", flat, perm=perm)
-        groups = (signature.num_groups, signature.group_size, -1)
-        return writer.reshape(turned, *groups, label="weight_quantized")
-    return writer.op("Transpose", flat, perm=perm, label="weight_quantized")
+        flat = op("Slice", flat, *(constant([value], np.int64) for value in (0, k, 1)))
+    if signature.num_groups == 1:
+        return op("Transpose", flat, perm=[1, 0], label="weight_quantized")
+    turned = op("Transpose", flat, perm=[1, 0])
+    groups = (signature.num_groups, signature.group_size, -1)
+    return writer.reshape(turned, *groups, label="weight_quantized")
 
 
-def write_function_scale(
+def _write_scale(
     writer: BodyWriter, weight_scale: ir.Value, signature: QLinearSignature
 ) -> ir.Value:
     """Append the reordering of scales (N, G) to (N,), or (G, 1, N)."""
@@ -91,28 +83,18 @@ def write_function_scale(
 
 
 def write_packed(
-    writer: BodyWriter,
-    x: ir.Value,
-    planes: ir.Value,
-    weight_scale: ir.Value,
-    bias: ir.Value | None,
-    signature: QLinearSignature,
+    writer: BodyWriter, signature: QLinearSignature, *tensors: ir.Value, bias: ir.Value | None
 ) -> ir.Value:
-    """Append a layer whose weight comes as bit planes, and return y: the body of `treeq::QLinear`.
+    """Append a layer whose weight comes as bit planes, and return y.
 
     Args:
-        writer: Where to.
-        x: (..., K) float32.
-        planes: (bits, N, ceil(K / 32)) INT32.
-        weight_scale: (N, G) float32.
+        writer: Records the nodes.
+        signature: Formats and sizes of the layer.
+        *tensors: x (..., K) float32, planes (bits, N, ceil(K / 32)) INT32 and weight scales (N, G)
+            float32.
         bias: (N,) or None.
-        signature: The layer's.
     """
-    return write_qlinear(
-        writer,
-        x,
-        write_unpacked_weight(writer, planes, signature),
-        write_function_scale(writer, weight_scale, signature),
-        bias,
-        signature,
-    )
+    x, planes, scale = tensors
+    weight = _write_weight(writer, planes, signature)
+    weight_scale = _write_scale(writer, scale, signature)
+    return QLinearBody(writer, signature).write(x, weight, weight_scale, bias)

@@ -22,169 +22,120 @@ from treeq_export.quant.grids import Cells
 from treeq_export.quant.numerics import SCALE_FLOOR
 
 
-def write_rotation(writer: BodyWriter, x: ir.Value, signature: QLinearSignature) -> ir.Value:
-    """Append x' = x H_g."""
-    group, k = signature.rotation_group, signature.in_features
-    if group == 1:
-        return x
-    lead = [0] * (signature.rank - 1)
-    grouped = writer.reshape(x, *lead, k // group, group)
-    rotated = writer.op("MatMul", grouped, writer.hadamard(group))
-    return writer.reshape(rotated, *lead, k)
+class QLinearBody:
+    """Writes one quantized linear, as a whole or step by step.
 
-
-def write_scale(writer: BodyWriter, rotated: ir.Value, signature: QLinearSignature) -> ir.Value:
-    """Append s_x, (..., 1); a scalar for static scales."""
-    step = max(signature.act_step, SCALE_FLOOR)
-    if signature.act_scale.is_static:
-        return writer.constant([step], np.float32, "act_scale")
-    axes = writer.constant([-1], np.int64)
-    if signature.act_scale is ActScale.TOKEN_RMS:
-        square = writer.op("Mul", rotated, rotated)
-        statistic = writer.op("Sqrt", writer.op("ReduceMean", square, axes, keepdims=1))
-    else:
-        statistic = writer.op("ReduceMax", writer.op("Abs", rotated), axes, keepdims=1)
-    raw = writer.op("Mul", statistic, writer.constant(step, np.float32))
-    floor = writer.constant(SCALE_FLOOR, np.float32)
-    return writer.op("Max", raw, floor, label="act_scale")
-
-
-def write_codes(
-    writer: BodyWriter,
-    rotated: ir.Value,
-    scale: ir.Value,
-    signature: QLinearSignature,
-    zeros: ZeroPoints,
-) -> ir.Value:
-    """Append q_x = round(x' * (1 / s_x)), stored as `zeros` says."""
-    grid, bits = signature.act_grid, signature.act_bits
-    levels = writer.op("Mul", rotated, writer.op("Reciprocal", scale))
-    if grid.cells is None:
-        levels = _clip(writer, levels, grid.ends(bits), np.float32)
-    else:
-        levels = _look_up(writer, levels, grid.cells(bits))
-    return writer.op("QuantizeLinear", levels, *_unit_scale(writer, zeros), label="codes")
-
-
-def _look_up(writer: BodyWriter, values: ir.Value, cells: Cells) -> ir.Value:
-    """Append the levels of the cells that values lie in."""
-    if cells.per_unit != 1.0:
-        values = writer.op("Mul", values, writer.constant(cells.per_unit, np.float32))
-    cell = _clip(writer, writer.op("Floor", values), (cells.first, cells.last), np.float32)
-    place = writer.op("Sub", cell, writer.constant(cells.first, np.float32))
-    # NaN becomes any integer, and the table has no place for it.
-    index = writer.op("Cast", place, to=ir.DataType.INT32.value)
-    index = _clip(writer, index, (0, len(cells.levels) - 1), np.int32)
-    return writer.op("Gather", writer.constant(cells.levels, np.float32), index)
-
-
-def _clip(writer: BodyWriter, x: ir.Value, ends: tuple[int, int], dtype: Any) -> ir.Value:
-    return writer.op("Clip", x, *(writer.constant(end, dtype) for end in ends))
-
-
-def _unit_scale(writer: BodyWriter, zeros: ZeroPoints) -> tuple[ir.Value, ir.Value]:
-    return writer.constant(1.0, np.float32), _scalar(writer, zeros.codes)
-
-
-def _scalar(writer: BodyWriter, zero: np.int8 | np.uint8) -> ir.Value:
-    return writer.constant(zero, zero.dtype)
-
-
-def write_channel_product(
-    writer: BodyWriter,
-    codes: ir.Value,
-    weight: ir.Value,
-    weight_scale: ir.Value,
-    zeros: ZeroPoints,
-) -> ir.Value:
-    """Append (q_x q_w^T) * s_w.
+    x and x' are (..., K), activation codes too; a weight is (K, N) with its scales (N,), or with
+    several of them per channel (G, K/G, N) with (G, 1, N). Scales are float32.
 
     Args:
-        writer: Where to.
-        codes: (..., K), stored as `zeros` says.
-        weight: (K, N), likewise.
-        weight_scale: (N,) float32.
-        zeros: Zero points of codes and weight.
+        writer: Records the nodes.
+        signature: Formats and sizes of the layer.
+        zeros: How codes are stored; None is as `zero_points` says.
     """
-    x = writer.op("DequantizeLinear", codes, *_unit_scale(writer, zeros))
-    inputs = [weight, weight_scale]
-    if zeros.weight:
-        inputs.append(writer.row_like(weight_scale, zeros.weight))
-    w = writer.op("DequantizeLinear", *inputs, axis=1)
-    return writer.op("MatMul", x, w, label="product")
 
+    def __init__(
+        self, writer: BodyWriter, signature: QLinearSignature, zeros: ZeroPoints | None = None
+    ) -> None:
+        self._writer = writer
+        self._form = signature
+        self.zeros = zero_points(signature) if zeros is None else zeros
 
-def write_group_product(
-    writer: BodyWriter,
-    codes: ir.Value,
-    weight: ir.Value,
-    weight_scale: ir.Value,
-    signature: QLinearSignature,
-    zeros: ZeroPoints,
-) -> ir.Value:
-    """Append sum over groups of (q_x q_w^T)_g * s_w,g.
+    def rotate(self, x: ir.Value) -> ir.Value:
+        """Append x' = x H_g."""
+        group, k = self._form.rotation_group, self._form.in_features
+        if group == 1:
+            return x
+        lead = [0] * (self._form.rank - 1)
+        grouped = self._writer.reshape(x, *lead, k // group, group)
+        rotated = self._writer.op("MatMul", grouped, self._writer.hadamard(group))
+        return self._writer.reshape(rotated, *lead, k)
 
-    Args:
-        writer: Where to.
-        codes: (..., K), stored as `zeros` says.
-        weight: (G, K/G, N), likewise.
-        weight_scale: (G, 1, N) float32.
-        signature: The layer's.
-        zeros: Zero points of codes and weight.
-    """
-    rank = signature.rank
-    lead = [0] * (rank - 1)
-    grouped = writer.reshape(codes, *lead, signature.num_groups, signature.group_size)
-    perm = [*range(rank - 2), rank - 1, rank - 2, rank]
-    outer = writer.op("Transpose", grouped, perm=perm)
-    operands = [outer, weight, *(_scalar(writer, zero) for zero in zeros)]
-    sums = writer.op("MatMulInteger", *operands, label="product")
-    scaled = writer.op("Mul", writer.op("Cast", sums, to=ir.DataType.FLOAT.value), weight_scale)
-    axes = writer.constant([rank - 2], np.int64)
-    return writer.op("ReduceSum", scaled, axes, keepdims=0)
-
-
-def write_float_product(
-    writer: BodyWriter,
-    rotated: ir.Value,
-    weight: ir.Value,
-    weight_scale: ir.Value,
-    signature: QLinearSignature,
-) -> ir.Value:
-    """Append x' W'^T with a dequantized weight: weight-only quantization."""
-    w = writer.op("Mul", writer.op("Cast", weight, to=ir.DataType.FLOAT.value), weight_scale)
-    if signature.num_groups > 1:
-        w = writer.reshape(w, signature.in_features, -1)
-    return writer.op("MatMul", rotated, w, label="product")
-
-
-def write_qlinear(
-    writer: BodyWriter,
-    x: ir.Value,
-    weight: ir.Value,
-    weight_scale: ir.Value,
-    bias: ir.Value | None,
-    signature: QLinearSignature,
-) -> ir.Value:
-    """Append the whole layer and return y.
-
-    Args:
-        writer: Where to.
-        x: (..., K) float32.
-        weight: (K, N), or (G, K/G, N), stored as `zero_points` says; INT8 in weight-only layers.
-        weight_scale: float32 (N,), or (G, 1, N).
-        bias: (N,) or None.
-        signature: The layer's.
-    """
-    rotated = write_rotation(writer, x, signature)
-    if not signature.act_bits:
-        y = write_float_product(writer, rotated, weight, weight_scale, signature)
-    else:
-        scale, zeros = write_scale(writer, rotated, signature), zero_points(signature)
-        codes = write_codes(writer, rotated, scale, signature, zeros)
-        if signature.num_groups == 1:
-            product = write_channel_product(writer, codes, weight, weight_scale, zeros)
+    def scale(self, rotated: ir.Value) -> ir.Value:
+        """Append s_x, (..., 1); a scalar for static scales."""
+        op, constant = self._writer.op, self._writer.constant
+        step = max(self._form.act_step, SCALE_FLOOR)
+        if self._form.act_scale.is_static:
+            return constant([step], np.float32, "act_scale")
+        axes = constant([-1], np.int64)
+        if self._form.act_scale is ActScale.TOKEN_RMS:
+            statistic = op("Sqrt", op("ReduceMean", op("Mul", rotated, rotated), axes, keepdims=1))
         else:
-            product = write_group_product(writer, codes, weight, weight_scale, signature, zeros)
-        y = writer.op("Mul", product, scale)
-    return y if bias is None else writer.op("Add", y, bias)
+            statistic = op("ReduceMax", op("Abs", rotated), axes, keepdims=1)
+        raw = op("Mul", statistic, constant(step, np.float32))
+        return op("Max", raw, constant(SCALE_FLOOR, np.float32), label="act_scale")
+
+    def codes(self, rotated: ir.Value, scale: ir.Value) -> ir.Value:
+        """Append q_x = round(x' * (1 / s_x)), to the grid's levels, plus the zero point."""
+        grid, bits = self._form.act_grid, self._form.act_bits
+        levels = self._writer.op("Mul", rotated, self._writer.op("Reciprocal", scale))
+        if grid.cells is None:
+            levels = self._clip(levels, grid.ends(bits), np.float32)
+        else:
+            levels = self._look_up(levels, grid.cells(bits))
+        return self._writer.op("QuantizeLinear", levels, *self._unit_scale(), label="codes")
+
+    def _look_up(self, values: ir.Value, cells: Cells) -> ir.Value:
+        """Append the levels of the cells that values lie in."""
+        op, constant = self._writer.op, self._writer.constant
+        if cells.per_unit != 1.0:
+            values = op("Mul", values, constant(cells.per_unit, np.float32))
+        cell = self._clip(op("Floor", values), (cells.first, cells.last), np.float32)
+        place = op("Sub", cell, constant(cells.first, np.float32))
+        # NaN becomes any integer, and the table has no place for it.
+        index = op("Cast", place, to=ir.DataType.INT32.value)
+        index = self._clip(index, (0, len(cells.levels) - 1), np.int32)
+        return op("Gather", constant(cells.levels, np.float32), index)
+
+    def _clip(self, x: ir.Value, ends: tuple[int, int], dtype: Any) -> ir.Value:
+        return self._writer.op("Clip", x, *(self._writer.constant(end, dtype) for end in ends))
+
+    def _unit_scale(self) -> tuple[ir.Value, ir.Value]:
+        return self._writer.constant(1.0, np.float32), self._scalar(self.zeros.codes)
+
+    def _scalar(self, zero: np.int8 | np.uint8) -> ir.Value:
+        return self._writer.constant(zero, zero.dtype)
+
+    def channel_product(self, codes: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+        """Append (q_x q_w^T) * s_w, with one weight scale per channel."""
+        x = self._writer.op("DequantizeLinear", codes, *self._unit_scale())
+        inputs = [weight, scale]
+        if self.zeros.weight:
+            inputs.append(self._writer.row_like(scale, self.zeros.weight))
+        w = self._writer.op("DequantizeLinear", *inputs, axis=1)
+        return self._writer.op("MatMul", x, w, label="product")
+
+    def _group_product(self, codes: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+        """Append sum over groups of (q_x q_w^T)_g * s_w,g."""
+        op, rank = self._writer.op, self._form.rank
+        lead = [0] * (rank - 1)
+        sizes = (self._form.num_groups, self._form.group_size)
+        grouped = self._writer.reshape(codes, *lead, *sizes)
+        outer = op("Transpose", grouped, perm=[*range(rank - 2), rank - 1, rank - 2, rank])
+        zeros = [self._scalar(zero) for zero in self.zeros]
+        sums = op("MatMulInteger", outer, weight, *zeros, label="product")
+        scaled = op("Mul", op("Cast", sums, to=ir.DataType.FLOAT.value), scale)
+        return op("ReduceSum", scaled, self._writer.constant([rank - 2], np.int64), keepdims=0)
+
+    def _float_product(self, rotated: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+        """Append x' W'^T with a dequantized weight: weight-only quantization."""
+        op = self._writer.op
+        w = op("Mul", op("Cast", weight, to=ir.DataType.FLOAT.value), scale)
+        if self._form.num_groups > 1:
+            w = self._writer.reshape(w, self._form.in_features, -1)
+        return op("MatMul", rotated, w, label="product")
+
+    def write(
+        self, x: ir.Value, weight: ir.Value, weight_scale: ir.Value, bias: ir.Value | None
+    ) -> ir.Value:
+        """Append the whole layer and return y (..., N); the bias is (N,)."""
+        rotated = self.rotate(x)
+        if not self._form.act_bits:
+            y = self._float_product(rotated, weight, weight_scale)
+        else:
+            scale = self.scale(rotated)
+            codes = self.codes(rotated, scale)
+            grouped = self._form.num_groups > 1
+            product = self._group_product if grouped else self.channel_product
+            y = self._writer.op("Mul", product(codes, weight, weight_scale), scale)
+        return y if bias is None else self._writer.op("Add", y, bias)

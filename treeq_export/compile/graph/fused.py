@@ -6,7 +6,7 @@
     y, y2, y3 = the output channels in equal parts
 
 Everything but the QLinear may be left out. The passes fuse_*.py and merge_siblings.py build it step
-by step, each with `widen`; kernels/ort runs it, fused_body.py says it in standard operators.
+by step, each with `widen`; kernels/ort runs it, bodies/form.py says it in standard operators.
 """
 
 from collections.abc import Mapping
@@ -15,27 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from treeq_export import ops
-from treeq_export.compile.graph.match import input_of
 from treeq_export.compile.graph.rewrite import replace_values
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
+from treeq_export.runners.plain_layer import input_of
 
 FUSED = ops.FUSED.name
 MAX_OUTPUTS = ops.FUSED.num_outputs
-# Inputs by position.
-X, PLANES, WEIGHT_SCALE, BIAS, BRANCH_R, BRANCH_L = range(6)
-NORM_SCALE, NORM_SHIFT, GATE, RESIDUAL = range(6, 10)
-INPUTS = (
-    "x",
-    "planes",
-    "weight_scale",
-    "bias",
-    "branch_R",
-    "branch_L",
-    "norm_scale",
-    "norm_shift",
-    "gate",
-    "residual",
-)
 
 
 def packed_nodes(model: ir.Model) -> list[ir.Node]:
@@ -50,19 +35,18 @@ def activation_of(node: ir.Node) -> str:
 
 def hides_input(node: ir.Node) -> bool:
     """Whether what a node's linear reads is computed inside of the node, and no value."""
-    return node.op_type == FUSED and input_of(node, NORM_SCALE) is not None
+    return input_of(node, "norm_scale") is not None
 
 
 def hides_output(node: ir.Node) -> bool:
     """Whether what a node's linear writes is used inside of the node, and no value."""
-    is_gated = node.op_type == FUSED and input_of(node, GATE) is not None
-    return is_gated or activation_of(node) != "none"
+    return input_of(node, "gate") is not None or activation_of(node) != "none"
 
 
 def widen(
     graph: ir.Graph,
     node: ir.Node,
-    inputs: Mapping[int, ir.Value | None],
+    inputs: Mapping[str, ir.Value | None],
     outputs: list[ir.Value],
     at: ir.Node | None = None,
     **attributes: Any,
@@ -72,7 +56,7 @@ def widen(
     Args:
         graph: Holds the node.
         node: A QLinear or FusedQLinear; it is removed.
-        inputs: Inputs to set, by position; the others stay.
+        inputs: Inputs to set, by name; the others stay.
         outputs: The values that the new node computes from now on; they keep name, type and shape,
             and what only they needed is removed.
         at: Before which node the new one goes; None is the producer of the last output, because
@@ -82,9 +66,7 @@ def widen(
     Returns:
         The new node.
     """
-    wide = [input_of(node, position) for position in range(len(INPUTS))]
-    for position, value in inputs.items():
-        wide[position] = value
+    wide = [inputs.get(name, input_of(node, name)) for name in ops.FUSED.inputs]
     while wide[-1] is None:
         wide.pop()
     kept: dict[str, Any] = {"activation": "none", "norm_epsilon": 0.0}

@@ -11,11 +11,6 @@ RANK = 3  # of activations: (batch, tokens, channels)
 SWAP = [0, 1, 3, 2]
 
 
-def input_of(node: ir.Node, position: int) -> ir.Value | None:
-    """Return an input by position, None where it is left out."""
-    return node.inputs[position] if position < len(node.inputs) else None
-
-
 def only_user(value: ir.Value) -> ir.Node | None:
     """Return the one node that reads a value; None where there are more, or it is an output."""
     users = {use.node for use in value.uses()}

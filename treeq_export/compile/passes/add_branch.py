@@ -11,26 +11,27 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from treeq_export import ops
 from treeq_export.compile.graph.contract import RewritePass
-from treeq_export.compile.graph.match import Branched, find_branches, input_of
+from treeq_export.compile.graph.match import Branched, find_branches
 from treeq_export.compile.graph.rewrite import replace_node
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
+from treeq_export.runners.plain_layer import input_of
 
-ADDEND = 4
+*_LINEAR, _ADDEND = ops.QLINEAR.inputs
 
 
 class AddBranch(RewritePass[Branched]):
     """Add branches inside of their layers; no QLinear + Monarch of one input is left."""
 
     def _find(self, model: ir.Model) -> Iterator[Branched]:
-        yield from (f for f in find_branches(model) if input_of(f.layer, ADDEND) is None)
+        yield from (f for f in find_branches(model) if input_of(f.layer, _ADDEND) is None)
 
     def _rewrite(self, model: ir.Model, found: Branched) -> None:
         node = found.layer
-        inputs = list(node.inputs) + [None] * (ADDEND - len(node.inputs))
         joined = ir.node(
             QLINEAR,
-            [*inputs, found.monarch.outputs[0]],
+            [*(input_of(node, name) for name in _LINEAR), found.monarch.outputs[0]],
             attributes={name: attribute.value for name, attribute in node.attributes.items()},
             domain=DOMAIN,
             version=1,

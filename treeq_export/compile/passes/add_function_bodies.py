@@ -13,32 +13,15 @@ Rules:
 Runs last: optimizers inline model-local functions. A runtime with our kernels takes those instead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from treeq_export.compile.bodies.functions import (
-    BranchShapes,
-    make_monarch_function,
-    make_qlinear_function,
-    monarch_overload,
-    qlinear_overload,
-)
-from treeq_export.compile.bodies.fused import make_fused_function, read_form
+from treeq_export.compile.bodies.form import Form, make_function, read_form
 from treeq_export.compile.graph.contract import RewritePass, refuse
-from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, FUSED
-from treeq_export.compile.graph.match import input_of, static_shape
-from treeq_export.compile.graph.signature import (
-    DOMAIN,
-    MONARCH,
-    QLINEAR,
-    QLinearSignature,
-    nodes_of,
-    read_signature,
-)
-from treeq_export.compile.passes.add_branch import ADDEND
+from treeq_export.compile.graph.signature import nodes_of
 from treeq_export.compile.passes.mark_plugins import is_marked
-from treeq_export.runners.plain_layer import BRANCH_FUNCTION, LINEAR_FUNCTION
+from treeq_export.ops import DOMAIN, FUSED, MONARCH, QLINEAR
 
 
 class AddFunctionBodies(RewritePass[ir.Node]):
@@ -54,59 +37,25 @@ class AddFunctionBodies(RewritePass[ir.Node]):
 
     def requires(self, model: ir.Model) -> None:
         """Check that nodes of a float16 body are marked as plugins."""
-        nodes = [*nodes_of(model, QLINEAR), *nodes_of(model, MONARCH)] if self._half else []
+        nodes = [node for node in model.graph if self._half and node.domain == DOMAIN]
         refuse((node for node in nodes if not is_marked(node)), "is no plugin.")
 
     def _find(self, model: ir.Model) -> Iterator[ir.Node]:
-        for op_type in (QLINEAR, MONARCH, FUSED):
-            for node in nodes_of(model, op_type):
+        for op in (QLINEAR, MONARCH, FUSED):
+            for node in nodes_of(model, op.name):
                 if node.op_identifier() not in model.functions:
                     yield node
 
     def _rewrite(self, model: ir.Model, found: ir.Node) -> None:
-        if found.op_type == MONARCH:
-            found.overload = self._add_monarch(model, found, (1, 2))
-            return
-        signature = read_signature(found)
-        if found.op_type == QLINEAR:
-            found.overload = self._add_qlinear(model, signature, input_of(found, ADDEND))
-            return
-        linear = self._add_qlinear(model, signature, None)
-        found.attributes.add(ir.AttrString(LINEAR_FUNCTION, linear))
-        shapes = None
-        if input_of(found, BRANCH_R) is not None:
-            branch = self._add_monarch(model, found, (BRANCH_R, BRANCH_L))
-            found.attributes.add(ir.AttrString(BRANCH_FUNCTION, branch))
-            shapes = _shapes(found, (BRANCH_R, BRANCH_L))
-        form = read_form(found, signature, shapes)
+        form = read_form(found, half=self._half)
+        for attribute, part in form.parts.items():
+            _add(model, part)
+            found.attributes.add(ir.AttrString(attribute, part.overload))
+        _add(model, form)
         found.overload = form.overload
-        _add(model, FUSED, form.overload, lambda: make_fused_function(form))
-
-    def _add_qlinear(
-        self, model: ir.Model, signature: QLinearSignature, addend: ir.Value | None
-    ) -> str:
-        has_addend = addend is not None
-        overload = qlinear_overload(signature, has_addend=has_addend)
-        _add(
-            model,
-            QLINEAR,
-            overload,
-            lambda: make_qlinear_function(signature, half=self._half, has_addend=has_addend),
-        )
-        return overload
-
-    def _add_monarch(self, model: ir.Model, node: ir.Node, factors: tuple[int, int]) -> str:
-        shapes = _shapes(node, factors)
-        overload = monarch_overload(shapes)
-        _add(model, MONARCH, overload, lambda: make_monarch_function(shapes, half=self._half))
-        return overload
 
 
-def _shapes(node: ir.Node, factors: tuple[int, int]) -> BranchShapes:
-    return static_shape(node.inputs[factors[0]]), static_shape(node.inputs[factors[1]])
-
-
-def _add(model: ir.Model, op_type: str, overload: str, make: Callable[[], ir.Function]) -> None:
-    if (DOMAIN, op_type, overload) not in model.functions:
-        function = make()
-        model.functions[function.identifier()] = function
+def _add(model: ir.Model, form: Form) -> None:
+    key = (DOMAIN, form.op.name, form.overload)
+    if key not in model.functions:
+        model.functions[key] = make_function(form)

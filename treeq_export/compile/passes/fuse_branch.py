@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
-from treeq_export.compile.graph.fused import BRANCH_L, BRANCH_R, widen
+from treeq_export.compile.graph.fused import widen
 from treeq_export.compile.graph.match import Branched, find_branches
 
 
@@ -21,5 +21,6 @@ class FuseBranch(RewritePass[Branched]):
         return find_branches(model)
 
     def _rewrite(self, model: ir.Model, found: Branched) -> None:
-        factors = {BRANCH_R: found.monarch.inputs[1], BRANCH_L: found.monarch.inputs[2]}
+        _, r, l_factor = found.monarch.inputs
+        factors = {"branch_R": r, "branch_L": l_factor}
         widen(model.graph, found.layer, factors, [found.total])

@@ -14,9 +14,6 @@ import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.fused import (
-    NORM_SCALE,
-    NORM_SHIFT,
-    X,
     hides_input,
     packed_nodes,
     widen,
@@ -25,12 +22,12 @@ from treeq_export.compile.graph.match import (
     RANK,
     both_ways,
     constant_of,
-    input_of,
     is_row_of,
     only_user,
     producer_of,
     unsqueezed,
 )
+from treeq_export.runners.plain_layer import input_of
 
 
 class Modulation(NamedTuple):
@@ -52,14 +49,14 @@ class FuseModulate(RewritePass[Modulation]):
                 yield from _find_modulation(node)
 
     def _rewrite(self, model: ir.Model, found: Modulation) -> None:
-        inputs = {X: found.x, NORM_SCALE: found.scale, NORM_SHIFT: found.shift}
+        inputs = {"x": found.x, "norm_scale": found.scale, "norm_shift": found.shift}
         outputs = list(found.node.outputs)
         widen(model.graph, found.node, inputs, outputs, norm_epsilon=found.epsilon)
 
 
 def _find_modulation(node: ir.Node) -> Iterator[Modulation]:
     """Yield the modulation that computes x for this reader alone, if any."""
-    value = input_of(node, X)
+    value = input_of(node, "x")
     shifted = producer_of(value, "Add")
     if value is None or shifted is None or only_user(value) is None:
         return
@@ -87,7 +84,7 @@ def _norm(value: ir.Value | None, reader: ir.Node) -> ir.Node | None:
     x = node.inputs[0]
     rank = len(x.shape) if x is not None and x.shape is not None else 0
     weight = constant_of(node.inputs[1])
-    plain = weight is not None and bool(np.all(weight == 1)) and input_of(node, 2) is None
+    plain = weight is not None and bool(np.all(weight == 1)) and node.inputs[2:] in ((), (None,))
     last = node.attributes.get_int("axis", -1) in (-1, rank - 1)
     return node if rank == RANK and plain and last else None
 

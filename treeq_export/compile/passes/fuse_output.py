@@ -14,19 +14,17 @@ import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.fused import (
-    GATE,
-    RESIDUAL,
     activation_of,
     packed_nodes,
     widen,
 )
 from treeq_export.compile.graph.match import (
     both_ways,
-    input_of,
     is_row_of,
     only_user,
     unsqueezed,
 )
+from treeq_export.runners.plain_layer import input_of
 
 
 class Tail(NamedTuple):
@@ -34,7 +32,7 @@ class Tail(NamedTuple):
 
     node: ir.Node
     y: ir.Value
-    inputs: Mapping[int, ir.Value]
+    inputs: Mapping[str, ir.Value]
     attributes: Mapping[str, str]
 
 
@@ -44,7 +42,7 @@ class FuseOutput(RewritePass[Tail]):
     def _find(self, model: ir.Model) -> Iterator[Tail]:
         for find in (_find_gelu, _find_gate):
             for node in packed_nodes(model):
-                if len(node.outputs) == 1 and input_of(node, GATE) is None:
+                if len(node.outputs) == 1 and input_of(node, "gate") is None:
                     yield from find(node)
 
     def _rewrite(self, model: ir.Model, found: Tail) -> None:
@@ -71,4 +69,4 @@ def _find_gate(node: ir.Node) -> Iterator[Tail]:
     residual = next(v for value, v in both_ways(total) if value is product.outputs[0])
     if gate is None or residual is None or residual.shape != y.shape or not is_row_of(gate, y):
         return
-    yield Tail(node, total.outputs[0], {GATE: gate, RESIDUAL: residual}, {})
+    yield Tail(node, total.outputs[0], {"gate": gate, "residual": residual}, {})

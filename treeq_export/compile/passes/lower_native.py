@@ -24,12 +24,6 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from treeq_export.compile.bodies.layer import LoweredLayer
-from treeq_export.compile.bodies.qlinear import (
-    write_channel_product,
-    write_codes,
-    write_rotation,
-    write_scale,
-)
 from treeq_export.compile.bodies.storage import SIGNED
 from treeq_export.compile.graph.contract import RewritePass, refuse
 from treeq_export.compile.graph.signature import QLINEAR, nodes_of, read_signature
@@ -62,25 +56,17 @@ class LowerNative(RewritePass[tuple[ir.Node, Shared]]):
 
     def _rewrite(self, model: ir.Model, found: tuple[ir.Node, Shared]) -> None:
         node, shared = found
-        layer = LoweredLayer(model.graph, node)
-        writer = layer.writer
-        codes, scale = _quantize(layer, shared)
+        layer = LoweredLayer(model.graph, node, SIGNED)
+        writer, key = layer.writer, (layer.x, *layer.signature.codes_key)
+        if key not in shared:
+            rotated = layer.body.rotate(writer.op("Cast", layer.x, to=FLOAT.value))
+            scale = layer.body.scale(rotated)
+            shared[key] = Quantized(layer.body.codes(rotated, scale), scale)
+        codes, scale = shared[key]
         weight = layer.store_codes(layer.codes)
-        weight_scale = layer.store("weight_quantized_scale", layer.scales[0])
-        product = write_channel_product(writer, codes, weight, weight_scale, SIGNED)
+        product = layer.body.channel_product(codes, weight, layer.store_scales(layer.scales[0]))
         y = writer.op("Mul", product, scale)
         if layer.bias is not None:
             y = writer.op("Add", y, layer.bias)
         writer.op("Cast", y, to=HALF.value)
         layer.finish()
-
-
-def _quantize(layer: LoweredLayer, shared: Shared) -> Quantized:
-    writer, form = layer.writer, layer.signature
-    key = (layer.x, *form.codes_key)
-    if key not in shared:
-        wide = writer.op("Cast", layer.x, to=FLOAT.value)
-        rotated = write_rotation(writer, wide, form)
-        scale = write_scale(writer, rotated, form)
-        shared[key] = Quantized(write_codes(writer, rotated, scale, form, SIGNED), scale)
-    return shared[key]

@@ -14,8 +14,6 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from treeq_export.compile.bodies.layer import LoweredLayer
-from treeq_export.compile.bodies.qlinear import write_qlinear
-from treeq_export.compile.bodies.storage import zero_points
 from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
 
@@ -39,9 +37,8 @@ class LowerQLinear(RewritePass[ir.Node]):
         if signature.num_groups > 1:
             codes = codes.reshape(signature.num_groups, signature.group_size, -1)
             scales = layer.scales[:, None, :]
-        weight = layer.store_codes(codes, zero_points(signature).weight)
+        weight = layer.store_codes(codes)
         if signature.fits_int4:
             weight = layer.writer.op("Cast", weight, to=ir.DataType.INT8.value)
-        scale = layer.store("weight_quantized_scale", scales)
-        write_qlinear(layer.writer, layer.x, weight, scale, layer.bias, signature)
+        layer.body.write(layer.x, weight, layer.store_scales(scales), layer.bias)
         layer.finish()

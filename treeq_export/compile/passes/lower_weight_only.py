@@ -21,7 +21,6 @@ import numpy as np
 import onnx_ir as ir
 
 from treeq_export.compile.bodies.layer import LoweredLayer
-from treeq_export.compile.bodies.qlinear import write_rotation
 from treeq_export.compile.graph.contract import RewritePass, refuse
 from treeq_export.compile.graph.signature import (
     QLINEAR,
@@ -61,7 +60,7 @@ class LowerWeightOnly(RewritePass[ir.Node]):
     def _rewrite(self, model: ir.Model, found: ir.Node) -> None:
         layer = LoweredLayer(model.graph, found, half=self._half)
         writer, signature, scales = layer.writer, layer.signature, layer.scales
-        rotated = write_rotation(writer, layer.x, signature)
+        rotated = layer.body.rotate(layer.x)
         weight = layer.store_codes(layer.codes)
         if self._half:
             scales = np.maximum(scales.astype(np.float16), _LEAST_HALF)
@@ -70,7 +69,7 @@ class LowerWeightOnly(RewritePass[ir.Node]):
             form = {"axis": 0, "block_size": signature.group_size}
         else:
             scales = scales[0]
-        scale = layer.store("weight_quantized_scale", scales)
+        scale = layer.store_scales(scales)
         dequantized = writer.op("DequantizeLinear", weight, scale, **form)
         y = writer.op("MatMul", rotated, dequantized, label="product")
         bias = layer.bias

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
-from treeq_export.compile.graph.match import input_of
 from treeq_export.compile.graph.rewrite import add_initializer
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
 from treeq_export.ops import PLUGIN_ATTRIBUTES
+from treeq_export.runners.plain_layer import input_of
 
 _BIAS = 3
 
@@ -55,7 +55,7 @@ def is_marked(node: ir.Node) -> bool:
 
 def _is_complete(node: ir.Node) -> bool:
     is_layer = node.op_type == QLINEAR
-    return not is_layer or (input_of(node, _BIAS) is not None and not _is_one_group(node))
+    return not is_layer or (input_of(node, "bias") is not None and not _is_one_group(node))
 
 
 def _is_one_group(node: ir.Node) -> bool:

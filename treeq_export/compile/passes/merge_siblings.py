@@ -20,30 +20,25 @@ import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
 from treeq_export.compile.graph.fused import (
-    BIAS,
-    BRANCH_L,
-    BRANCH_R,
     MAX_OUTPUTS,
-    PLANES,
-    WEIGHT_SCALE,
-    X,
     hides_input,
     hides_output,
     packed_nodes,
     widen,
 )
-from treeq_export.compile.graph.match import constant_of, input_of
+from treeq_export.compile.graph.match import constant_of
 from treeq_export.compile.graph.rewrite import add_initializer
 from treeq_export.compile.graph.sites import read_layers, write_layers
+from treeq_export.runners.plain_layer import input_of
 
 _TILE = 32
 # How the siblings' arrays are joined: what the new one is called, and the axis of output channels.
 _JOINED = {
-    PLANES: ("planes", 1),
-    WEIGHT_SCALE: ("weight_scale", 0),
-    BIAS: ("bias", 0),
-    BRANCH_R: ("branch.R", 2),
-    BRANCH_L: ("branch.L", 0),
+    "planes": ("planes", 1),
+    "weight_scale": ("weight_scale", 0),
+    "bias": ("bias", 0),
+    "branch_R": ("branch.R", 2),
+    "branch_L": ("branch.L", 0),
 }
 
 
@@ -53,7 +48,7 @@ class MergeSiblings(RewritePass[list[ir.Node]]):
     def _find(self, model: ir.Model) -> Iterator[list[ir.Node]]:
         readers: dict[ir.Value | None, list[ir.Node]] = {}
         for node in packed_nodes(model):
-            readers.setdefault(input_of(node, X), []).append(node)
+            readers.setdefault(input_of(node, "x"), []).append(node)
         for siblings in readers.values():
             by_format = sorted(siblings, key=lambda node: repr(_format(node)))
             for key, group in groupby(by_format, key=_format):
@@ -65,12 +60,12 @@ class MergeSiblings(RewritePass[list[ir.Node]]):
         first, *others = found
         names = [first.name or "", *((node.name or "").split(".")[-1] for node in others)]
         name = "+".join(names)
-        inputs: dict[int, ir.Value | None] = {}
-        for position, (suffix, axis) in _JOINED.items():
-            if input_of(first, position) is not None:
-                arrays = [constant_of(input_of(node, position)) for node in found]
+        inputs: dict[str, ir.Value | None] = {}
+        for part, (suffix, axis) in _JOINED.items():
+            if input_of(first, part) is not None:
+                arrays = [constant_of(input_of(node, part)) for node in found]
                 joined = np.concatenate(arrays, axis=axis)
-                inputs[position] = add_initializer(model.graph, f"model.{name}.{suffix}", joined)
+                inputs[part] = add_initializer(model.graph, f"model.{name}.{suffix}", joined)
         size = first.attributes["out_features"].as_int()
         outputs = [node.outputs[0] for node in found]
         # What reads the first one's output may stand before the other siblings.
@@ -85,7 +80,7 @@ def _format(node: ir.Node) -> tuple[Any, ...] | None:
         return None
     if hides_input(node) or hides_output(node):
         return None  # those are one's own
-    arrays = [constant_of(input_of(node, position)) for position in _JOINED]
+    arrays = [constant_of(input_of(node, part)) for part in _JOINED]
     shapes = tuple(None if array is None else tuple(array.shape) for array in arrays)
     attributes = tuple(sorted((name, str(a.value)) for name, a in node.attributes.items()))
     return shapes, attributes
