@@ -17,9 +17,12 @@ SOURCES = [
     path
     for folder in (
         "treeq_export/cli",
+        "treeq_export/evaluate",
+        "treeq_export/finetune",
         "treeq_export/quant",
         "treeq_export/recipe",
         "treeq_export/records",
+        "treeq_export/search",
         "samples",
         "docs",
     )

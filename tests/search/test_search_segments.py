@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,11 @@ def test_what_is_left_of_a_merge_runs_once_per_left_configuration(
     # Two batches: each runs the left leaf once and the right leaf once per suffix.
     assert inside == {"attn1.to_out.0": 2, "ff.net.0.proj": 8}
     assert blocks == {0: 2 * 7, 1: 2 * 7 * 4}
+
+
+def test_a_session_can_be_sent_to_another_process(prepared: Callable[[str], Search]):
+    session = prepared("dit").session
+    assert ForkingPickler.loads(ForkingPickler.dumps(session)) == session
 
 
 def test_closing_gives_the_model_back(prepared: Callable[[str], Search]):

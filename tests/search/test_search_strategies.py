@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from treeq_export.recipe import SearchSection
 from treeq_export.search.budget import Budget, Cost, CostModel, make_budget
 from treeq_export.search.executor import Task
 from treeq_export.search.network import make_network as network_of
+from treeq_export.search.strategies import STRATEGIES
 from treeq_export.search.strategies.assignment import Allocation, allocate, solve_assignment
 from treeq_export.search.strategies.context import Outcome, SearchContext
 from treeq_export.search.strategies.greedy import search_greedy
@@ -25,6 +26,11 @@ from treeq_export.search.tree import Configuration, encode
 MakeContext = Callable[..., SearchContext]
 Error = Callable[[Configuration, int], float]
 SEARCHES = {"tss": search_tree, "integer": search_integer_program, "greedy": search_greedy}
+
+
+def test_the_recipe_knows_every_strategy():
+    names = SearchSection.model_fields["strategy"].annotation
+    assert set(get_args(names)) == set(STRATEGIES)
 
 
 def make_section(**fields: Any) -> SearchSection:

@@ -24,7 +24,7 @@ class PixelMapping:
     Attributes:
         low: (c, 1, 1) value shown black.
         high: (c, 1, 1) value shown white.
-        description: What is shown; written into the PNG file.
+        description: Words for what is shown; written into the PNG file.
     """
 
     low: NDArray[np.float32]

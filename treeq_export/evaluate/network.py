@@ -53,7 +53,7 @@ def collect_held_out(denoiser: Denoiser, recipe: Recipe) -> HeldOut:
 
     Args:
         denoiser: The full-precision model.
-        recipe: Its sampler section and seed; no more trajectories than evaluate.num_samples.
+        recipe: The sampler section and the seed; no more trajectories than evaluate.num_samples.
     """
     batch_size = recipe.sampler.batch_size
     sampled = recipe.evaluate.num_samples * recipe.sampler.steps

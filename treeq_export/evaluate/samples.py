@@ -88,7 +88,7 @@ def sample_or_load(
 
     Args:
         path: The safetensors file.
-        fingerprint: Of what is asked for.
+        fingerprint: Digest of what is asked for.
         make: Samples, (n, *sample_shape) float32.
         say: Told in one line that the file is damaged.
 
@@ -110,8 +110,8 @@ def check_finite(samples: NDArray[np.float32], who: str, remedy: str) -> None:
 
     Args:
         samples: (n, ...).
-        who: What made them, for the message.
-        remedy: What to do, for the message.
+        who: Name of what made them, for the message.
+        remedy: Advice, for the message.
 
     Raises:
         TreeqError: Some are not.

@@ -42,9 +42,9 @@ class Side:
     Attributes:
         run: Calls the network.
         source: Digest of everything that its predictions depend on.
-        runner: What it runs in, for messages and for the cache.
-        folder: Where its samples are cached.
-        remedy: What to do where its samples are not finite.
+        runner: Name of the runner, for messages and for the cache.
+        folder: Folder in which the samples are cached.
+        remedy: Advice for samples that are not finite.
     """
 
     run: Run
@@ -82,7 +82,7 @@ class Sampling:
 
     Args:
         denoiser: Gives shapes and conditioning.
-        recipe: Its sampler and evaluate sections.
+        recipe: The recipe; its sampler and evaluate sections count.
         sides: By name.
         on_step: Called with the fraction done, 0..1.
         say: Told in one line that cached samples are damaged.

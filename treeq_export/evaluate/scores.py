@@ -44,7 +44,7 @@ def open_judge(section: EvaluateSection, sample_shape: tuple[int, ...]) -> Judge
 
     Args:
         section: Paths of both; None skips what needs the file.
-        sample_shape: Of one sample, without batch.
+        sample_shape: Shape of one sample, without batch.
 
     Raises:
         RecipeError: A file is missing or malformed, or does not fit the samples.

@@ -42,7 +42,7 @@ class Baseline:
     """A second quantized model, fake-quantized in PyTorch.
 
     Attributes:
-        plan: Its plan.
+        plan: The plan of that model.
         runner: An entered `TorchRunner`.
         source: Digest of its files (`digest_quantized`).
     """
@@ -70,7 +70,7 @@ def run_evaluate(
         run: The run folder, with the files that `recipe.evaluate.runner` stands for.
         denoiser: The full-precision model.
         quantized: The entered runner that `recipe.evaluate.runner` names.
-        recipe: Its sampler and evaluate sections.
+        recipe: The recipe; its sampler and evaluate sections count.
         on_step: Called with the fraction done, 0..1.
         baseline: A second quantized model to measure beside the first.
         fp_samples: Folder of the cached full-precision samples; None is that of the run.

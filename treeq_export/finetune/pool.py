@@ -35,7 +35,7 @@ class TrajectoryPool:
         section: The sampler.
         size: Number of states.
         on_policy: Fraction of trajectories that follow the student.
-        seed: Of all noise and of random conditioning.
+        seed: Seed of all noise and of random conditioning.
     """
 
     def __init__(

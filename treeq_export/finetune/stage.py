@@ -46,8 +46,8 @@ def run_finetune(
         run: The run folder; a training that was interrupted there goes on.
         denoiser: The full-precision model.
         plan: The calibrated plan.
-        tensors: Its calibrated tensors, without an earlier result of this stage.
-        recipe: Its finetune and sampler sections and its seed.
+        tensors: The calibrated tensors, without an earlier result of this stage.
+        recipe: The recipe; its finetune and sampler sections and its seed count.
         on_step: Called with the fraction done, 0..1.
         say: Told in one line that the state of an interrupted training is damaged.
 

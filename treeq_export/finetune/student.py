@@ -38,11 +38,11 @@ class TrainableLinear(nn.Module):
     """A quantized linear whose tensors are trained.
 
     Args:
-        layer: Its entry in the plan.
+        layer: The layer's entry in the plan.
         tensors: The layer's calibrated tensors by short name.
         weight: The full-precision weight W, (N, K).
         bias: The checkpoint's, (N,), or None.
-        kinds: What is trained, where the layer has it.
+        kinds: Kinds of tensors that are trained, where the layer has them.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ def make_student(
     Args:
         denoiser: The full-precision model; what is not replaced is shared with the copy.
         plan: The plan.
-        tensors: Its calibrated tensors.
-        kinds: What is trained.
+        tensors: The calibrated tensors.
+        kinds: Kinds of tensors that are trained.
 
     Raises:
         PlanError: The plan does not fit the model.

@@ -52,9 +52,9 @@ class Training:
 
     Args:
         teacher: The full-precision model.
-        student: What `make_student` returned.
+        student: The result of `make_student`.
         blocks: Names of the blocks whose outputs are compared.
-        pool: Where the training states come from.
+        pool: The source of the training states.
         held_out: Network inputs that are never trained on.
         section: The recipe's finetune section.
     """

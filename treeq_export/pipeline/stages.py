@@ -71,11 +71,6 @@ class Stage:
     )
 
 
-def _searches(recipe: "Recipe") -> bool:
-    """Whether search measures anything, which it does on sampled trajectories."""
-    return recipe.search.strategy != "uniform" or recipe.search.branch_budget is not None
-
-
 def _search(workspace: "Workspace", on_step: OnStep) -> None:
     from treeq_export.search.stage import run_search
 
@@ -84,13 +79,17 @@ def _search(workspace: "Workspace", on_step: OnStep) -> None:
 
 
 def _search_sections(recipe: "Recipe") -> tuple[str, ...]:
+    from treeq_export.search.strategies import needs_inputs
+
     # A measuring search quantizes weights as calibrate does.
-    measuring = ("sampler", "calibrate", "seed") if _searches(recipe) else ()
+    measuring = ("sampler", "calibrate", "seed") if needs_inputs(recipe.search) else ()
     return ("name", "model", "search", *measuring)
 
 
 def _search_memory(recipe: "Recipe") -> dict[str, int]:
-    if not _searches(recipe):
+    from treeq_export.search.strategies import needs_inputs
+
+    if not needs_inputs(recipe.search):
         return {}
     return {
         "search.num_samples": recipe.search.num_samples * recipe.sampler.steps,

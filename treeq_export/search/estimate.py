@@ -15,7 +15,8 @@ from treeq_export.plan import LayerPlan
 from treeq_export.recipe import CalibrateSection, SearchSection
 from treeq_export.records import SearchCost
 from treeq_export.search.formats import candidate_pairs, make_templates
-from treeq_export.search.measure.blocks import Handlers, LinearSwitch
+from treeq_export.search.measure.bank import Handlers
+from treeq_export.search.measure.blocks import LinearSwitch
 from treeq_export.search.network import Network
 from treeq_export.search.tree import Node, merge_levels
 

@@ -130,7 +130,7 @@ def measure_all(
     `on_measured` hears of it.
 
     Args:
-        tasks: What to measure.
+        tasks: Tasks to measure.
         journal: An entered journal.
         executor: An entered executor.
         on_measured: Called once per key, with the seconds since the value before it (so they sum up

@@ -68,7 +68,7 @@ class Journal:
     Args:
         path: The SQLite file; it is created, with its folder, when the journal is entered.
         fingerprint: Digest of everything that a value depends on beside its key.
-        busy_timeout_s: How long to wait for another process that owns the file, seconds.
+        busy_timeout_s: Seconds to wait for another process that owns the file.
         say: Told in one line that something is damaged.
     """
 
@@ -162,7 +162,7 @@ class Journal:
             prefix: The configuration of the left child, "" where there is none.
             suffix: The configuration of the right child.
             value: The measure; NaN and infinities are values like others.
-            seconds: How long it took to measure.
+            seconds: Time that it took to measure.
 
         Raises:
             OutputError: The file cannot be written.

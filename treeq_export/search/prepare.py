@@ -26,7 +26,7 @@ from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import Recipe
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.measure.bank import LayerBank
-from treeq_export.search.measure.blocks import LinearSwitch, quantized_handlers
+from treeq_export.search.measure.blocks import LinearSwitch
 from treeq_export.search.session import Session
 from treeq_export.search.store import (
     BLOCK_FILE,
@@ -99,7 +99,7 @@ def prepare(
     with BlockReplay(denoiser, network.blocks) as replay:
         clean, prediction = record_outputs(replay, rows, session.batch_rows, session.folder)
         with LinearSwitch(denoiser, network) as switch:
-            switch.handlers = quantized_handlers(bank, network.leaves, session.environment)
+            switch.handlers = bank.handlers(network.leaves, session.environment)
             dirty, _ = record_outputs(replay, rows, session.batch_rows, session.folder)
     if section.num_final_rows:
         others = collect(section.num_final_rows, recipe.seed + _FINAL_SEED_OFFSET, lambda _: None)

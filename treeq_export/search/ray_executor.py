@@ -36,7 +36,7 @@ class RayExecutor:
     Args:
         make_worker: Returns the worker; called once in each process, so it must be something that
             cloudpickle can send: a module's function, or a functools.partial of one.
-        num_workers: How many processes.
+        num_workers: Number of processes.
         threads: Threads of each; OMP_NUM_THREADS in the workers, and the CPUs they ask Ray for.
     """
 
@@ -77,7 +77,7 @@ class RayExecutor:
         """Yield task, suffix and value, a whole task at a time, as workers finish.
 
         Raises:
-            TreeqError: What a worker raised.
+            TreeqError: A worker raised it.
             RunnerError: A task ended its worker's process at every attempt.
         """
         waiting = iter(tasks)

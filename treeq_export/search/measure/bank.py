@@ -1,6 +1,10 @@
 """Quantized layers of a search by layer, weight bits and activation bits, loaded when needed."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
 
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import linear_of
@@ -8,6 +12,10 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.search.formats import make_activation_format
 from treeq_export.search.session import Session
 from treeq_export.search.store import BRANCH, WEIGHT_FILE, pair_prefix
+from treeq_export.search.tree import Configuration, Leaf
+
+Handler = Callable[[Tensor], Tensor]  # what a layer runs in the place of itself
+Handlers = dict[str, Handler]
 
 _LIMIT_BYTES = 1 << 30  # of quantized layers in memory
 
@@ -50,6 +58,23 @@ class LayerBank:
                 _, oldest = self._layers.popitem(last=False)
                 self._num_bytes -= _size(oldest)
         return self._layers[key]
+
+    def handlers(self, leaves: Sequence[Leaf], configuration: Configuration) -> Handlers:
+        """Return what runs leaves in their formats; those in full precision have no handler.
+
+        Args:
+            leaves: Consecutive leaves, at least as many as the configuration has entries.
+            configuration: Formats of the first leaves.
+        """
+        return {
+            linear.name: partial(self._run, linear.name, *pair)
+            for leaf, pair in zip(leaves, configuration, strict=False)
+            if pair is not None
+            for linear in leaf.linears
+        }
+
+    def _run(self, name: str, weight_bits: int, activation_bits: int | None, x: Tensor) -> Tensor:
+        return self.layer(name, weight_bits, activation_bits)(x)
 
     def _load(self, name: str, weight_bits: int, activation_bits: int | None) -> QLinear:
         prefix = pair_prefix(weight_bits, activation_bits)

@@ -12,14 +12,11 @@ from treeq_export.model.replay import BlockReplay, Output, replace_forward
 from treeq_export.model.sensitivity import prediction_error
 from treeq_export.model.trajectories import Rows
 from treeq_export.model.zoo import Denoiser
-from treeq_export.search.measure.bank import LayerBank
+from treeq_export.search.measure.bank import Handler, Handlers, LayerBank
 from treeq_export.search.network import Network
 from treeq_export.search.session import Session
 from treeq_export.search.store import BLOCK_FILE, CLEAN, PROBE_FILE, slice_output, slice_rows
-from treeq_export.search.tree import Configuration, Leaf
-
-Handler = Callable[[Tensor], Tensor]
-Handlers = dict[str, Handler]
+from treeq_export.search.tree import Configuration
 
 
 class LinearSwitch:
@@ -49,28 +46,6 @@ class LinearSwitch:
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
         return self.handlers.get(name, self.originals[name])(x)
-
-
-def quantized_handlers(
-    bank: LayerBank, leaves: Sequence[Leaf], configuration: Configuration
-) -> Handlers:
-    """Return handlers that run leaves in their formats; those in full precision have none.
-
-    Args:
-        bank: Quantized layers.
-        leaves: Consecutive leaves, at least as many as the configuration has entries.
-        configuration: Formats of the first leaves.
-    """
-
-    def run(name: str, weight_bits: int, activation_bits: int | None, x: Tensor) -> Tensor:
-        return bank.layer(name, weight_bits, activation_bits)(x)
-
-    return {
-        linear.name: partial(run, linear.name, *pair)
-        for leaf, pair in zip(leaves, configuration, strict=False)
-        if pair is not None
-        for linear in leaf.linears
-    }
 
 
 class PreparedBlocks:
@@ -103,7 +78,7 @@ class PreparedBlocks:
 
     def quantized(self, first: int, configuration: Configuration) -> Handlers:
         """Return handlers for the leaves from number `first` on."""
-        return quantized_handlers(self._bank, self.network.leaves[first:], configuration)
+        return self._bank.handlers(self.network.leaves[first:], configuration)
 
     def run(
         self,
@@ -120,7 +95,7 @@ class PreparedBlocks:
 
         Args:
             start: First row of the batch.
-            handlers: What layers run in the place of themselves.
+            handlers: Functions that layers run in the place of themselves.
             first: First block that runs.
             last: Last block that runs; None goes on to the network's prediction.
             before: Output of block `first - 1`; None is the clean one.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from treeq_export.model.replay import Output
-from treeq_export.search.measure.blocks import Handler, Handlers, PreparedBlocks
+from treeq_export.search.measure.bank import Handler, Handlers
+from treeq_export.search.measure.blocks import PreparedBlocks
 from treeq_export.search.store import NOISY
 from treeq_export.search.tree import Configuration, Node
 

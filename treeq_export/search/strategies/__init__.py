@@ -35,5 +35,5 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def needs_inputs(section: SearchSection) -> bool:
-    """Whether a search runs the model on its own trajectories."""
+    """Whether a search runs the model on sampled trajectories."""
     return STRATEGIES[section.strategy].measures or section.branch_budget is not None

@@ -42,8 +42,8 @@ class Outcome:
         configuration: The chosen one.
         network_mse: Error of the whole network; NaN where the strategy measures nothing.
         front: Configurations measured at the root.
-        kept: How many configurations each node kept, by the node's name.
-        finalists: What may still be chosen, the present choice first.
+        kept: Number of configurations that each node kept, by the node's name.
+        finalists: Configurations that may still be chosen, the present choice first.
     """
 
     configuration: Configuration
@@ -93,8 +93,9 @@ class SearchContext:
 
         Args:
             configurations: One entry per leaf each.
-            base: What most of them start like: blocks that do not differ are not run again. The
-                empty one stands for full precision. Values depend on it by rounding only.
+            base: A configuration that most of them start like: blocks that do not differ are not
+                run again. The empty one stands for full precision. Values depend on it by rounding
+                only.
         """
         return self._measure_whole(WholeNetwork.NAME, base, configurations)
 
@@ -148,7 +149,7 @@ class SearchContext:
         Args:
             outcome: The outcome before.
             best: The new choice.
-            finalists: What may still be chosen.
+            finalists: Configurations that may still be chosen.
         """
         front = [point.model_copy(update={"chosen": False}) for point in outcome.front]
         mse = best.network_mse

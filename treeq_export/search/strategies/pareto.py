@@ -93,7 +93,7 @@ def drop(
     Args:
         costs: (n, c), parts of the limits.
         errors: (n,); a NaN counts as infinite.
-        keep: How many to keep at most, 2 or more.
+        keep: Points to keep at most, 2 or more.
         share: (c,) positive, the parts of the limits that the node should spend.
         prices: (c,) non-negative, of whole limits; only their ratios count.
         num_leaves: Leaves of the node.
