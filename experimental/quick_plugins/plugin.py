@@ -59,7 +59,7 @@ class QuickKernel:
     """A kernel as TensorRT embeds it.
 
     Attributes:
-        function: Its symbol.
+        function: Symbol of the kernel.
         ptx: With parameters in TensorRT's order.
         integers: Names of its integers, in order.
         num_threads: Threads of a block.

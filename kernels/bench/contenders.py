@@ -36,7 +36,7 @@ def open_contenders(k: int, n: int, seed: int) -> Iterator[dict[str, Call]]:
     Args:
         k: Input features.
         n: Output features.
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)

@@ -75,7 +75,7 @@ class Layer:
     """One quantized linear with random codes on a device.
 
     Attributes:
-        format: Its bits.
+        format: Bits of weight and activation.
         k: Input features.
         n: Output features.
         codes: Weight codes (N, K) int8 on the CPU, for the reference.

@@ -42,7 +42,7 @@ def open_contenders(
     Args:
         layers: From `make_layers`, of one shape.
         m: Tokens.
-        device: Where they run; on the CPU they are called plainly, in Triton's interpreter.
+        device: Device; on the CPU the contenders are called plainly, in Triton's interpreter.
         dtype: Type of x and y of our layers.
         opponents: TensorRT's linears of the same shape.
     """

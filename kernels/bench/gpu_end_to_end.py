@@ -45,7 +45,7 @@ class Contender:
 
     Attributes:
         name: See the module's docstring.
-        dtype: Of the network.
+        dtype: Type of the network.
         fmt: Index into FORMATS; None is floating point.
         compile_mode: Mode of torch.compile; None does not compile.
         graphed: Whether it runs in a CUDA graph.
@@ -82,7 +82,7 @@ class Opened:
 
     Attributes:
         run: Takes the inputs.
-        num_bytes: Of its parameters and buffers.
+        num_bytes: Bytes of its parameters and buffers.
     """
 
     run: Callable[..., Tensor]

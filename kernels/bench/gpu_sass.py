@@ -51,7 +51,7 @@ def audit_recorded(
 
     Args:
         kernels: From `recorded_kernels`.
-        architecture: Such as "sm_90".
+        architecture: The GPU's, for example "sm_90".
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix="treeq-sass-") as folder:

@@ -120,7 +120,7 @@ def why_missing(name: str, gpu: str) -> str | None:
 
     Args:
         name: One of NAMES.
-        gpu: Such as "sm_90"; empty where there is none.
+        gpu: Architecture, for example "sm_90"; empty without a GPU.
     """
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
@@ -136,7 +136,7 @@ class EngineLinear:
     """A deserialized engine of one linear. Untested: needs a GPU with TensorRT.
 
     Args:
-        folder: Where `build` left the engine.
+        folder: Folder in which `build` left the engine.
         n: Output features.
     """
 
@@ -181,7 +181,7 @@ class Opponents:
     Attributes:
         linears: By name; what cannot be built is not among them.
         missing: Why, by name.
-        layers: What the builder made of each, such as ["FP8 gemm", "Half kgen"].
+        layers: Layers of each engine, for example ["FP8 gemm", "Half kgen"].
     """
 
     linears: dict[str, EngineLinear] = field(default_factory=dict)

@@ -83,7 +83,7 @@ def time_interleaved(
     """Time callables in interleaved rounds.
 
     Args:
-        calls: What to time, by name.
+        calls: Callables to time, by name.
         timer: Times a call.
         rounds: Counted rounds.
         warmup: Rounds before them that are not counted.
@@ -113,7 +113,7 @@ def ratios(
     Args:
         times: From `time_interleaved`.
         baseline: A name in it; nothing is returned where it was not timed.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     if not times.get(baseline):
         return {}

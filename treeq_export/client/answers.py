@@ -175,7 +175,7 @@ def read_json(form: TypeAdapter[Form], data: bytes) -> Form:
     """Read the JSON of an answer.
 
     Args:
-        form: What it has to be.
+        form: Form that the answer has to have.
         data: UTF-8.
 
     Raises:
@@ -219,7 +219,7 @@ def read_tensor(
         where: Model and output, for the message.
         datatype: Triton's name of its type, such as "FP32".
         shape: With the batch axis.
-        data: Its values, little-endian, row after row.
+        data: Values, little-endian, row after row.
 
     Raises:
         ValueError: No such type of numbers, or another number of bytes than its shape says.
@@ -270,7 +270,7 @@ def clean(text: str, length: int = 1000) -> str:
     r"""Return what a server says as one line of printable characters.
 
     Args:
-        text: Of any length and content.
+        text: Text of any length and content.
         length: Most characters of it.
 
     Example:

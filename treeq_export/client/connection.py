@@ -123,7 +123,7 @@ class Connection(ABC):
     """A connection to one server; a context manager.
 
     Args:
-        address: Where the server is.
+        address: The server's address.
         timeout_s: Longest time of one exchange, from connecting to the last byte of the answer;
             loading a model may take LOAD_TIMEOUT_S.
     """

@@ -43,7 +43,7 @@ def check(connection: Connection, model: str = SAMPLER) -> HealthRecord:
         model: The sampler's name.
 
     Returns:
-        What was found; a server that is down is found to be down, without an exception.
+        The health; a server that is down is found to be down, without an exception.
     """
     live = ready = None
     try:

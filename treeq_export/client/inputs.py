@@ -198,8 +198,8 @@ def zeros(name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]
 
     Args:
         name: The input.
-        shape: As its model's configuration says; an axis of any size (-1) gets 1.
-        dtype: Its type.
+        shape: Shape in the model's configuration; an axis of any size (-1) gets 1.
+        dtype: Type of the input.
 
     Raises:
         ServeError: They are more than a request may hold; kind "failed".

@@ -135,7 +135,7 @@ class Clients:
 
     Args:
         open_client: Opens one client's connection, in the client's thread.
-        num: How many.
+        num: Number of clients.
     """
 
     def __init__(self, open_client: OpenClient, num: int) -> None:

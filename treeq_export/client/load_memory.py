@@ -32,7 +32,7 @@ class MemorySample:
         second: When.
         size: Bytes.
         pss: Bytes with the pages of files; None where the system does not say.
-        num_processes: How many there were.
+        num_processes: Number of processes in the tree.
     """
 
     second: float
@@ -81,7 +81,7 @@ def sample_tree(process: psutil.Process, second: float, *, own: bool) -> MemoryS
 
     Args:
         process: The root.
-        second: Of the sample.
+        second: Time of the sample.
         own: Whether to read what `read_rollup` does, else RSS.
     """
     size = pss = num = 0
@@ -103,7 +103,7 @@ def make_trace(samples: list[MemorySample], *, own: bool) -> MemoryTrace:
 
     Args:
         samples: In order of time; those after the server's end are dropped.
-        own: As for `sample_tree`.
+        own: Whether the sizes are those of `read_rollup`, else RSS.
     """
     alive = [sample for sample in samples if sample.num_processes]
     sizes = [sample.size for sample in alive]

@@ -30,11 +30,11 @@ class LoadOptions:
         url: http://host:port or grpc://host:port.
         model: The sampler's name on the server.
         concurrency: Numbers of clients, one level each.
-        duration_s: Of each level.
+        duration_s: Seconds of each level.
         warmup_s: Before each level, uncounted.
         steps: Sent with each request; None leaves them to the server.
-        guidance: Likewise.
-        seed: Of the first request; each next one's is one more.
+        guidance: Guidance scale sent with each request; None leaves it to the server.
+        seed: Seed of the first request; each next one's is one more.
         note: For the record, such as what is emulated.
         server_pid: The server's process on this machine, whose memory is sampled.
         timeout_s: Longest time of one exchange.
@@ -83,8 +83,8 @@ def read_setup(connection: Connection, options: LoadOptions) -> tuple[LoadSetup,
     """Read from the server what is going to be loaded.
 
     Args:
-        connection: Of `options.url`.
-        options: What the caller asks for.
+        connection: Connection to `options.url`.
+        options: The load that the caller asks for.
 
     Raises:
         ServeError: The server is unreachable or does not have the model, or that is no sampler.
@@ -143,9 +143,9 @@ def open_client(options: LoadOptions, setup: LoadSetup, info: SamplerInfo) -> Op
     """Return what opens one client: a connection of its own that sends numbered requests.
 
     Args:
-        options: What the caller asks for.
+        options: The load that the caller asks for.
         setup: From `read_setup`.
-        info: Likewise.
+        info: The sampler, from `read_setup`.
 
     Returns:
         Requests of one image; labels take turns, text inputs are zeros, every seed is another.

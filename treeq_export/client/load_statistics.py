@@ -61,10 +61,10 @@ def subtract_counters(
     Args:
         name: The model.
         before: From `sum_counters`.
-        after: Likewise, later.
+        after: Later counters, from `sum_counters`.
 
     Returns:
-        Its part of the load; None where a counter went down, as it does when a version is unloaded.
+        The model's part of the load; None where a counter went down: a version was unloaded.
     """
     delta = {key: after[key] - before[key] for key in before}
     if min(delta.values()) < 0:

@@ -57,7 +57,7 @@ def run_loadtest(
     """Load a server at each number of clients, and write the record after each.
 
     Args:
-        options: What to do.
+        options: The load.
         folder: Gets loadtest.json.
         start: Called at the begin of each level.
         fresh: Whether a record that is there is replaced.
@@ -239,9 +239,9 @@ def make_level(
 
     Args:
         concurrency: Number of clients.
-        result: Their answers.
-        models: What the server counted; empty if it could not be asked.
-        memory: Of the server; None was not sampled.
+        result: Answers that the clients got.
+        models: Counts of the server; empty if it could not be asked.
+        memory: Memory of the server; None was not sampled.
         answers_inside: Whether Triton's time of the sampler is that of its requests.
     """
     latencies = [1e3 * answer.latency_s for answer in result.answers if answer.error is None]

@@ -92,11 +92,11 @@ def draw_loadtest(
     """Draw all panels.
 
     Args:
-        figure: Where to draw.
+        figure: Figure to draw on.
         palette: The colour to use for each marker colour.
         records: A name and a record each.
-        memory: As for `draw_png`.
-        beside: As for `draw_png`.
+        memory: See `draw_png`.
+        beside: See `draw_png`.
     """
     traces = _traces(memory or records)
     heights = [PANELS_IN, MEMORY_IN] if traces or beside else [PANELS_IN]

@@ -34,7 +34,7 @@ def to_png(
 
     Args:
         image: (H, W, C) uint8 with C = 1 or 3, as the sampler's output `image` without its batch.
-        text: What is written into the file, key to value; None values are left out.
+        text: Texts that are written into the file, key to value; None values are left out.
         scale: Whole factor; every pixel becomes a square. None is `default_scale`.
 
     Returns:

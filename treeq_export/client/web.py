@@ -121,8 +121,8 @@ def make_app(side_car: SideCar, limits: Limits | None = None) -> web.Application
     """Return the application; it closes the side-car at its end.
 
     Args:
-        side_car: Of the Triton server.
-        limits: What clients may do; None is that of a page on this machine.
+        side_car: Side-car of the Triton server.
+        limits: Limits of clients; None is those of a page on this machine.
     """
     page = resources.files("treeq_export.client").joinpath("page.html").read_text("utf-8")
     policy = {"Content-Security-Policy": content_security_policy(page)}
@@ -188,9 +188,9 @@ async def serve_web(
     """Serve until `stop` is set.
 
     Args:
-        side_car: Of the Triton server.
-        address: Where to listen.
-        port: Likewise; 0 takes a free one.
+        side_car: Side-car of the Triton server.
+        address: Address to listen on.
+        port: TCP port to listen on; 0 takes a free one.
         ready: Called with the page's URL.
         stop: Ends it.
         allow_hosts: Names that browsers may know the page by, see `Limits`.

@@ -70,8 +70,8 @@ class RefusedError(Exception):
     """A request that is answered by a line.
 
     Args:
-        status: Of HTTP.
-        line: What is wrong, and what to do.
+        status: HTTP status.
+        line: The fault and the remedy.
         headers: Further ones.
     """
 
@@ -94,7 +94,7 @@ class Limits:
     """The limits of one page.
 
     Args:
-        address: Where it listens; allowed as Host.
+        address: Address that the page listens on; allowed as Host.
         allow_hosts: Further names that are allowed; ANY_HOST allows all.
     """
 
@@ -141,7 +141,7 @@ class Limits:
         """Answer a request: the page's middleware.
 
         Args:
-            request: Its headers are there.
+            request: Request whose headers have arrived.
             handler: Makes the answer.
 
         Returns:

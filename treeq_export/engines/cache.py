@@ -65,7 +65,7 @@ class CacheEntry(SealedRecord):
     """A finished build.
 
     Attributes:
-        inputs: What it depends on.
+        inputs: All that the build depends on.
         engine_sha256: Digest of the engine file.
         engine_bytes: Size of the engine file.
         layers_sha256: Digest of the layer list.
@@ -121,7 +121,7 @@ def build_into(cache: Path, inputs: EngineInputs, order: BuildOrder, on_step: On
 
     Args:
         cache: The cache's folder.
-        inputs: What the engine depends on.
+        inputs: All that the engine depends on.
         order: The same for the builder; its folder is replaced.
         on_step: Called with the fraction done, 0..1.
 

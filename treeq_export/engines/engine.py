@@ -29,10 +29,10 @@ class BuildOrder(Record):
 
     Attributes:
         runtime: "tensorrt" or "tensorrt-rtx".
-        gpu: Such as "sm_89".
+        gpu: Architecture, for example "sm_89".
         graph: Path of the ONNX file.
         profile: Shapes by input.
-        folder: Where engine, layer list and result go.
+        folder: Folder for engine, layer list and result.
     """
 
     runtime: RuntimeName
@@ -60,7 +60,7 @@ class Message(Record):
     """A line of the child's output.
 
     Attributes:
-        fraction: How far the build is, 0..1.
+        fraction: Done fraction of the build, 0..1.
         error: Why it ended.
     """
 
@@ -72,8 +72,8 @@ def build_engine(order: BuildOrder, expected_s: float | None, on_step: OnStep) -
     """Build an engine.
 
     Args:
-        order: What and where.
-        expected_s: How long such a build took before, for the progress; None is not known.
+        order: The engine and its folder.
+        expected_s: Seconds that such a build took before, for the progress; None is not known.
         on_step: Called with the fraction done, 0..1.
 
     Returns:

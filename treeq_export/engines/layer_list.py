@@ -36,8 +36,8 @@ class EngineLayer:
     """One layer of an engine.
 
     Attributes:
-        name: As the builder calls it.
-        kind: Its type, such as "gemm", "kgen" or "custom_layer".
+        name: The builder's name.
+        kind: Type of the layer, for example "gemm", "kgen" or "custom_layer".
         input_types: Data types of what it reads at run time, such as "Int8".
         constant_types: Data types of its constants.
         nodes: ONNX nodes that it was made of.

@@ -62,7 +62,7 @@ def estimate(fraction: float, elapsed_s: float, expected_s: float | None) -> flo
     Args:
         fraction: By the builder's phases, which are of very unequal length.
         elapsed_s: Since the build's start.
-        expected_s: What a build of as many layers took; None where there was none.
+        expected_s: Seconds that a build of as many layers took; None where there was none.
 
     >>> estimate(0.6, 3.0, 12.0), estimate(0.6, 20.0, 12.0), estimate(0.6, 3.0, None)
     (0.25, 0.99, 0.6)

@@ -45,7 +45,7 @@ class _Source:
     """One compiled target of the run.
 
     Attributes:
-        target: Its name.
+        target: Name of the target.
         graph: The model file.
         facts: Facts of the graph that the verifier needs.
         graph_sha256: Digest of the model file.

@@ -27,7 +27,7 @@ def verify(facts: GraphFacts, engine: Sequence[EngineLayer], bits: Bits) -> Veri
     """Return what became of every planned layer; nothing is raised.
 
     Args:
-        facts: Of the graph that the engine was built from.
+        facts: Facts of the graph that the engine was built from.
         engine: The engine's layers.
         bits: Weight and activation bits by layer of the plan; activation 0 is weight-only.
     """

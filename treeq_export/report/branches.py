@@ -11,9 +11,9 @@ class BranchChoice:
     """The choice for one layer.
 
     Attributes:
-        layer: Its name.
+        layer: Name of the layer.
         chosen: The shape of least error, such as "2x4 r3".
-        error: Its relative squared output error.
+        error: Relative squared output error of that shape.
         low_rank: That of plain low rank; None where it was not tried.
         square: That of the best grid with equal sides above one; None where none was tried.
         num_tried: Shapes that were tried.

@@ -52,7 +52,7 @@ class Grid:
     """A picture of samples.
 
     Attributes:
-        title: What it shows.
+        title: Subject of the picture.
         uri: The PNG as a data URI; empty where it cannot be shown.
         problem: Why it cannot be shown; empty where it can.
         pixelated: Whether to enlarge it without smoothing.
@@ -93,7 +93,7 @@ def make_environment(*packages: str) -> Environment:
     """Return an environment with the filters of a page.
 
     Args:
-        packages: Where templates are looked for before those of this package.
+        packages: Packages whose templates come before those of this one.
     """
     folders = [resources.files(package) for package in (*packages, "treeq_export.report")]
 

@@ -18,9 +18,9 @@ class BudgetAxis(NamedTuple):
     """What a front is drawn over.
 
     Attributes:
-        label: Of the axis.
-        limit: Where the budget ends; None without one.
-        fields: Of a point, whose mean is its place.
+        label: Label of the axis.
+        limit: End of the budget; None without one.
+        fields: Fields of a point; their mean is its place.
         unit: Divides the place.
     """
 

@@ -22,7 +22,7 @@ class Tile:
     """One key figure.
 
     Attributes:
-        label: What it is.
+        label: Name of the figure.
         value: The figure.
         details: Lines that qualify it.
         measured: False where it is only a placeholder.
