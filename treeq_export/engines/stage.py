@@ -171,8 +171,10 @@ def _build_one(
         on_engine(name, True)
         return BuiltEngine(path=path, how="up to date", manifest=current)
     on_step = on_engine(name, False)
-    entry, how = find(cache, inputs, say), "from cache"
+    how: How = "from cache"
+    entry = find(cache, inputs, say)
     if entry is None:
+        how = "built"
         order = BuildOrder(
             runtime=runtime.name,
             gpu=gpu,
@@ -180,14 +182,10 @@ def _build_one(
             profile=inputs.profile,
             folder="",
         )
-        entry, how = build_into(cache, inputs, order, on_step), "built"
+        entry = build_into(cache, inputs, order, on_step)
     manifest = _place(folder, cache / inputs.key, entry, source)
     on_step(1.0)
-    return BuiltEngine(path=path, how=_as_how(how), manifest=manifest)
-
-
-def _as_how(how: str) -> How:
-    return "built" if how == "built" else "from cache"
+    return BuiltEngine(path=path, how=how, manifest=manifest)
 
 
 def _place(folder: Path, cached: Path, entry: CacheEntry, source: _Source) -> EngineManifest:

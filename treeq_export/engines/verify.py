@@ -79,25 +79,15 @@ def _find_strangers(
     facts: GraphFacts, engine: Sequence[EngineLayer], bits: Bits
 ) -> list[VerifiedLayer]:
     """Return the integer layers of the engine that are made of what the plan leaves alone."""
-    planned = {
-        node
-        for name, (_, act_bits) in bits.items()
-        if act_bits
-        for node in facts.products.get(name, ())
-    } | {node for node, layer in facts.branches.items() if layer in bits}
-    weight_only = {
-        node
-        for name, (_, act_bits) in bits.items()
-        if not act_bits
-        for node in facts.products.get(name, ())
-    }  # these fail under their own name
+    # A weight-only layer that became an integer one fails under its own name.
+    known = {node for name in bits for node in facts.products.get(name, ())}
+    known |= {node for node, layer in facts.branches.items() if layer in bits}
     found = []
     for layer in engine:
         if not (layer.is_plugin or layer.is_int8_product):
             continue
         # What says nothing of its origin cannot be a planned layer.
         own = layer.nodes & facts.all_products if layer.nodes else frozenset({layer.name})
-        strange = own - planned - weight_only
         found += [
             VerifiedLayer(
                 name=node,
@@ -106,7 +96,7 @@ def _find_strangers(
                 engine_layers=[layer.name],
                 passed=False,
             )
-            for node in sorted(strange)
+            for node in sorted(own - known)
         ]
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassError, PassResult
+from onnx_ir.passes import InPlacePass, InvariantError, PassError, PassResult
 
 from treeq_export.compile.graph.sites import follow_layers
 from treeq_export.errors import CompileError
@@ -31,7 +31,7 @@ class LayerPass(InPlacePass):
         try:
             result = super().__call__(model_or_result)
             follow_layers(result.model)
-        except PassError as error:
+        except (InvariantError, PassError) as error:
             cause = error.__cause__ or error
             if isinstance(cause, CompileError):
                 raise cause from error
