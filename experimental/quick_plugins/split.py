@@ -19,18 +19,16 @@ from treeq_gpu import choose
 
 from experimental.quick_plugins.plugin import CODES_PER_WORD, PRODUCT_OP, QUANTIZE_OP, QuickOp
 from treeq_export.artefacts import atomic_path
-from treeq_export.compile.graph.match import input_of
 from treeq_export.compile.graph.rewrite import replace_node
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR, nodes_of
 from treeq_export.compile.passes.check_patterns import CheckPatterns
 from treeq_export.compile.passes.lower_monarch import LowerMonarch
 from treeq_export.errors import CompileError
 from treeq_export.ops import PLUGIN_ATTRIBUTES
-from treeq_export.ops import QLINEAR as QLINEAR_DEFINITION
 from treeq_export.runners.graph_file import read_graph
+from treeq_export.runners.plain_layer import input_of
 
 QUICK_FILE = "model.quick.onnx"
-_X, _PLANES, _WEIGHT_SCALE, _BIAS, _ADDEND = range(len(QLINEAR_DEFINITION.inputs))
 Shared = dict[tuple[object, ...], ir.Node]
 
 
@@ -74,8 +72,8 @@ def split_file(path: Path) -> Path:
 
 
 def _split(graph: ir.Graph, node: ir.Node, shared: Shared) -> None:
-    x, planes, weight_scale = (node.inputs[i] for i in (_X, _PLANES, _WEIGHT_SCALE))
-    bias, addend = input_of(node, _BIAS), input_of(node, _ADDEND)
+    x, planes, weight_scale = (input_of(node, name) for name in ("x", "planes", "weight_scale"))
+    bias, addend = input_of(node, "bias"), input_of(node, "addend")
     key = (x, *(node.attributes[name].value for name in QUANTIZE_OP.attributes))
     if key not in shared:
         shared[key] = _quantize_tokens(node)
@@ -93,7 +91,7 @@ def _split(graph: ir.Graph, node: ir.Node, shared: Shared) -> None:
 
 
 def _quantize_tokens(node: ir.Node) -> ir.Node:
-    x, name = node.inputs[_X], f"{node.name}/codes"
+    x, name = input_of(node, "x"), f"{node.name}/codes"
     made = _make_node(QUANTIZE_OP, [x], node, {}, name)
     codes, scale = made.outputs
     codes.name, scale.name = f"{name}:0", f"{name}:1"
