@@ -25,8 +25,8 @@ from treeq_export.model.quantized import quantize_model
 from treeq_export.recipe import ValidateSection
 from treeq_export.records import save_record
 from treeq_export.records.build import EngineManifest, ShapeRange, VerifierSummary
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_meta import LayerSite, load_compiled, read_layers
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.reference_trace import trace_reference
 from treeq_export.runners.tensorrt_library import load_runtime
@@ -39,7 +39,7 @@ SCALE = {"portable": f"{BROKEN}.weight_quantized_scale", "ort": f"model.{BROKEN}
 
 def break_layer(run: Path, target: str, name: str, change: Callable[[Any], Any]) -> None:
     """Rewrite one initializer of a compiled graph."""
-    path = model_path(run, target.removesuffix("_body"))
+    path = run / RunFolder.graph(target.removesuffix("_body"))
     model = ir.serde.deserialize_model(onnx.load(path))
     value = model.graph.initializers[name]
     assert value.const_value is not None

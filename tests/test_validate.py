@@ -31,10 +31,10 @@ from treeq_export.records import (
     TargetParity,
     load_record,
 )
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners import graph_file
 from treeq_export.runners.graph_meta import load_compiled, read_layers
 from treeq_export.runners.layer_probe import LayerProbe
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.reference_trace import (
     Trace,
@@ -80,7 +80,7 @@ def compile_bits(make_tiny_run: Make, bits: int) -> Any:
 
 
 def read_graphs(run: Path) -> dict[str, bytes]:
-    return {target: model_path(run, target).read_bytes() for target in TARGETS}
+    return {target: (run / RunFolder.graph(target)).read_bytes() for target in TARGETS}
 
 
 def validate(tiny: Any, run: Path, targets: list[str], **section: Any) -> ParityRecord:
@@ -184,7 +184,7 @@ def validate_tampered(
 ) -> TargetParity:
     target = way.removesuffix("_body")
     shutil.copytree(tiny.run / "onnx" / target, run / "onnx" / target)
-    tamper(model_path(run, target), tensor, change)
+    tamper(run / RunFolder.graph(target), tensor, change)
     [entry] = [entry for entry in validate(tiny, run, [target]).targets if entry.target == way]
     return entry
 
@@ -234,7 +234,7 @@ def test_large_graphs_go_through_files_with_equal_results(
     small = validate(compiled_dit, run, TARGETS)
     if external:
         for target in TARGETS:
-            path = model_path(run, target)
+            path = run / RunFolder.graph(target)
             model = ir.load(path)
             ir.external_data.load_to_model(model)
             ir.save(model, path, external_data="model.onnx.data")

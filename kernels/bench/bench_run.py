@@ -22,8 +22,8 @@ from rich.console import Console
 from treeq_export.artefacts import write_json
 from treeq_export.bench.timing import compare_times, time_rounds
 from treeq_export.environment import describe_environment
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.cpu_kernels import read_isa
-from treeq_export.runners.model_files import model_path
 from treeq_export.targets.table import different_ways, open_way
 
 FP32 = "fp32"
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
-    names = [FP32, *(name for name in TARGETS if model_path(arguments.run, name).is_file())]
+    names = [FP32, *(name for name in TARGETS if (arguments.run / RunFolder.graph(name)).is_file())]
     rows = []
     with ExitStack() as stack:
         runners = {
@@ -87,7 +87,7 @@ def main() -> None:
             for way in different_ways(names)
         }
         for batch in arguments.batches or [2, 32]:
-            inputs = make_inputs(model_path(arguments.run, FP32), batch, seed=1)
+            inputs = make_inputs(arguments.run / RunFolder.graph(FP32), batch, seed=1)
             rows += time_batch(runners, inputs, arguments.rounds)
     console = Console(highlight=False)
     for row in rows:

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from treeq_export.artefacts import write_json
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
-from treeq_export.runners.model_files import model_path
 from treeq_export.targets.table import way_named
 
 NUM_CALLS = 5
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     way = way_named(arguments.target)
-    path = model_path(arguments.run, way.target)
+    path = arguments.run / RunFolder.graph(way.target)
     events = run_profile(path, arguments.threads, kernels=way.uses_kernels)
     rows = summarise(events)
     write_json(arguments.out, {"target": arguments.target, "batch": BATCH, "rows": rows})

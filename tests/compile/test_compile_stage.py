@@ -23,7 +23,6 @@ from treeq_export.records import CompileRecord, load_record
 from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_file import initializer_bytes
 from treeq_export.runners.graph_meta import PLAN_KEY
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.targets.target import Target
 
@@ -52,7 +51,7 @@ def test_record_says_what_was_written(compiled_dit: Any):
     layers = [layer.name for layer in compiled_dit.plan.layers]
     for entry in record.targets:
         path = run / entry.path
-        assert path == model_path(run, entry.target)
+        assert path == run / RunFolder.graph(entry.target)
         assert entry.sha256 == sha256_of_file(path)
         assert entry.size_bytes == sum(file.stat().st_size for file in path.parent.iterdir())
         assert [layer.name for layer in entry.audit] == ([] if entry.target == "fp32" else layers)
@@ -63,21 +62,21 @@ def test_record_says_what_was_written(compiled_dit: Any):
 def test_graph_names_its_plan(compiled_dit: Any):
     digest = hashlib.sha256((compiled_dit.run / RunFolder.PLAN).read_bytes()).hexdigest()
     for target in (*TARGETS, "fp32"):
-        metadata = ir.load(model_path(compiled_dit.run, target)).metadata_props
+        metadata = ir.load(compiled_dit.run / RunFolder.graph(target)).metadata_props
         assert metadata[PLAN_KEY] == digest
         assert metadata["treeq.target"] == target
         assert set(metadata) - {"treeq.layers"} == {PLAN_KEY, "treeq.target"}
 
 
 def test_packed_weights_cost_their_bits(compiled_dit: Any):
-    graph = ir.load(model_path(compiled_dit.run, "ort")).graph
+    graph = ir.load(compiled_dit.run / RunFolder.graph("ort")).graph
     planes = [v.const_value.nbytes for k, v in graph.initializers.items() if k.endswith("planes")]
     weights = sum(layer.num_weights for layer in compiled_dit.plan.layers)
     assert sum(planes) == weights * 4 // 8
     quantized = [
         value.const_value.nbytes
         for name, value in ir.load(
-            model_path(compiled_dit.run, "portable")
+            compiled_dit.run / RunFolder.graph("portable")
         ).graph.initializers.items()
         if name.endswith("weight_quantized")
     ]
@@ -101,7 +100,7 @@ def test_second_export_gives_the_same_bytes(
 ):
     first = compile_again(compiled_dit, second_export, tmp_path / "again", target)
     assert files_below(tmp_path / "again/onnx") == {
-        f"{target}/model.onnx": model_path(compiled_dit.run, target).read_bytes()
+        f"{target}/model.onnx": (compiled_dit.run / RunFolder.graph(target)).read_bytes()
     }
     record = load_record(compiled_dit.run / "compile.json", CompileRecord, "compile")
     [original] = [entry for entry in record.targets if entry.target == target]
@@ -132,14 +131,14 @@ def test_external_data_moves_with_its_folder(
     relative = Path(os.path.relpath(moved / "model.onnx", elsewhere))
     with (
         OrtRunner(relative, threads=1) as runner,
-        OrtRunner(model_path(compiled_dit.run, target), threads=1) as single,
+        OrtRunner(compiled_dit.run / RunFolder.graph(target), threads=1) as single,
     ):
         np.testing.assert_array_equal(runner.run(inputs), single.run(inputs))
 
 
 def test_small_models_stay_one_file(compiled_dit: Any):
     for target in (*TARGETS, "fp32"):
-        folder = model_path(compiled_dit.run, target).parent
+        folder = (compiled_dit.run / RunFolder.graph(target)).parent
         assert [file.name for file in folder.iterdir()] == ["model.onnx"]
 
 

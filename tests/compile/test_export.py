@@ -13,7 +13,7 @@ from treeq_export.errors import CompileError, RunnerError
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.model_files import model_path
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.torch_runner import TorchRunner
 
@@ -73,7 +73,7 @@ def test_what_the_exporter_made_constant_is_found(denoiser: type[Small], words: 
 def test_another_latent_size_is_one_line(compiled_dit: Any):
     inputs = compiled_dit.denoiser.make_example_inputs(1, seed=0)
     inputs["sample"] = torch.zeros(1, 4, 12, 12)
-    path = model_path(compiled_dit.run, "portable")
+    path = compiled_dit.run / RunFolder.graph("portable")
     with OrtRunner(path, threads=1) as runner, pytest.raises(RunnerError) as caught:
         runner.run(inputs)
     assert "\n" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_another_latent_size_is_one_line(compiled_dit: Any):
 @pytest.mark.parametrize("timestep", [0.0, 1.0, 999.0, 1000.0])
 def test_the_output_depends_on_the_timestep(timestep: float, compiled_dit: Any):
     inputs = compiled_dit.denoiser.make_example_inputs(1, seed=0)
-    path = model_path(compiled_dit.run, "portable")
+    path = compiled_dit.run / RunFolder.graph("portable")
     with OrtRunner(path, threads=1) as runner:
         middle = runner.run(inputs | {"timestep": torch.tensor([500.0])})
         end = runner.run(inputs | {"timestep": torch.tensor([timestep])})
@@ -96,7 +96,7 @@ def test_batch_is_dynamic(target: str, compiled_dit: Any):
     reference = compiled_dit.denoiser
     if target != "fp32":
         reference = quantize_model(reference, compiled_dit.plan, compiled_dit.tensors)
-    path = model_path(compiled_dit.run, target)
+    path = compiled_dit.run / RunFolder.graph(target)
     with OrtRunner(path, threads=1) as ort, TorchRunner(reference) as torch_runner:
         for batch in (1, 3, 16):
             inputs = reference.make_example_inputs(batch, seed=batch)
@@ -107,7 +107,7 @@ def test_batch_is_dynamic(target: str, compiled_dit: Any):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_names_and_shapes(target: str, compiled_dit: Any):
-    model = ir.load(model_path(compiled_dit.run, target))
+    model = ir.load(compiled_dit.run / RunFolder.graph(target))
     names = [value.name for value in model.graph.inputs]
     assert names == list(compiled_dit.denoiser.input_names)
     assert [value.name for value in model.graph.outputs] == [OUTPUT]
@@ -121,7 +121,7 @@ def test_names_and_shapes(target: str, compiled_dit: Any):
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_local_path_is_written(target: str, compiled_dit: Any):
     repository = str(Path(__file__).parents[2]).encode()
-    path = model_path(compiled_dit.run, target)
+    path = compiled_dit.run / RunFolder.graph(target)
     files = list(path.parent.iterdir())
     assert path in files
     for file in files:

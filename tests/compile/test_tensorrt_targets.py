@@ -16,8 +16,8 @@ from treeq_export.compile.stage import compile_target
 from treeq_export.pipeline import stages
 from treeq_export.recipe import CompileSection, Recipe, ValidateSection
 from treeq_export.records import EMULATED
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_meta import load_compiled, read_profile
-from treeq_export.runners.model_files import model_path
 from treeq_export.targets.names import ENGINES, TENSORRT, TENSORRT_NATIVE
 from treeq_export.validate.stage import run_validate
 
@@ -60,7 +60,7 @@ def test_every_layer_is_a_plugin_or_an_int8_gemm(compiled: Any):
 def test_graph_is_strongly_typed_and_half(compiled: Any):
     tiny, _ = compiled
     for target in ENGINES:
-        path = model_path(tiny.run, target)
+        path = tiny.run / RunFolder.graph(target)
         onnx.checker.check_model(path, full_check=True)
         model = load_compiled(tiny.run, target)
         types = infer_types(model.graph)

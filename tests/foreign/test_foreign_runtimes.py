@@ -24,7 +24,7 @@ from tests.required import skip_or_fail
 from treeq_export.compile.stage import run_compile
 from treeq_export.model.quantized import quantize_model
 from treeq_export.quant.metrics import sqnr_db
-from treeq_export.runners.model_files import model_path
+from treeq_export.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".foreign"
@@ -50,7 +50,7 @@ class Graphs:
 
     def inputs_of(self, target: str) -> dict[str, NDArray[Any]]:
         """The inputs in the types of a target's graph: those for TensorRT take int32."""
-        model = onnx.load(model_path(self.run, target), load_external_data=False)
+        model = onnx.load(self.run / RunFolder.graph(target), load_external_data=False)
         narrow = {
             value.name
             for value in model.graph.input
@@ -86,7 +86,7 @@ class Process:
     def run(self, graphs: Graphs, target: str, folder: Path) -> NDArray[np.float32] | str:
         """Return the graph's output, or the one line with which the runtime refuses it."""
         require(self.needs)
-        order = write_order(folder, model_path(graphs.run, target), graphs.inputs_of(target))
+        order = write_order(folder, graphs.run / RunFolder.graph(target), graphs.inputs_of(target))
         done = subprocess.run(
             [*self.command, str(order)], capture_output=True, text=True, timeout=120, check=False
         )
@@ -101,7 +101,7 @@ class OwnOnnxRuntime:
 
     def run(self, graphs: Graphs, target: str, folder: Path) -> NDArray[np.float32] | str:
         """Return the graph's output."""
-        path = str(model_path(graphs.run, target))
+        path = str(graphs.run / RunFolder.graph(target))
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         output: NDArray[np.float32] = session.run(None, graphs.inputs_of(target))[0]
         return output

@@ -16,7 +16,7 @@ from tests.fuzz.inputs import INPUTS, Input, read_whole_graph
 from tests.fuzz.mutate import mutate
 from tests.tiny_models import TinyRun
 from treeq_export.errors import TreeqError
-from treeq_export.runners.model_files import model_path
+from treeq_export.run_folder import RunFolder
 
 SHORT = 12  # damaged files of each input in the quick tier
 LONGEST_S, MOST_BYTES = 30.0, 1 << 30
@@ -115,7 +115,7 @@ def test_damaged_compiled_graphs_are_one_line(
     target: str, compiled_dit: TinyRun, tmp_path: Path
 ) -> None:
     def make(folder: Path) -> Path:
-        return Path(shutil.copy(model_path(compiled_dit.run, target), folder))
+        return Path(shutil.copy(compiled_dit.run / RunFolder.graph(target), folder))
 
     case = Input(f"compiled {target}", 150, make, read_whole_graph)
     assert _fuzz(case, tmp_path, case.long, seed=2) == []

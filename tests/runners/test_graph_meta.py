@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from treeq_export.errors import PlanError
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_meta import (
     LAYERS_KEY,
     LayerSite,
@@ -12,14 +13,13 @@ from treeq_export.runners.graph_meta import (
     read_layers,
     write_layers,
 )
-from treeq_export.runners.model_files import model_path
 from treeq_export.targets.names import ENGINES, TENSORRT_NATIVE
 from treeq_export.targets.table import different_ways, way_named
 
 
 def test_graphs_lie_in_a_folder_per_target(tmp_path: Path):
     for target in ("ort", "tensorrt", "tensorrt-native"):
-        assert model_path(tmp_path, target) == tmp_path / "onnx" / target / "model.onnx"
+        assert tmp_path / RunFolder.graph(target) == tmp_path / "onnx" / target / "model.onnx"
 
 
 @pytest.mark.parametrize("target", ENGINES)
@@ -29,11 +29,11 @@ def test_our_cpu_kernels_do_not_run_tensorrt_s_nodes(
 ):
     """Their types are others. INT8 by INT8 stays only where ONNX Runtime would saturate it."""
     monkeypatch.setattr("treeq_export.runners.ways.products_saturate", lambda: saturates)
-    model_path(tmp_path, target).parent.mkdir(parents=True)
+    (tmp_path / RunFolder.graph(target)).parent.mkdir(parents=True)
     way = way_named(target)
     assert not way.uses_kernels
     assert different_ways([target]) == [way]
-    assert way.options(model_path(tmp_path, target)) == {
+    assert way.options(tmp_path / RunFolder.graph(target)) == {
         "use_kernels": False,
         "fold_constants": True,
         "keep_int8": saturates and target == TENSORRT_NATIVE,

@@ -20,7 +20,6 @@ from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import BenchSection, ModelSection
 from treeq_export.records import BenchMemory, BenchRecord, BenchRow, Speedup, save_record
 from treeq_export.run_folder import RunFolder
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.torch_runner import TorchRunner
 from treeq_export.runners.ways import Way
 from treeq_export.targets import names
@@ -151,7 +150,7 @@ def _find_sides(
             sides[target] = _Side(partial(TorchRunner, denoiser, threads=section.threads), load)
             continue
         way = Way(target, names.FP32) if target in (FP32, PEER) else way_named(target)
-        path = model_path(run.absolute(), way.target)
+        path = run.absolute() / RunFolder.graph(way.target)
         if not path.is_file():
             raise PlanError(
                 f"{path}: missing; target {target} needs it. "
@@ -160,7 +159,7 @@ def _find_sides(
         if target == PEER:
             batches = range(NUM_CALIBRATION_BATCHES)
             calibration = [_example_inputs(denoiser, 2, seed + batch) for batch in batches]
-            folder = model_path(run.absolute(), PEER).parent
+            folder = (run.absolute() / RunFolder.graph(PEER)).parent
             path = make_int8_peer(path, folder, calibration, say)
         opened = partial(way.open, path, threads=section.threads, spin=True)
         sides[target] = _Side(opened, {"onnx": str(path), "options": way.options(path)})

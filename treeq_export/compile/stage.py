@@ -28,7 +28,6 @@ from treeq_export.runners.model_files import (
     MODEL_FILE,
     OUR_FILES,
     model_files,
-    model_path,
 )
 from treeq_export.targets.names import FP32
 from treeq_export.targets.table import target_named
@@ -91,7 +90,7 @@ def compile_target(
         write_batch_profile(model, section.opt_batch, section.max_batch)
     model.metadata_props[PLAN_KEY] = plan_digest(plan)
     check_metadata(model)
-    final = model_path(run, target)
+    final = run / RunFolder.graph(target)
     audit: list[AuditLayer] = []
     with atomic_folder(final.parent, OUR_FILES) as folder:
         save_model(model, folder / MODEL_FILE, section.external_data)

@@ -30,7 +30,6 @@ from treeq_export.records import save_record
 from treeq_export.records.build import BuildRecord, BuiltEngine, EngineManifest, VerifierTable
 from treeq_export.run_folder import RunFolder
 from treeq_export.runners.engine_manifest import MANIFEST_FILE, read_manifest
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.tensorrt_library import Runtime, load_runtime, require_parser
 from treeq_export.targets.names import ENGINES
 
@@ -101,7 +100,7 @@ def run_build(
 
 
 def _choose_targets(run: Path, options: BuildOptions) -> tuple[str, ...]:
-    compiled = tuple(name for name in ENGINES if model_path(run, name).is_file())
+    compiled = tuple(name for name in ENGINES if (run / RunFolder.graph(name)).is_file())
     targets = options.targets or compiled
     missing = [target for target in targets if target not in compiled]
     if missing or not targets:
@@ -120,7 +119,7 @@ def _read_source(run: Path, target: str, plan: Plan, section: CompileSection) ->
     Raises:
         PlanError: It belongs to another plan.
     """
-    graph = model_path(run, target)
+    graph = run / RunFolder.graph(target)
     facts = read_facts(graph, section.max_batch, section.opt_batch)
     if facts.plan_sha256 != plan_digest(plan):
         raise PlanError(

@@ -23,7 +23,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
 from treeq_export.run_folder import RunFolder
-from treeq_export.runners.model_files import model_files, model_path
+from treeq_export.runners.model_files import model_files
 from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
 _TENSOR = "samples"
@@ -64,7 +64,7 @@ def digest_quantized(run: Path, runner: str) -> str:
         if (run / RunFolder.FINETUNE).is_file():
             stage, files = "finetune", [*files, run / RunFolder.FINETUNED]
     else:
-        path = model_path(run, runner)
+        path = run / RunFolder.graph(runner)
         stage, files = "compile", model_files(path) or [path]
     for file in files:
         if not file.is_file():

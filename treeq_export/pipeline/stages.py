@@ -173,12 +173,13 @@ def _compile(workspace: "Workspace", on_step: OnStep) -> None:
 
 
 def _compiled_files(workspace: "Workspace") -> list[str]:
-    from treeq_export.runners.model_files import model_files, model_path
+    from treeq_export.run_folder import RunFolder
+    from treeq_export.runners.model_files import model_files
     from treeq_export.targets.names import FP32
 
     run = workspace.run
     targets = (FP32, *workspace.recipe.compile.targets)
-    files = [file for target in targets for file in model_files(model_path(run, target))]
+    files = [file for target in targets for file in model_files(run / RunFolder.graph(target))]
     return [RunFolder.COMPILE, *(str(file.relative_to(run)) for file in files)]
 
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from treeq_export.errors import PlanError
 from treeq_export.reading import parse_record
 from treeq_export.records.build import ShapeRange
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_file import path_of, read_graph
-from treeq_export.runners.model_files import model_path
 
 LAYERS_KEY = "treeq.layers"
 TARGET_KEY = "treeq.target"
@@ -48,7 +48,7 @@ def load_compiled(run: Path, target: str) -> ir.Model:
     Raises:
         PlanError: The target has not been compiled, or its file is damaged.
     """
-    path = model_path(run, target)
+    path = run / RunFolder.graph(target)
     if not path.is_file():
         raise PlanError(f"{path}: missing. Run `treeq-export compile --run {run}` first.")
     return read_graph(

@@ -1,18 +1,11 @@
-"""Which files are a compiled model, and where they lie in a run folder."""
+"""Which files are a compiled model."""
 
 from pathlib import Path
-
-from treeq_export.run_folder import RunFolder
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = f"{MODEL_FILE}.data"
 # What we write into the folder of a model; whatever else lies there is somebody else's.
 OUR_FILES = (MODEL_FILE, DATA_FILE)
-
-
-def model_path(run: Path, target: str) -> Path:
-    """Return DIR/onnx/<target>/model.onnx, of a target or the peer."""
-    return run / RunFolder.graph(target)
 
 
 def model_files(path: Path) -> list[Path]:

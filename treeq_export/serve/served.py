@@ -13,7 +13,7 @@ from treeq_export.records.build import EngineManifest
 from treeq_export.run_folder import RunFolder
 from treeq_export.runners.cpu_kernels import ORT_LIBRARY, find_library
 from treeq_export.runners.engine_manifest import ENGINE_FILE, MANIFEST_FILE, read_manifest
-from treeq_export.runners.model_files import DATA_FILE, model_files, model_path
+from treeq_export.runners.model_files import DATA_FILE, model_files
 from treeq_export.runners.ort_runner import check_version
 from treeq_export.runners.tensorrt_runner import PLUGIN_LIBRARY
 from treeq_export.serve.options import USUAL_BATCH, ServeOptions
@@ -130,7 +130,7 @@ def gather(
         RunnerError: The custom-op library is of another version.
     """
     options.check()
-    graph_file = model_path(run, options.target)
+    graph_file = run / RunFolder.graph(options.target)
     graph = read_graph(graph_file)
     if graph.has_block_products and options.chosen_backend == "onnxruntime":
         raise ServeError(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from treeq_export.errors import RecipeError
-from treeq_export.runners.model_files import model_path
+from treeq_export.run_folder import RunFolder
 from treeq_export.runners.ort_runner import OrtRunner
 from treeq_export.runners.ways import Way
 from treeq_export.targets import fp32, ort, portable, tensorrt, tensorrt_native
@@ -60,7 +60,7 @@ def open_way(run: Path, name: str, *, threads: int | None = None) -> OrtRunner:
         RecipeError: There is no such way.
     """
     way = way_named(name)
-    return way.open(model_path(run, way.target), threads=threads)
+    return way.open(run / RunFolder.graph(way.target), threads=threads)
 
 
 def _unknown(name: str, known: Iterable[str]) -> RecipeError:

@@ -13,7 +13,6 @@ from treeq_export.recipe import ValidateSection
 from treeq_export.records import ParityRecord, TargetParity, save_record
 from treeq_export.run_folder import RunFolder
 from treeq_export.runners.graph_meta import load_layers
-from treeq_export.runners.model_files import model_path
 from treeq_export.runners.reference_trace import make_reference
 from treeq_export.targets.table import different_ways
 from treeq_export.validate.compare import compare_compiled, count_steps
@@ -54,7 +53,7 @@ def run_validate(
     entries: list[TargetParity] = []
     for index, way in enumerate(ways):
         model, sites = load_layers(run, way.target, reference.trace.layer_inputs)
-        with way.open(model_path(run, way.target)) as runner:
+        with way.open(run / RunFolder.graph(way.target)) as runner:
             output = runner.run(reference.trace.inputs)
         compared = compare_compiled(run, way, reference, model, sites)
         layers = list(count_steps(compared, index * num, len(ways) * num, on_step))
