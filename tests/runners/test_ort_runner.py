@@ -162,7 +162,7 @@ def test_a_library_that_is_not_ours_is_refused(
     two_outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     put_library(tmp_path, "int nothing;", monkeypatch)
-    with pytest.raises(RunnerError, match="no library of ours"):
+    with pytest.raises(RunnerError, match="is not treeq-export's custom-op library"):
         OrtRunner(two_outputs).__enter__()
 
 

@@ -9,6 +9,7 @@ Untested on a GPU. The search itself is tested with ONNX Runtime in the engine's
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def bisect_network(
     """Find the first layer that departs from the reference, running prefixes of the graph.
 
     Args:
-        name: For the record.
+        name: Name in the record.
         model: The compiled graph.
         sites: The graph's layers.
         trace: The reference's values.
@@ -107,17 +108,14 @@ def bisect_engine(
         on_step: Called with the fraction done.
 
     Raises:
-        RunnerError: There is no such engine, or it cannot run here.
+        RunnerError: No such engine exists, or it cannot run here.
         PlanError: The engine's graph is missing, damaged or of another plan.
     """
     folder = run / name
     manifest = read_manifest(folder)
     model, sites = load_layers(run, manifest.target, trace.layer_outputs)
     ir.external_data.load_to_model(model)
-
-    def run_model(prefix: ir.Model, inputs: Mapping[str, Any]) -> NDArray[Any]:
-        return run_as_engine(prefix, inputs, folder)
-
+    run_model = partial(run_as_engine, like=folder)
     return bisect_network(name, model, sites, trace, run_model, min_sqnr_db, on_step)
 
 
@@ -126,11 +124,11 @@ def run_as_engine(model: ir.Model, inputs: Mapping[str, Any], like: Path) -> NDA
 
     Args:
         model: The model.
-        inputs: By name; more than it reads are fine.
+        inputs: Inputs by name; the model may read fewer.
         like: Folder of the engine whose runtime, GPU and profile are taken.
 
     Raises:
-        RunnerError: It cannot be built, or cannot run here.
+        RunnerError: The engine cannot be built, or cannot run here.
     """
     manifest = read_manifest(like)
     runtime: Any = manifest.runtime

@@ -35,7 +35,9 @@ def check_version(library: Path) -> None:
     try:
         read_version = ctypes.CDLL(str(library)).treeq_version
     except (OSError, AttributeError) as error:
-        raise RunnerError(f"{library}: no library of ours: {error}. {_REINSTALL}") from error
+        raise RunnerError(
+            f"{library}: is not treeq-export's custom-op library: {error}. {_REINSTALL}"
+        ) from error
     read_version.restype = ctypes.c_char_p
     version = (read_version() or b"").decode()
     if version != __version__:

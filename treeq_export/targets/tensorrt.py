@@ -1,5 +1,6 @@
 """`treeq` ops as plugins of TensorRT, in a float16 body."""
 
+from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from treeq_export.compile.audits.tensorrt import AUDIT_FILE
@@ -21,19 +22,31 @@ from treeq_export.runners.ways import Way
 from treeq_export.targets.names import TENSORRT
 from treeq_export.targets.target import Target
 
-TARGET = Target(
-    name=TENSORRT,
-    passes=(
+
+def half_body(native: bool) -> tuple[InPlacePass, ...]:
+    """Return the passes that every graph for TensorRT begins with.
+
+    Args:
+        native: Whether TensorRT has to have the plan's formats itself, without a plugin.
+    """
+    return (
         NameLayers(),
         CleanMetadata(),
         RepairSqueeze(),
-        CheckFormats(native=False),
+        CheckFormats(native=native),
         ShareSubgraphs(),
         RewriteEinsum(),
         MergeTransposes(),
         NarrowInputs(),
         HalfBody(),
         LowerWeightOnly(half=True),
+    )
+
+
+TARGET = Target(
+    name=TENSORRT,
+    passes=(
+        *half_body(native=False),
         AddBranch(),
         MarkPlugins(),
         RemoveUnusedNodesPass(),
