@@ -1,7 +1,7 @@
 """One layer's line of an audit."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,23 @@ def digest_of(array: NDArray[Any]) -> str:
 
 
 def audit_entry(
-    layer: LayerPlan, kinds: Collection[str], integer_kinds: Collection[str]
+    layer: LayerPlan,
+    forms: Iterable[NDArray[Any]],
+    readers: Mapping[str, Sequence[str]],
+    integer_kinds: Collection[str],
 ) -> AuditLayer:
     """Return the entry of a layer.
 
     Args:
         layer: The layer's plan.
-        kinds: What was found to read the layer's weight.
-        integer_kinds: Those of them that are integer arithmetic.
+        forms: All ways to store the layer's weight.
+        readers: What reads each stored weight, by digest.
+        integer_kinds: Readers that are integer arithmetic.
     """
+    kinds = {kind for array in forms for kind in readers.get(digest_of(array), ())}
     return AuditLayer(
         name=layer.name,
-        op_type=" + ".join(sorted(set(kinds))) or MISSING,
-        integer=bool(kinds) and all(kind in integer_kinds for kind in kinds),
+        op_type=" + ".join(sorted(kinds)) or MISSING,
+        integer=bool(kinds) and kinds <= set(integer_kinds),
         weight_only=layer.activation.bits is None,
     )

@@ -18,7 +18,7 @@ The targets of TensorRT are audited without a runtime, see compile/audits/tensor
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -44,6 +44,7 @@ INTEGER_OPS = frozenset(
 _UINT8_ZERO = 128  # the only zero point of UINT8 weights, see `zero_points`
 _UINT4_ZERO = 8
 _BLOCK_PRODUCT = "MatMulNBits"
+_WEIGHT_TYPES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT})
 _REMEDY = "Exclude them by search.exclude, or use the ONNX Runtime version of constraints.txt."
 
 
@@ -75,29 +76,6 @@ class Audit:
                 f"target {target}: {len(failed)} of {len(audit)} quantized layers did not become "
                 f"integer arithmetic {self.where}: {listed}{more}. {self.remedy}"
             )
-
-
-_WEIGHT_TYPES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT})
-
-
-class Weight(NamedTuple):
-    """A weight's codes (N, K) int8 and scales (N, G) float32."""
-
-    codes: NDArray[np.int8]
-    scales: NDArray[np.float32]
-
-    def float_forms(self) -> Iterator[NDArray[Any]]:
-        """Yield how a product with floating-point activations may store it.
-
-        The dequantized weight (K, N), and MatMulNBits' packing of at most 4 bits: two input
-        channels a byte, the first in its low half, plus 8.
-        """
-        n, k = self.codes.shape
-        groups = self.codes.reshape(n, self.scales.shape[1], -1)
-        yield (groups * self.scales[:, :, None]).reshape(n, k).T
-        if self.codes.min() >= -_UINT4_ZERO and self.codes.max() < _UINT4_ZERO and not k % 2:
-            unsigned = (self.codes + _UINT4_ZERO).astype(np.uint8)
-            yield unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
 
 
 def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> ir.Model:
@@ -146,11 +124,10 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
     Raises:
         CompileError: ONNX Runtime refuses the model.
     """
-    with scratch_folder() as folder:
-        graph = optimized_graph(path, folder).graph
-        consumers = _consumers_bydigest_of(graph)
+    readers = _find_readers(path)
     return [
-        _audit_layer(layer, _weight_of([layer.name], tensors), consumers) for layer in plan.layers
+        audit_entry(layer, _forms(layer, [layer.name], tensors), readers, INTEGER_OPS)
+        for layer in plan.layers
     ]
 
 
@@ -178,8 +155,13 @@ def audit_packed(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) ->
         key = nodes[site.node].op_identifier()
         if key not in bodies:
             names = [other.name for other in sites if other.node == site.node]
-            weight = _weight_of(names, tensors)
-            bodies[key] = _audit_body(model, nodes[site.node], plan.layer(site.name), weight)
+            layer = plan.layer(site.name)
+            with scratch_folder() as folder:
+                alone = folder / "layer.onnx"
+                ir.save(cut_packed(model, nodes[site.node], as_functions=True), alone)
+                readers = _find_readers(alone)
+            forms = _forms(layer, names, tensors)
+            bodies[key] = audit_entry(layer, forms, readers, INTEGER_OPS)
         entries.append(bodies[key].model_copy(update={"name": site.name}))
     if find_library(ORT_LIBRARY) is None:
         return entries
@@ -198,22 +180,9 @@ def audit_packed(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) ->
     ]
 
 
-def _audit_body(model: ir.Model, node: ir.Node, layer: LayerPlan, weight: Weight) -> AuditLayer:
-    cut = cut_packed(model, node, as_functions=True)
-    with scratch_folder() as folder:
-        path = folder / "layer.onnx"
-        ir.save(cut, path)
-        consumers = _consumers_bydigest_of(optimized_graph(path, folder).graph)
-    return _audit_layer(layer, weight, consumers)
-
-
 def _describe(entry: AuditLayer) -> str:
     body = entry.without_kernels
     return entry.op_type if body is None else f"{entry.op_type}, function body: {body}"
-
-
-AUDIT_RUNTIME = Audit(audit_graph)
-AUDIT_PACKED = Audit(audit_packed)
 
 
 def check_metadata(model: ir.Model) -> None:
@@ -229,19 +198,20 @@ def check_metadata(model: ir.Model) -> None:
         )
 
 
-def _consumers_bydigest_of(graph: ir.Graph) -> dict[str, list[str]]:
-    """Return, by digest of every initializer that may be a weight, the operators that read it."""
-    consumers: dict[str, list[str]] = {}
-    for value in graph.initializers.values():
-        if value.dtype in _WEIGHT_TYPES and value.const_value is not None:
-            for use in value.uses():
-                codes = _read_codes(value.const_value.numpy(), use.node)
-                consumers.setdefault(digest_of(codes), []).append(use.node.op_type)
-    return consumers
+def _find_readers(path: Path) -> dict[str, list[str]]:
+    """Return the operators that read each possible weight in ONNX Runtime, by its digest."""
+    readers: dict[str, list[str]] = {}
+    with scratch_folder() as folder:
+        for value in optimized_graph(path, folder).graph.initializers.values():
+            if value.dtype in _WEIGHT_TYPES and value.const_value is not None:
+                for use in value.uses():
+                    codes = _read_codes(value.const_value.numpy(), use.node)
+                    readers.setdefault(digest_of(codes), []).append(use.node.op_type)
+    return readers
 
 
 def _read_codes(stored: NDArray[Any], reader: ir.Node) -> NDArray[Any]:
-    """Return a weight as `Weight` has it, stored for a reader with a zero point or padded."""
+    """Return a weight as `_forms` has it, stored for a reader with a zero point or padded."""
     if reader.op_type == _BLOCK_PRODUCT and stored.dtype == np.uint8:
         return stored.reshape(len(stored), -1)[:, : reader.attributes["K"].as_int() // 2]
     if stored.dtype == np.uint8:
@@ -249,20 +219,29 @@ def _read_codes(stored: NDArray[Any], reader: ir.Node) -> NDArray[Any]:
     return stored
 
 
-def _weight_of(names: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Weight:
-    """Return codes and scales of layers that share a node, one below the other."""
+def _forms(
+    layer: LayerPlan, names: Sequence[str], tensors: Mapping[str, NDArray[Any]]
+) -> Iterator[NDArray[Any]]:
+    """Yield how a runtime may store the weight of layers that share a node.
+
+    The codes (K, N), int8. Where activations stay in floating point also the dequantized weight
+    (K, N), and MatMulNBits' packing of at most 4 bits: two input channels a byte, the first in its
+    low half, plus 8.
+    """
     codes, scales = (
         np.concatenate([tensors[f"{name}.{key}"] for name in names])
         for key in ("codes", "weight_scale")
     )
-    return Weight(codes, scales)
+    yield codes.T
+    if layer.activation.bits is not None:
+        return
+    n, k = codes.shape
+    groups = codes.reshape(n, scales.shape[1], -1)
+    yield (groups * scales[:, :, None]).reshape(n, k).T
+    if codes.min() >= -_UINT4_ZERO and codes.max() < _UINT4_ZERO and not k % 2:
+        unsigned = (codes + _UINT4_ZERO).astype(np.uint8)
+        yield unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
 
 
-def _audit_layer(
-    layer: LayerPlan, weight: Weight, consumers: Mapping[str, list[str]]
-) -> AuditLayer:
-    ops = consumers.get(digest_of(weight.codes.T), [])
-    if layer.activation.bits is None:
-        for array in weight.float_forms():
-            ops = ops + consumers.get(digest_of(array), [])
-    return audit_entry(layer, ops, INTEGER_OPS)
+AUDIT_RUNTIME = Audit(audit_graph)
+AUDIT_PACKED = Audit(audit_packed)

@@ -45,22 +45,22 @@ def audit_tensorrt(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) 
         One entry per layer, in execution order.
     """
     model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
-    found: dict[str, set[str]] = {}
+    found: dict[str, list[str]] = {}
     for digest, kind in _read_kinds(model):
-        found.setdefault(digest, set()).add(kind)
-    return [_audit_layer(layer, tensors[f"{layer.name}.codes"], found) for layer in plan.layers]
+        found.setdefault(digest, []).append(kind)
+    return [
+        audit_entry(layer, _forms(layer, tensors[f"{layer.name}.codes"]), found, _INTEGER)
+        for layer in plan.layers
+    ]
+
+
+def _forms(layer: LayerPlan, codes: NDArray[np.int8]) -> Iterator[NDArray[Any]]:
+    """Yield how a file may store a layer's weight."""
+    yield codes.T
+    yield pack(codes, layer.weight.bits, layer.weight.numbers)
 
 
 AUDIT_FILE = Audit(audit_tensorrt, "in the compiled file", "Exclude them by search.exclude.")
-
-
-def _audit_layer(
-    layer: LayerPlan, codes: NDArray[np.int8], found: Mapping[str, set[str]]
-) -> AuditLayer:
-    kinds = found.get(digest_of(codes.T), set()) | found.get(
-        digest_of(pack(codes, layer.weight.bits, layer.weight.numbers)), set()
-    )
-    return audit_entry(layer, kinds, _INTEGER)
 
 
 def _read_kinds(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -68,10 +68,8 @@ def _read_kinds(model: ir.Model) -> Iterator[tuple[str, str]]:
     for node in nodes_of(model, QLINEAR):
         planes = node.inputs[1]
         if planes is not None and planes.const_value is not None:
-            yield (
-                digest_of(planes.const_value.numpy()),
-                PLUGIN if is_marked(node) else FUNCTION_BODY,
-            )
+            kind = PLUGIN if is_marked(node) else FUNCTION_BODY
+            yield digest_of(planes.const_value.numpy()), kind
     for value in model.graph.initializers.values():
         if value.dtype in (ir.DataType.INT4, ir.DataType.INT8) and value.const_value is not None:
             codes = value.const_value.numpy().astype(np.int8)

@@ -27,6 +27,19 @@ def initializer_array(value: ir.Value | None) -> NDArray[Any]:
     return value.const_value.numpy()
 
 
+def add_cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, suffix: str) -> ir.Value:
+    """Return a value in another type; the Cast stands behind what computes the value."""
+    name = f"{value.name}/{suffix}"
+    cast = ir.node("Cast", [value], attributes={"to": dtype.value}, name=name)
+    output, producer = cast.outputs[0], value.producer()
+    output.name, output.shape, output.type = name, value.shape, ir.TensorType(dtype)
+    if producer is None:
+        graph.insert_before(graph[0], cast)
+    else:
+        graph.insert_after(producer, cast)
+    return output
+
+
 def replace_node(graph: ir.Graph, old: ir.Value, nodes: Sequence[ir.Node]) -> None:
     """Put nodes in the place of the one that computes a value; the last one computes it then."""
     place = old.producer()

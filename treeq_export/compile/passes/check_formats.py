@@ -16,7 +16,8 @@ for weight-only layers in both:
 5. Rule 1 for the weight, and one scale per channel or per block of 16..128 input channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
@@ -37,7 +38,33 @@ MIN_BLOCK, MAX_BLOCK = 16, 128
 _SHOWN = 8
 
 
-class CheckFormats(LayerPass):
+class CheckGrids(LayerPass):
+    """Check the grids; every QLinear has the grid `integer` then."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Change nothing.
+
+        Raises:
+            CompileError: Names the layers, what they have and what they may have.
+        """
+        found: dict[str, list[str]] = {}
+        for node in nodes_of(model, QLINEAR):
+            for problem in islice(self._problems(read_signature(node)), 1):
+                found.setdefault(problem, []).append(layer_name(node))
+        if found:
+            raise CompileError(describe_problems(found))
+        return PassResult(model, False)
+
+    def _problems(self, form: QLinearSignature) -> Iterator[str]:
+        for grid in (form.weight_grid, form.act_grid):
+            if grid is not INTEGER:
+                yield (
+                    f"grid {grid.name}, expected {INTEGER.name}, the only one of the kernels. "
+                    "Compile for target portable, or search again with another grid."
+                )
+
+
+class CheckFormats(CheckGrids):
     """Check the formats; every QLinear has a form in the target then.
 
     Args:
@@ -46,43 +73,44 @@ class CheckFormats(LayerPass):
 
     def __init__(self, *, native: bool) -> None:
         super().__init__()
-        self._check = _native_problem if native else _plugin_problem
+        self._native = native
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Change nothing.
+    def _problems(self, form: QLinearSignature) -> Iterator[str]:
+        yield from super()._problems(form)
+        group = form.group_size if form.num_groups > 1 else 0
+        for kind, bits in (("weight", form.weight_bits), ("act", form.act_bits or MIN_BITS)):
+            if not MIN_BITS <= bits <= MAX_BITS:
+                yield f"{kind}_bits {bits}, expected {MIN_BITS}..{MAX_BITS}. Search again."
+        if not form.act_bits:
+            if group and not MIN_BLOCK <= group <= MAX_BLOCK:
+                yield (
+                    f"group_size {group} without quantized activations: TensorRT's weight-only "
+                    f"kernels have blocks of {MIN_BLOCK}..{MAX_BLOCK}. Set search.group_size to "
+                    "one of these, or to null."
+                )
+        elif self._native:
+            if group:
+                yield (
+                    f"group_size {group} with {form.act_bits}-bit activations: TensorRT builds a "
+                    "wrong engine from block-scaled weights and INT8 activations. Set "
+                    "search.group_size to null, or compile for target tensorrt, whose plugin has "
+                    "groups."
+                )
+        else:
+            yield from _plugin_problems(form, group)
 
-        Raises:
-            CompileError: Names the layers, what they have and what they may have.
-        """
 
-        def problem(signature: QLinearSignature) -> str | None:
-            check = self._check if signature.act_bits else _weight_only_problem
-            return _grid_problem(signature) or _bits_problem(signature) or check(signature)
-
-        return _refuse(model, problem)
-
-
-class CheckGrids(LayerPass):
-    """Check the grids; every QLinear has the grid `integer` then."""
-
-    def call(self, model: ir.Model) -> PassResult:
-        """Change nothing.
-
-        Raises:
-            CompileError: Names the layers and their grids.
-        """
-        return _refuse(model, _grid_problem)
-
-
-def _refuse(model: ir.Model, problem_of: Callable[[QLinearSignature], str | None]) -> PassResult:
-    found: dict[str, list[str]] = {}
-    for node in nodes_of(model, QLINEAR):
-        problem = problem_of(read_signature(node))
-        if problem is not None:
-            found.setdefault(problem, []).append(layer_name(node))
-    if found:
-        raise CompileError(describe_problems(found))
-    return PassResult(model, False)
+def _plugin_problems(form: QLinearSignature, group: int) -> Iterator[str]:
+    if group % PACK_WORD:
+        yield (
+            f"group_size {group} is no multiple of {PACK_WORD}, which target tensorrt's kernels "
+            f"need. Set search.group_size to one, or to null for one scale per channel."
+        )
+    if form.rotation_group > MAX_ROTATION:
+        yield (
+            f"rotation_group {form.rotation_group} is above {MAX_ROTATION}, the largest that "
+            f"target tensorrt's kernels rotate by. Set search.rotation_group to {MAX_ROTATION}."
+        )
 
 
 def describe_problems(found: Mapping[str, list[str]]) -> str:
@@ -96,57 +124,3 @@ def describe_problems(found: Mapping[str, list[str]]) -> str:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         parts.append(f"{', '.join(names[:_SHOWN])}{more}: {problem}")
     return " ".join(parts)
-
-
-def _grid_problem(signature: QLinearSignature) -> str | None:
-    for grid in (signature.weight_grid, signature.act_grid):
-        if grid is not INTEGER:
-            return (
-                f"grid {grid.name}, expected {INTEGER.name}, the only one of the kernels. Compile "
-                "for target portable, or search again with another grid."
-            )
-    return None
-
-
-def _bits_problem(signature: QLinearSignature) -> str | None:
-    for kind, bits in (("weight", signature.weight_bits), ("act", signature.act_bits)):
-        if kind == "act" and not bits:
-            continue
-        if not MIN_BITS <= bits <= MAX_BITS:
-            return f"{kind}_bits {bits}, expected {MIN_BITS}..{MAX_BITS}. Search again."
-    return None
-
-
-def _plugin_problem(signature: QLinearSignature) -> str | None:
-    group = signature.group_size
-    if signature.num_groups > 1 and group % PACK_WORD:
-        return (
-            f"group_size {group} is no multiple of {PACK_WORD}, which target tensorrt's kernels "
-            f"need. Set search.group_size to one, or to null for one scale per channel."
-        )
-    if signature.rotation_group > MAX_ROTATION:
-        return (
-            f"rotation_group {signature.rotation_group} is above {MAX_ROTATION}, the largest that "
-            f"target tensorrt's kernels rotate by. Set search.rotation_group to {MAX_ROTATION}."
-        )
-    return None
-
-
-def _native_problem(signature: QLinearSignature) -> str | None:
-    if signature.num_groups > 1:
-        return (
-            f"group_size {signature.group_size} with {signature.act_bits}-bit activations: "
-            "TensorRT builds a wrong engine from block-scaled weights and INT8 activations. Set "
-            "search.group_size to null, or compile for target tensorrt, whose plugin has groups."
-        )
-    return None
-
-
-def _weight_only_problem(signature: QLinearSignature) -> str | None:
-    if signature.num_groups > 1 and not MIN_BLOCK <= signature.group_size <= MAX_BLOCK:
-        return (
-            f"group_size {signature.group_size} without quantized activations: TensorRT's "
-            f"weight-only kernels have blocks of {MIN_BLOCK}..{MAX_BLOCK}. Set search.group_size "
-            "to one of these, or to null."
-        )
-    return None

@@ -18,6 +18,7 @@ from onnx_ir.passes import PassResult
 
 from treeq_export.compile.graph.contract import LayerPass, refuse
 from treeq_export.compile.graph.float_island import find_float_nodes
+from treeq_export.compile.graph.rewrite import add_cast, add_initializer
 from treeq_export.compile.graph.signature import DOMAIN, QLINEAR
 from treeq_export.compile.graph.value_types import FLOAT, HALF, half_array
 
@@ -56,8 +57,7 @@ class _Halver:
         self._twins: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
-        nodes = list(self._graph)
-        outputs = list(self._graph.outputs)
+        nodes, outputs = list(self._graph), list(self._graph.outputs)
         for node in nodes:
             if node not in self._float_nodes:
                 self._halve(node)
@@ -65,7 +65,7 @@ class _Halver:
             self._connect(node)
         for output in outputs:
             self._restore_output(output)
-        self._remove_unread(nodes)
+        self._remove_unread()
 
     def _halve(self, node: ir.Node) -> None:
         """Set a node's own types: outputs and type attributes."""
@@ -99,42 +99,27 @@ class _Halver:
     def _twin(self, value: ir.Value) -> ir.Value:
         """Return the same value in the other type: an initializer's copy, or a Cast."""
         if value not in self._twins:
-            wanted = HALF if value.dtype == FLOAT else FLOAT
-            is_stored = value.is_initializer() and not value.is_graph_input()
-            self._twins[value] = self._store(value) if is_stored else self._cast(value, wanted)
+            if value.is_initializer() and not value.is_graph_input():
+                assert value.const_value is not None
+                half = half_array(value.const_value)
+                self._twins[value] = add_initializer(self._graph, f"{value.name}/half", half)
+            elif value.dtype == FLOAT:
+                self._twins[value] = add_cast(self._graph, value, HALF, "half")
+            else:
+                self._twins[value] = add_cast(self._graph, value, FLOAT, "float")
         return self._twins[value]
-
-    def _store(self, value: ir.Value) -> ir.Value:
-        assert value.const_value is not None
-        name = f"{value.name}/half"
-        twin = ir.val(name, const_value=ir.tensor(half_array(value.const_value), name=name))
-        self._graph.register_initializer(twin)
-        return twin
-
-    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        suffix = "half" if wanted == HALF else "float"
-        name = f"{value.name}/{suffix}"
-        cast = ir.node("Cast", [value], attributes={"to": wanted.value}, name=name)
-        output = cast.outputs[0]
-        output.name, output.shape, output.type = name, value.shape, ir.TensorType(wanted)
-        producer = value.producer()
-        if producer is None:
-            self._graph.insert_before(self._graph[0], cast)
-        else:
-            self._graph.insert_after(producer, cast)
-        return output
 
     def _restore_output(self, output: ir.Value) -> None:
         """Put a Cast to float32 before a graph output that became float16."""
         if output.dtype != HALF:
             return
         name = output.name
-        cast = self._cast(output, FLOAT)
+        cast = add_cast(self._graph, output, FLOAT, "float")
         index = self._graph.outputs.index(output)
         self._graph.outputs[index] = cast
         output.name, cast.name = f"{name}/half", name
 
-    def _remove_unread(self, nodes: list[ir.Node]) -> None:
+    def _remove_unread(self) -> None:
         """Remove initializers that lost their readers; a twin without rival takes the name."""
         for value, twin in self._twins.items():
             if value.is_initializer() and not value.uses() and not value.is_graph_output():

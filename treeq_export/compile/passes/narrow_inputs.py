@@ -12,23 +12,18 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
-
-_WIDE, _NARROW = ir.DataType.INT64, ir.DataType.INT32
+from treeq_export.compile.graph.rewrite import add_cast
 
 
 class NarrowInputs(RewritePass[ir.Value]):
     """Narrow the inputs; no graph input is INT64."""
 
     def _find(self, model: ir.Model) -> Iterator[ir.Value]:
-        yield from (value for value in model.graph.inputs if value.dtype == _WIDE)
+        yield from (value for value in model.graph.inputs if value.dtype == ir.DataType.INT64)
 
     def _rewrite(self, model: ir.Model, found: ir.Value) -> None:
-        name = f"{found.name}/int64"
-        cast = ir.node("Cast", [found], attributes={"to": _WIDE.value}, name=name)
-        output = cast.outputs[0]
-        output.name, output.shape, output.type = name, found.shape, ir.TensorType(_WIDE)
-        for use in found.uses():
-            if use.node is not cast:
-                use.node.replace_input_with(use.idx, output)
-        found.type = ir.TensorType(_NARROW)
-        model.graph.insert_before(model.graph[0], cast)
+        readers = list(found.uses())
+        wide = add_cast(model.graph, found, ir.DataType.INT64, "int64")
+        for use in readers:
+            use.node.replace_input_with(use.idx, wide)
+        found.type = ir.TensorType(ir.DataType.INT32)

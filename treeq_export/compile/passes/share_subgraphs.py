@@ -18,6 +18,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from treeq_export.compile.graph.contract import LayerPass
 from treeq_export.compile.graph.fused import packed_nodes
+from treeq_export.compile.graph.rewrite import initializer_array
 from treeq_export.compile.graph.signature import DOMAIN
 from treeq_export.compile.graph.sites import read_layers
 
@@ -57,19 +58,15 @@ def _share_initializers(graph: ir.Graph) -> bool:
             alike.setdefault(key, []).append(value)
     modified = False
     for values in alike.values():
-        if len(values) < 2:
-            continue
         first: dict[bytes, ir.Value] = {}
-        for value in values:
+        for value in values if len(values) > 1 else ():
             kept = first.setdefault(_digest(value), value)
             if kept is not value:
                 ir.convenience.replace_all_uses_with(value, kept)
-                assert value.name is not None
-                del graph.initializers[value.name]
+                graph.initializers.pop(value.name or "")
                 modified = True
     return modified
 
 
 def _digest(value: ir.Value) -> bytes:
-    assert value.const_value is not None
-    return hashlib.sha256(np.ascontiguousarray(value.const_value.numpy()).tobytes()).digest()
+    return hashlib.sha256(np.ascontiguousarray(initializer_array(value)).tobytes()).digest()
