@@ -59,33 +59,25 @@ def find_departure(before: Sequence[int], departs: Callable[[int], bool]) -> int
     >>> find_departure(chain, lambda layer: layer >= 1)
     1
     """
-    suspects = list(range(len(before)))
-    ends = [layer for layer in suspects if not any(m >> layer & 1 for m in _others(before, layer))]
-    found = next((layer for layer in ends if departs(layer)), None)
-    if found is None:
-        return None
-    cleared = 0
-    for layer in ends[: ends.index(found)]:
-        cleared |= before[layer]
-    suspects = _left(before, found, cleared)
-    while suspects:
-        asked = _middle(before, suspects)
+    feeding = 0
+    for layer, mask in enumerate(before):
+        feeding |= mask & ~(1 << layer)
+    found, cleared = None, 0
+    for end in (layer for layer in range(len(before)) if not feeding >> layer & 1):
+        if departs(end):
+            found = end
+            break
+        cleared |= before[end]
+    while found is not None:
+        left = before[found] & ~cleared & ~(1 << found)
+        if not left:
+            break
+        asked = _middle(before, [layer for layer in range(len(before)) if left >> layer & 1])
         if departs(asked):
             found = asked
         else:
             cleared |= before[asked]
-        suspects = _left(before, found, cleared)
     return found
-
-
-def _others(before: Sequence[int], layer: int) -> list[int]:
-    return [mask for index, mask in enumerate(before) if index != layer]
-
-
-def _left(before: Sequence[int], found: int, cleared: int) -> list[int]:
-    """Return the layers that feed `found` and are not cleared, without itself."""
-    mask = before[found] & ~cleared & ~(1 << found)
-    return [layer for layer in range(len(before)) if mask >> layer & 1]
 
 
 def _middle(before: Sequence[int], suspects: list[int]) -> int:
