@@ -219,13 +219,22 @@ def save_plan(folder: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]] | No
     digest = None
     if tensors is not None:
         path = folder / RunFolder.TENSORS
-        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
         with atomic_path(path) as temporary:
-            _storage.save_file(ordered, temporary)
+            _storage.save_file(in_order(tensors), temporary)
         digest = sha256_of_file(path)
     saved = plan.model_copy(update={"tensors_sha256": digest})
     write_bytes(folder / RunFolder.PLAN, plan_to_json(saved).encode())
     return saved
+
+
+def tensors_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Return the hexadecimal SHA-256 of the file that `save_plan` would write of tensors."""
+    return hashlib.sha256(_storage.save(in_order(tensors))).hexdigest()
+
+
+def in_order(tensors: Mapping[str, NDArray[Any]]) -> Tensors:
+    """Return tensors by name, in name order and contiguous, as files hold them."""
+    return {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
 
 
 def load_plan(folder: Path, checkpoint_sha256: str | None = None) -> Plan:

@@ -56,21 +56,21 @@ def save_model(model: ir.Model, path: Path, external_data: str) -> None:
     external = external_data == "always" or (
         external_data == "auto" and size > EXTERNAL_ABOVE_BYTES
     )
-    ir.save(model, path, external_data=DATA_FILE if external else None)
+    ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
-def compile_target(
-    run: Path,
+def write_graph(
+    path: Path,
     graph: ir.Model,
     target: str,
     plan: Plan,
     tensors: Mapping[str, NDArray[Any]],
     section: CompileSection,
-) -> CompiledTarget:
-    """Lower, write and audit one target; its folder appears only when the audit has passed.
+) -> list[AuditLayer]:
+    """Lower an exported graph for a target, write it and audit the file.
 
     Args:
-        run: The run folder.
+        path: The model file; external data goes to `<path>.data`.
         graph: The exported graph; it is changed.
         target: A target of the recipe, or "fp32".
         plan: The plan.
@@ -78,7 +78,7 @@ def compile_target(
         section: The recipe's compile section.
 
     Returns:
-        What was written.
+        What every layer became; nothing for a target without quantized layers.
 
     Raises:
         CompileError: A layer did not become integer arithmetic, has sums that are not exact on this
@@ -90,18 +90,29 @@ def compile_target(
         write_batch_profile(model, section.opt_batch, section.max_batch)
     model.metadata_props[PLAN_KEY] = plan_digest(plan)
     check_metadata(model)
+    save_model(model, path, section.external_data)
+    if kind.audit is None:
+        return []
+    audit = kind.audit.read(path, plan, tensors)
+    kind.audit.check(target, audit)
+    exact = audit_sums(model, kind.different_ways, plan, tensors)
+    audit = [entry.model_copy(update={"exact_sums": exact.get(entry.name)}) for entry in audit]
+    check_sums(target, audit, plan, *read_cpu())
+    return audit
+
+
+def compile_target(
+    run: Path,
+    graph: ir.Model,
+    target: str,
+    plan: Plan,
+    tensors: Mapping[str, NDArray[Any]],
+    section: CompileSection,
+) -> CompiledTarget:
+    """Call `write_graph` for a run; the target's folder appears only when the audit has passed."""
     final = run / RunFolder.graph(target)
-    audit: list[AuditLayer] = []
     with atomic_folder(final.parent, OUR_FILES) as folder:
-        save_model(model, folder / MODEL_FILE, section.external_data)
-        if kind.audit is not None:
-            audit = kind.audit.read(folder / MODEL_FILE, plan, tensors)
-            kind.audit.check(target, audit)
-            exact = audit_sums(model, kind.different_ways, plan, tensors)
-            audit = [
-                entry.model_copy(update={"exact_sums": exact.get(entry.name)}) for entry in audit
-            ]
-            check_sums(target, audit, plan, *read_cpu())
+        audit = write_graph(folder / MODEL_FILE, graph, target, plan, tensors, section)
     data = final.with_name(DATA_FILE)
     return CompiledTarget(
         target=target,

@@ -6,12 +6,11 @@ number, seed, conditioning. It is written as a whole or not at all.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from treeq_export import __version__
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import PlanError, TreeqError
+from treeq_export.model.checkpoint import digest_tensors
 from treeq_export.model.zoo import Denoiser
 from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
@@ -28,16 +28,6 @@ from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
 _TENSOR = "samples"
 _KEY = "fingerprint"
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes and bytes, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def digest_denoiser(denoiser: Denoiser) -> str:

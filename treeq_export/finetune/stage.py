@@ -6,12 +6,11 @@ The result is laid over `plan.safetensors` (plan.py) and holds only what was tra
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.numpy import save_file
 
 from treeq_export import __version__
-from treeq_export.artefacts import atomic_path, digest_of, sha256_of_file
+from treeq_export.artefacts import atomic_path, digest_of
 from treeq_export.errors import OutputError, RecipeError, TreeqError
 from treeq_export.finetune.distill import block_names
 from treeq_export.finetune.pool import TrajectoryPool
@@ -20,7 +19,7 @@ from treeq_export.finetune.student import Kind, export_student, make_student
 from treeq_export.finetune.training import Training
 from treeq_export.model.trajectories import collect_rows
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan, Tensors
+from treeq_export.plan import Plan, Tensors, in_order, tensors_digest
 from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import FinetuneSection, Recipe
 from treeq_export.records import FinetunePoint, FinetuneRecord, save_record
@@ -40,37 +39,64 @@ def run_finetune(
     on_step: OnStep,
     say: Say = say_nothing,
 ) -> FinetuneRecord | None:
-    """Train what the recipe names and write `finetuned.safetensors` and `finetune.json`.
+    """Call `train` and write `finetuned.safetensors` and `finetune.json` into a run folder.
 
-    Args:
-        run: The run folder; a training that was interrupted there goes on.
-        denoiser: The full-precision model.
-        plan: The calibrated plan.
-        tensors: The calibrated tensors, without an earlier result of this stage.
-        recipe: The recipe; its finetune and sampler sections and its seed count.
-        on_step: Called with the fraction done, 0..1.
-        say: Told in one line that the state of an interrupted training is damaged.
-
-    Returns:
-        The record; None with mode "none", which only removes an earlier result.
+    A training that was interrupted in the folder goes on. Mode "none" only removes an earlier
+    result, and returns None.
 
     Raises:
-        RecipeError: The plan has nothing of what the recipe wants to train.
-        PlanError: The plan does not fit the model.
-        TreeqError: The loss is not finite; nothing is written.
+        TreeqError: The same as by `train`; nothing is written.
         OutputError: The folder cannot be written to.
     """
-    section = recipe.finetune
-    if section.mode == "none":
+    state = run / RunFolder.FINETUNE_STATE
+    if recipe.finetune.mode == "none":
         for name in (RunFolder.FINETUNE, RunFolder.FINETUNED, RunFolder.FINETUNE_STATE):
             (run / name).unlink(missing_ok=True)
         on_step(1.0)
         return None
+    trained, record = train(denoiser, plan, tensors, recipe, on_step, state, say)
+    (run / RunFolder.FINETUNE).unlink(missing_ok=True)
+    with atomic_path(run / RunFolder.FINETUNED) as temporary:
+        save_file(trained, temporary)
+    save_record(run / RunFolder.FINETUNE, record)
+    state.unlink(missing_ok=True)
+    return record
+
+
+def train(
+    denoiser: Denoiser,
+    plan: Plan,
+    tensors: Tensors,
+    recipe: Recipe,
+    on_step: OnStep,
+    state: Path | None = None,
+    say: Say = say_nothing,
+) -> tuple[Tensors, FinetuneRecord]:
+    """Train what the recipe names.
+
+    Args:
+        denoiser: The full-precision model.
+        plan: The calibrated plan.
+        tensors: The plan's calibrated tensors, without an earlier result of this function.
+        recipe: The recipe, of which the sections finetune and sampler and the seed are read.
+        on_step: Called with the fraction done, 0..1.
+        state: File that keeps the state of an interrupted training; None keeps none.
+        say: Called with one line if that file is damaged.
+
+    Returns:
+        The trained tensors by name, in name order, and the record.
+
+    Raises:
+        RecipeError: The plan has nothing of what the recipe wants to train.
+        PlanError: The plan does not fit the model.
+        TreeqError: The loss is not finite; the state is removed.
+        OutputError: The state cannot be written.
+    """
+    section = recipe.finetune
     started = time.monotonic()
     training = _prepare(denoiser, plan, tensors, recipe)
-    state = run / RunFolder.FINETUNE_STATE
     fingerprint = _fingerprint(plan, recipe)
-    before = load_state(state, training, fingerprint, say)
+    before = 0.0 if state is None else load_state(state, training, fingerprint, say)
     if training.progress.step == 0:
         training.pool.spread(
             training.teacher, section.batch_size, lambda part: on_step(_PREPARATION * part)
@@ -79,25 +105,25 @@ def run_finetune(
     def elapsed() -> float:
         return before + time.monotonic() - started
 
+    def save() -> None:
+        if state is not None:
+            save_state(state, training, fingerprint, elapsed())
+
     try:
-        stopped = training.run(
-            lambda part: on_step(_PREPARATION + (1 - _PREPARATION) * part),
-            lambda: save_state(state, training, fingerprint, elapsed()),
-        )
+        stopped = training.run(lambda part: on_step(_PREPARATION + (1 - _PREPARATION) * part), save)
     except OutputError:
         raise
     except TreeqError:  # what the saved state leads to is not finite
-        state.unlink(missing_ok=True)
+        if state is not None:
+            state.unlink(missing_ok=True)
         raise
-    (run / RunFolder.FINETUNE).unlink(missing_ok=True)
-    with atomic_path(run / RunFolder.FINETUNED) as temporary:
-        save_file(_sorted(export_student(training.student.denoiser)), temporary)
+    trained = in_order(export_student(training.student.denoiser))
     progress = training.progress
     best = next(p for p in progress.curve if p["step"] == progress.best_step)
     record = FinetuneRecord(
         mode=section.mode,
         base_tensors_sha256=plan.tensors_sha256 or "",
-        tensors_sha256=sha256_of_file(run / RunFolder.FINETUNED),
+        tensors_sha256=tensors_digest(trained),
         num_trained=sum(p.numel() for p in training.parameters.values()),
         steps=progress.step,
         best_step=progress.best_step,
@@ -107,14 +133,8 @@ def run_finetune(
         seconds=round(elapsed(), 3),
         curve=[FinetunePoint(**point) for point in progress.curve],
     )
-    save_record(run / RunFolder.FINETUNE, record)
-    state.unlink(missing_ok=True)
     on_step(1.0)
-    return record
-
-
-def _sorted(tensors: Tensors) -> Tensors:
-    return {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    return trained, record
 
 
 def _kinds(section: FinetuneSection) -> frozenset[Kind]:

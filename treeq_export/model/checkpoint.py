@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeq_export.artefacts import sha256_of_file
+from treeq_export.artefacts import digest_of, sha256_of_file
 from treeq_export.errors import CheckpointError
 from treeq_export.model import dit_original
 from treeq_export.model.families import CLASS_NAMES, find_family
@@ -135,19 +135,63 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     tensors = _read_tensors(checkpoint)
     for name in checkpoint.family.unused_tensors:
         tensors.pop(name, None)
+    if not where.is_file():
+        return fill_model(checkpoint, tensors)
     model = build_model(checkpoint)
-    if where.is_file():
-        dit_original.check_positions(where, tensors["pos_embed"], model)
-        tensors = dit_original.convert_tensors(tensors, checkpoint.config["num_layers"])
+    dit_original.check_positions(where, tensors["pos_embed"], model)
+    tensors = dit_original.convert_tensors(tensors, checkpoint.config["num_layers"])
+    model = fill_model(checkpoint, tensors)
+    dit_original.use_original_timesteps(model)
+    return model
+
+
+def fill_model(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> nn.Module:
+    """Build the network and give it tensors by name, as `load_model` does.
+
+    Raises:
+        CheckpointError: The same as by `load_model`.
+    """
+    where, model = checkpoint.path, build_model(checkpoint)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_names(where, expected, tensors)
     _check_shapes(where, expected, tensors)
     for name in tensors:
         tensors[name] = _as_finite_float32(where, name, tensors[name])
     model.load_state_dict(tensors, assign=True)
-    if where.is_file():
-        dit_original.use_original_timesteps(model)
     return model.requires_grad_(False).eval()
+
+
+def open_module(model: nn.Module) -> tuple[Checkpoint, nn.Module]:
+    """Return what a diffusers network in memory is, and a float32 copy for inference.
+
+    Args:
+        model: A network of one of the families; it is left as it is. What is float32 on the CPU
+            already is shared with it, not copied.
+
+    Raises:
+        CheckpointError: The class is of no family, or a weight is NaN or infinite.
+    """
+    class_name, config = type(model).__name__, dict(getattr(model, "config", {}))
+    family = find_family(class_name, str(config.get("norm_type")))
+    if family is None:
+        raise CheckpointError(
+            f"{class_name}: no supported network. Supported: {', '.join(CLASS_NAMES)}."
+        )
+    public = {key: config[key] for key in sorted(config) if not key.startswith("_")}
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    digest = digest_of(config=public, class_name=class_name, tensors=digest_tensors(tensors))
+    checkpoint = Checkpoint(Path(class_name), class_name, family, public, (), digest)
+    return checkpoint, fill_model(checkpoint, tensors)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _why_no_model(path: Path) -> str:

@@ -4,7 +4,7 @@ Paths are relative to the recipe.
 """
 
 from treeq_export.recipe.fields import Section
-from treeq_export.recipe.load import load_recipe, override_recipe
+from treeq_export.recipe.load import change_section, load_recipe, make_recipe, override_recipe
 from treeq_export.recipe.search_section import (
     BranchBudget,
     BudgetSection,
@@ -43,7 +43,9 @@ __all__ = [
     "SearchSection",
     "Section",
     "ValidateSection",
+    "change_section",
     "load_recipe",
+    "make_recipe",
     "override_recipe",
     "strategy_options",
 ]

@@ -1,7 +1,7 @@
 """Reading a recipe: YAML, overrides, and one line for what is wrong."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,30 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """
     raw = recipe.model_dump(mode="json", by_alias=True)
     return _with_absolute_paths(_validate(raw, overrides, "--set"), Path.cwd())
+
+
+def change_section(recipe: Recipe, section: str, values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with some keys of one section replaced.
+
+    Args:
+        recipe: A checked recipe.
+        section: Name of the section.
+        values: The values by key, as YAML would give them.
+
+    Raises:
+        RecipeError: An unknown key, or a value out of range.
+    """
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    return make_recipe(raw | {section: raw[section] | dict(values)})
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Return the recipe of values by section, as YAML would give them; paths stay as they are.
+
+    Raises:
+        RecipeError: An unknown key, or a value out of range.
+    """
+    return _validate(values, (), "settings")
 
 
 def _validate(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:

@@ -65,10 +65,24 @@ def run_search(
     on_step: OnStep,
     say: Say = say_nothing,
 ) -> Plan:
-    """Choose every layer's formats; write `plan.json`, still without tensors, and `search.json`.
+    """Call `find_plan`, write `plan.json`, still without tensors, and `search.json`."""
+    plan, record = find_plan(run, denoiser, checkpoint, recipe, on_step, say)
+    save_record(run / RunFolder.SEARCH, record)
+    return save_plan(run, plan)
+
+
+def find_plan(
+    run: Path,
+    denoiser: Denoiser,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    on_step: OnStep,
+    say: Say = say_nothing,
+) -> tuple[Plan, SearchRecord]:
+    """Choose every layer's formats.
 
     Args:
-        run: The run folder.
+        run: The run folder; a search that measures keeps what it measured there.
         denoiser: The full-precision model.
         checkpoint: The checkpoint that the model came from.
         recipe: The recipe.
@@ -76,7 +90,7 @@ def run_search(
         say: Called with the cost, before the search starts.
 
     Returns:
-        The plan as written.
+        The plan, without tensors, and how it was found.
 
     Raises:
         FormatError: A format does not fit a layer.
@@ -85,10 +99,9 @@ def run_search(
         RunnerError: The executor is not installed.
     """
     with _threads(recipe.search.threads):
-        plan, record = _Search(run, denoiser, checkpoint, recipe, on_step, say).execute()
+        found = _Search(run, denoiser, checkpoint, recipe, on_step, say).execute()
     on_step(1.0)
-    save_record(run / RunFolder.SEARCH, record)
-    return save_plan(run, plan)
+    return found
 
 
 def estimate_search(
