@@ -61,6 +61,11 @@ class Format:
         assert step is not None
         return step
 
+    def layer(self, k: int, n: int) -> LayerFormat:
+        """Return a linear of this format, (N, K), with a scale per channel."""
+        sizes = (ROTATION_GROUP, 0, k, n)
+        return LayerFormat(self.weight_bits, self.act_bits, self.act_scale, self.step, *sizes)
+
 
 FORMATS = (
     Format("w2a4", 2, 4),
@@ -95,8 +100,7 @@ class Layer:
     unit_scale: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        fmt, sizes = self.format, (ROTATION_GROUP, 0, self.k, self.n)
-        self.layer = LayerFormat(fmt.weight_bits, fmt.act_bits, fmt.act_scale, fmt.step, *sizes)
+        self.layer = self.format.layer(self.k, self.n)
         self.unit_scale = torch.ones_like(self.weight_scale)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,10 +134,8 @@ def representatives(linears: Linears, num_sms: int) -> list[tuple[int, int, int,
     for index, fmt in enumerate(FORMATS):
         for k, n in linears.shapes.values():
             for m in sorted({*linears.tokens, *linears.checked}):
-                how = choose.choose_qlinear(
-                    m, n, k, fmt.weight_bits, 0, num_sms, DTYPE_NAMES[DTYPE]
-                )
-                key = (index, how.instantiation, choose.shape_class_of(m, n, num_sms))
+                how = choose.choose_qlinear(fmt.layer(k, n), m, num_sms, DTYPE_NAMES[DTYPE])
+                key = (index, how[0].kernel.name, choose.shape_class_of(m, n, num_sms))
                 found.setdefault(key, (index, k, n, m))
     return list(found.values())
 

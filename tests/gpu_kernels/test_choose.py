@@ -7,52 +7,64 @@ from treeq_gpu import choose
 from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import INSTANTIATIONS
 
-from treeq_export.ops import ACT_SCALES, ActScale
+from tests.hand_layers import make_format
+from treeq_export.ops import ACT_SCALES, ActScale, LayerFormat
 
 tokens = st.integers(1, 20_000)
 channels = st.integers(1, 30_000)
 multiprocessors = st.integers(1, 200)
 
 
+def linear(n: int, k: int, bits: int = 3, group_size: int = 0) -> LayerFormat:
+    return make_format(weight_bits=bits, group_size=group_size, in_features=k, out_features=n)
+
+
 @given(tokens, channels, st.integers(1, 20_000), st.integers(2, 8), multiprocessors)
 def test_product_covers_y_and_all_of_k(m: int, n: int, k: int, bits: int, sms: int):
-    launch = choose.choose_qlinear(m, n, k, bits, 0, sms)
-    constants = INSTANTIATIONS[launch.instantiation].constants
+    launches = choose.choose_qlinear(linear(n, k, bits), m, sms)
+    product, splits = launches[0], choose.num_splits(launches)
+    constants = product.kernel.constants
     kp = choose.padded(k)
-    assert kp >= k
+    k_per_split = product.numbers.get("k_per_split", kp)
+    assert product.kernel.name in INSTANTIATIONS
+    assert product.numbers["KP"] == kp >= k
     assert kp % 128 == 0
-    assert launch.grid[0] * constants["BM"] * constants["BN"] >= m * n
-    assert launch.grid[1:] == (launch.split_k, 1)
-    assert launch.k_per_split % constants["BK"] == 0
-    assert (launch.split_k - 1) * launch.k_per_split < kp <= launch.split_k * launch.k_per_split
-    assert launch.split_k <= choose.MAX_SPLITS
-    assert launch.split_k == 1 or launch.grid[0] * launch.split_k <= sms
-    assert (launch.finish is None) == (launch.finish_grid is None) == (launch.split_k == 1)
-    if launch.finish is not None and launch.finish_grid is not None:
-        tile = INSTANTIATIONS[launch.finish].constants
-        assert launch.finish_grid[0] * tile["BM"] >= m
-        assert launch.finish_grid[1] * tile["BN"] >= n
+    assert product.grid[0] * constants["BM"] * constants["BN"] >= m * n
+    assert product.grid[1:] == (splits, 1)
+    assert k_per_split % constants["BK"] == 0
+    assert (splits - 1) * k_per_split < kp <= splits * k_per_split
+    assert splits <= choose.MAX_SPLITS
+    assert splits == 1 or product.grid[0] * splits <= sms
+    assert len(launches) == 1 + (splits > 1)
+    if splits > 1:
+        finish = launches[1]
+        tile = finish.kernel.constants
+        assert finish.kernel.name in INSTANTIATIONS
+        assert finish.grid[0] * tile["BM"] >= m
+        assert finish.grid[1] * tile["BN"] >= n
 
 
 @given(tokens, channels, st.integers(1, 200), st.sampled_from(inst.GROUPED_BITS), multiprocessors)
 def test_groups_are_whole_steps_and_not_cut(m: int, n: int, words: int, bits: int, sms: int):
     group_size = 32 * words
-    launch = choose.choose_qlinear(m, n, 3 * group_size, bits, group_size, sms)
-    constants = INSTANTIATIONS[launch.instantiation].constants
+    (launch,) = choose.choose_qlinear(linear(n, 3 * group_size, bits, group_size), m, sms)
+    constants = launch.kernel.constants
+    assert launch.kernel.name in INSTANTIATIONS
     assert group_size % constants["BK"] == 0
     assert constants["GROUP_SIZE"] == constants["BK"]
-    assert launch.split_k == 1
     assert launch.grid[0] * constants["BM"] * constants["BN"] >= m * n
 
 
 @given(tokens, st.integers(1, 20_000), st.sampled_from(ACT_SCALES), multiprocessors)
 def test_quantize_covers_rows_and_columns(m: int, k: int, act_scale: ActScale, sms: int):
-    launch = choose.choose_quantize(m, k, act_scale, 1, sms)
-    constants = INSTANTIATIONS[launch.instantiation].constants
-    assert launch.grid[0] * constants["BM"] >= m
-    assert launch.columns_per_program % constants["WIDTH"] == 0
-    covered = launch.grid[1] * launch.columns_per_program
-    assert choose.padded(k) <= covered < choose.padded(k) + launch.columns_per_program
+    layer = make_format(act_scale=act_scale, rotation_group=1, in_features=k)
+    launch = choose.choose_quantize(layer, m, sms)
+    columns = launch.numbers["columns_per_program"]
+    assert launch.kernel.name in INSTANTIATIONS
+    assert launch.grid[0] * launch.kernel.constants["BM"] >= m
+    assert columns % launch.kernel.constants["WIDTH"] == 0
+    covered = launch.grid[1] * columns
+    assert choose.padded(k) <= covered < choose.padded(k) + columns
 
 
 @given(tokens, *[st.integers(1, 300)] * 5, st.sampled_from(inst.DTYPES))
@@ -65,26 +77,26 @@ def test_monarch_covers_both_products(
     block_out: int,
     dtype: inst.DType,
 ):
-    launch = choose.choose_monarch(m, block_in, b_in, b_out, rank, block_out, dtype)
-    first = INSTANTIATIONS[launch.instantiation_in].constants
-    second = INSTANTIATIONS[launch.instantiation_out].constants
-    assert launch.grid_in[0] * first["BM"] >= m
-    assert launch.grid_in[1] * first["BN"] >= b_out * rank
-    assert launch.grid_in[2] == b_in
-    assert launch.grid_out[0] * second["BM"] >= m
-    assert launch.grid_out[1] * second["BN"] >= block_out
-    assert launch.grid_out[2] == b_out
+    first, second = choose.choose_monarch(m, block_in, b_in, b_out, rank, block_out, dtype)
+    assert {first.kernel.name, second.kernel.name} <= set(INSTANTIATIONS)
+    assert first.grid[0] * first.kernel.constants["BM"] >= m
+    assert first.grid[1] * first.kernel.constants["BN"] >= b_out * rank
+    assert first.grid[2] == b_in
+    assert second.grid[0] * second.kernel.constants["BM"] >= m
+    assert second.grid[1] * second.kernel.constants["BN"] >= block_out
+    assert second.grid[2] == b_out
 
 
 @given(tokens, channels, st.integers(1, 20_000), st.integers(2, 8), multiprocessors)
 def test_workspace_holds_every_part(m: int, n: int, k: int, bits: int, sms: int):
-    launch = choose.choose_qlinear(m, n, k, bits, 0, sms)
-    parts = choose.workspace_parts(m, n, k, launch.split_k)
+    layer = linear(n, k, bits)
+    splits = choose.num_splits(choose.choose_qlinear(layer, m, sms))
+    parts = choose.workspace_parts(layer, m, splits)
     assert all(part % 256 == 0 for part in parts)
     assert parts[0] >= m * choose.padded(k)
     assert parts[1] >= 4 * m
-    assert parts[2] >= (4 * launch.split_k * m * n if launch.split_k > 1 else 0)
-    assert sum(parts) == choose.workspace_bytes(m, n, k, bits, 0, sms)
+    assert parts[2] >= (4 * splits * m * n if splits > 1 else 0)
+    assert sum(parts) == choose.workspace_bytes(layer, m, sms)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +110,8 @@ def test_workspace_holds_every_part(m: int, n: int, k: int, bits: int, sms: int)
     ],
 )
 def test_shapes_of_dit_xl_on_132_multiprocessors(m: int, n: int, k: int, expected: tuple[str, int]):
-    launch = choose.choose_qlinear(m, n, k, 3, 0, 132)
-    assert (launch.instantiation, launch.split_k) == expected
+    launches = choose.choose_qlinear(linear(n, k), m, 132)
+    assert (launches[0].kernel.name, choose.num_splits(launches)) == expected
 
 
 def test_names_are_c_identifiers_and_few():

@@ -256,17 +256,14 @@ class TestCheck:
         cases = module.representatives(linears, 132)
         assert len(cases) == len(set(cases))
         assert {index for index, *_ in cases} == {0, 1, 2, 3}
+        choose, formats = module.choose.choose_qlinear, module.FORMATS
         names = {
-            module.choose.choose_qlinear(
-                m, n, k, module.FORMATS[i].weight_bits, 0, 132, "bf16"
-            ).instantiation
-            for i, k, n, m in cases
+            choose(formats[i].layer(k, n), m, 132, "bf16")[0].kernel.name for i, k, n, m in cases
         }
         for k, n in module.SHAPES.values():
             for fmt in module.FORMATS:
                 for m in module.TOKENS:
-                    how = module.choose.choose_qlinear(m, n, k, fmt.weight_bits, 0, 132, "bf16")
-                    assert how.instantiation in names
+                    assert choose(fmt.layer(k, n), m, 132, "bf16")[0].kernel.name in names
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import pytest
 from treeq_gpu import choose
 from treeq_gpu.instantiations import DTYPES, INSTANTIATIONS, DType, Instantiation
 
+from tests.hand_layers import make_format
 from tests.kernels.plugin_build import CUDA_INCLUDE, ROOT, Built, run, shared_bytes
-from treeq_export.ops import ACT_SCALES, MONARCH, QLINEAR, ActScale
+from treeq_export.ops import ACT_SCALES, MONARCH, QLINEAR, ActScale, LayerFormat
 
 TYPES = {"fp16": "half", "bf16": "bf16", "fp32": "float"}
 SIZES = {"i32": "i", "fp32": "f"}
@@ -128,14 +129,16 @@ def test_the_choice_of_a_product_is_that_of_python(built: Built):
     for m, (n, k), num_sms, bits, group, dtype in cases:
         if group and k % group:
             continue
-        expected = choose.choose_qlinear(m, n, k, bits, group, num_sms, dtype)
+        layer = make_format(weight_bits=bits, group_size=group, in_features=k, out_features=n)
+        product, *finish = choose.choose_qlinear(layer, m, num_sms, dtype)
         got = call(library, "choose_qlinear", "llliiis", _QLinear(), m, n, k, bits, group, num_sms,
                    dtype)  # fmt: skip
         where = (m, n, k, num_sms, bits, group, dtype)
-        assert got.product.read() == (expected.instantiation, expected.grid), where
-        assert (got.split_k, got.k_per_split) == (expected.split_k, expected.k_per_split), where
-        finish = (expected.finish or "", expected.finish_grid or (0, 0, 0))
-        assert got.finish.read() == finish, where
+        k_per_split = product.numbers.get("k_per_split", choose.padded(k))
+        assert got.product.read() == (product.kernel.name, product.grid), where
+        assert (got.split_k, got.k_per_split) == (product.grid[1], k_per_split), where
+        last = (finish[0].kernel.name, finish[0].grid) if finish else ("", (0, 0, 0))
+        assert got.finish.read() == last, where
         count += 1
     assert count > 20_000
 
@@ -144,18 +147,19 @@ def test_the_choice_of_quantizer_and_branch_is_that_of_python(built: Built):
     library = ctypes.CDLL(str(built.library))
     for m, k, num_sms in itertools.product(ROWS, (32, 1152, 1000, 4608), NUM_SMS):
         for scale, rotation, dtype in itertools.product(ACT_SCALES, (1, 8, 128), DTYPES):
-            expected = choose.choose_quantize(m, k, scale, rotation, num_sms, dtype)
+            layer = make_format(act_scale=scale, rotation_group=rotation, in_features=k)
+            expected = choose.choose_quantize(layer, m, num_sms, dtype)
             got = call(library, "choose_quantize", "lliiis", _Quantize(), m, k, scale.number,
                        rotation, num_sms, dtype)  # fmt: skip
-            assert got.launch.read() == (expected.instantiation, expected.grid)
-            assert got.columns_per_program == expected.columns_per_program
+            assert got.launch.read() == (expected.kernel.name, expected.grid)
+            assert got.columns_per_program == expected.numbers["columns_per_program"]
     for m, b_in, b_out, rank, block in itertools.product(ROWS, (1, 4), (1, 16), (1, 9), (36, 288)):
         for dtype in DTYPES:
             branch = choose.choose_monarch(m, 72, b_in, b_out, rank, block, dtype)
             got = call(library, "choose_monarch", "liiiis", _Monarch(), m, b_in, b_out, rank, block,
                        dtype)  # fmt: skip
-            assert got.half_in.read() == (branch.instantiation_in, branch.grid_in)
-            assert got.half_out.read() == (branch.instantiation_out, branch.grid_out)
+            halves = [(half.kernel.name, half.grid) for half in branch]
+            assert [got.half_in.read(), got.half_out.read()] == halves
 
 
 def test_the_workspace_of_an_engine_is_enough_for_every_batch_and_gpu(built: Built):
@@ -164,12 +168,13 @@ def test_the_workspace_of_an_engine_is_enough_for_every_batch_and_gpu(built: Bui
     for (n, k), group in itertools.product(FEATURES, (0, 32)):
         if group and k % group:
             continue
+        layer = make_format(group_size=group, in_features=k, out_features=n)
         for max_m in ROWS:
             given = library.treeq_plugin_max_workspace_bytes(
                 *map(ctypes.c_int64, (max_m, n, k)), ctypes.c_int32(group)
             )
             needed = [
-                choose.workspace_bytes(m, n, k, 3, group, num_sms)
+                choose.workspace_bytes(layer, m, num_sms)
                 for m in ROWS if m <= max_m for num_sms in (*NUM_SMS, 256)
             ]  # fmt: skip
             assert given >= max(needed), (n, k, group, max_m)
@@ -215,15 +220,20 @@ class Case:
         lines += [f"input {kind} 1 {self.m} {self.n}"] * self.has_addend
         return "\n".join([*lines, f"output {kind} 1 {self.m} {self.n}", *self.extra])
 
+    @property
+    def layer(self) -> LayerFormat:
+        return make_format(
+            weight_bits=self.bits, act_bits=self.act_bits, act_scale=self.act_scale,
+            rotation_group=self.rotation, group_size=self.group, in_features=self.k,
+            out_features=self.n,
+        )  # fmt: skip
+
     def expected(self, num_sms: int) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
         """(instantiation, grid, arguments by name) of each launch."""
-        product = choose.choose_qlinear(
-            self.m, self.n, self.k, self.bits, self.group, num_sms, self.dtype
-        )
-        quantize = choose.choose_quantize(
-            self.m, self.k, self.act_scale, self.rotation, num_sms, self.dtype
-        )
-        codes, scales, _ = choose.workspace_parts(self.m, self.n, self.k, product.split_k)
+        layer = self.layer
+        quantize = choose.choose_quantize(layer, self.m, num_sms, self.dtype)
+        product = choose.choose_qlinear(layer, self.m, num_sms, self.dtype)
+        codes, scales, _ = choose.workspace_parts(layer, self.m, choose.num_splits(product))
         half = 1 << (self.act_bits - 1)
         values = {
             "x": address(0), "planes": address(1), "weight_scale": address(2),
@@ -235,17 +245,11 @@ class Case:
             "KW": -(-self.k // 32), "num_groups": self.k // self.group if self.group else 1,
             "has_bias": int(self.has_bias), "has_addend": int(self.has_addend),
             "qmin": -half, "qmax": half - 1, "step": 0.375,
-            "columns_per_program": quantize.columns_per_program,
-            "k_per_split": product.k_per_split, "num_splits": product.split_k,
+            "columns_per_program": quantize.numbers["columns_per_program"],
+            "k_per_split": product[0].numbers.get("k_per_split"),
+            "num_splits": choose.num_splits(product),
         }  # fmt: skip
-        launches = [
-            (quantize.instantiation, quantize.grid, values),
-            (product.instantiation, product.grid, values),
-        ]
-        if product.finish:
-            assert product.finish_grid is not None
-            launches.append((product.finish, product.finish_grid, values))
-        return launches
+        return [(step.kernel.name, step.grid, values) for step in (quantize, *product)]
 
 
 def pack_arguments(one: Instantiation, values: dict[str, Any]) -> str:
@@ -294,9 +298,7 @@ def test_qlinear_launches_what_python_would(built: Built, case: Case, tmp_path: 
     assert (answer["stopped"], answer["log"]) == ("", "")
     assert answer["fields"] == list(QLINEAR.attributes)
     check_calls(calls, case.expected(132), "sm_90")
-    assert answer["workspace"] >= choose.workspace_bytes(
-        case.m, case.n, case.k, case.bits, case.group, 132
-    )
+    assert answer["workspace"] >= choose.workspace_bytes(case.layer, case.m, 132)
 
 
 @pytest.mark.parametrize("m", [1, 300, 2048])
@@ -316,11 +318,7 @@ def test_monarch_launches_what_python_would(built: Built, m: int, tmp_path: Path
         "inner": b_in * rank, "block_out": block_out,
     }  # fmt: skip
     chosen = choose.choose_monarch(2 * m, block_in, b_in, b_out, rank, block_out, "fp16")
-    expected = [
-        (chosen.instantiation_in, chosen.grid_in, values),
-        (chosen.instantiation_out, chosen.grid_out, values),
-    ]
-    check_calls(calls, expected, "sm_90")
+    check_calls(calls, [(half.kernel.name, half.grid, values) for half in chosen], "sm_90")
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def kernels(tmp_path: Path, driver: FakeDriver) -> KernelFolder:
 def test_a_wide_product_is_quantize_and_one_launch(kernels: KernelFolder, driver: FakeDriver):
     launch_qlinear(kernels, CALL, POINTERS, stream=77)
     quantize, product = driver.launches
-    rule = choose.choose_quantize(4096, 1152, ActScale.TOKEN_RMS, 128, SMS)
-    assert (quantize.name, quantize.grid) == (rule.instantiation, rule.grid)
+    rule = choose.choose_quantize(LAYER, 4096, SMS)
+    assert (quantize.name, quantize.grid) == (rule.kernel.name, rule.grid)
     assert quantize.arguments == {
         "x": 0x1000,
         "codes": 0x10000,
@@ -160,7 +160,7 @@ def test_a_wide_product_is_quantize_and_one_launch(kernels: KernelFolder, driver
         "qmin": -8,
         "qmax": 7,
         "step": 0.34,
-        "columns_per_program": rule.columns_per_program,
+        "columns_per_program": rule.numbers["columns_per_program"],
         "scratch0": 0,
         "scratch1": 0,
     }
@@ -168,9 +168,8 @@ def test_a_wide_product_is_quantize_and_one_launch(kernels: KernelFolder, driver
     assert quantize.types["M"] is ctypes.c_int32
     assert quantize.types["step"] is ctypes.c_float
     assert quantize.types["scratch1"] is ctypes.c_void_p
-    linear = choose.choose_qlinear(4096, 4608, 1152, 3, 0, SMS)
-    assert linear.split_k == 1
-    assert (product.name, product.grid) == (linear.instantiation, linear.grid)
+    (linear,) = choose.choose_qlinear(LAYER, 4096, SMS)
+    assert (product.name, product.grid) == (linear.kernel.name, linear.grid)
     assert product.arguments == {
         "codes": 0x10000,
         "planes": 0x2000,
@@ -199,16 +198,17 @@ def test_a_small_product_is_quantize_slices_and_finish(kernels: KernelFolder, dr
         kernels, LinearCall(layer, 5, "fp16"), replace(POINTERS, bias=0, addend=0x6000), stream=1
     )
     _, slices, finish = driver.launches
-    linear = choose.choose_qlinear(5, 96, 4608, 3, 0, SMS)
-    assert linear.split_k > 1
-    assert (slices.name, slices.grid) == (linear.instantiation, linear.grid)
-    assert (finish.name, finish.grid) == (linear.finish, linear.finish_grid)
-    codes, scales, partials = choose.workspace_parts(5, 96, 4608, linear.split_k)
+    linear = choose.choose_qlinear(layer, 5, SMS)
+    splits = choose.num_splits(linear)
+    assert splits > 1
+    launched = [(slices.name, slices.grid), (finish.name, finish.grid)]
+    assert launched == [(step.kernel.name, step.grid) for step in linear]
+    codes, scales, partials = choose.workspace_parts(layer, 5, splits)
     at = 0x10000 + codes + scales
     assert slices.arguments["partials"] == finish.arguments["partials"] == at
-    assert slices.arguments["k_per_split"] == linear.k_per_split
+    assert slices.arguments["k_per_split"] == linear[0].numbers["k_per_split"]
     assert finish.arguments["act_scale"] == 0x10000 + codes
-    assert finish.arguments["num_splits"] == linear.split_k
+    assert finish.arguments["num_splits"] == splits
     assert (finish.arguments["has_bias"], finish.arguments["has_addend"]) == (0, 1)
     assert finish.arguments["addend"] == 0x6000
     assert codes + scales + partials <= linear_workspace_bytes(layer, 5, SMS)
@@ -234,8 +234,8 @@ def test_monarch_is_two_launches(kernels: KernelFolder, driver: FakeDriver):
     launch_monarch(kernels, shape, (0x10, 0x20, 0x30, 0x40, 0x50), stream=9)
     rule = choose.choose_monarch(300, 576, 2, 4, 8, 288, "bf16")
     first, second = driver.launches
-    assert (first.name, first.grid) == (rule.instantiation_in, rule.grid_in)
-    assert (second.name, second.grid) == (rule.instantiation_out, rule.grid_out)
+    launched = [(first.name, first.grid), (second.name, second.grid)]
+    assert launched == [(step.kernel.name, step.grid) for step in rule]
     expected_in = {"x": 0x10, "R": 0x20, "z": 0x50, "M": 300, "block_in": 576}
     assert first.arguments.items() >= (expected_in | {"b_in": 2, "b_out": 4, "rank": 8}).items()
     expected_out = {"z": 0x50, "L": 0x30, "y": 0x40, "M": 300, "inner": 16}
@@ -257,7 +257,7 @@ def test_the_workspace_suffices_for_fewer_tokens_and_fewer_multiprocessors(n: in
     enough = linear_workspace_bytes(layer, most)
     for num_sms in (1, 46, 132, 188):
         for m in {*range(1, min(most, 200) + 1), most}:
-            assert choose.workspace_bytes(m, n, 1152, 3, 0, num_sms) <= enough, (m, num_sms)
+            assert choose.workspace_bytes(layer, m, num_sms) <= enough, (m, num_sms)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import torch
 
 from treeq_export.errors import CompileError
 from treeq_export.model.zoo import Denoiser
+from treeq_export.ops import OPSET
 
-OPSET = 21
 OUTPUT = "prediction"
 _BATCH = 2  # 1 would be specialised by torch.export
 

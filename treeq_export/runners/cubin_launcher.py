@@ -33,7 +33,6 @@ _PLAIN_SHARED_BYTES = 48 * 1024  # what a kernel may use without asking
 _DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _CTYPES = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
-Grid = tuple[int, int, int]
 Number = int | float
 
 
@@ -71,13 +70,7 @@ def linear_workspace_bytes(layer: LayerFormat, most: int, num_sms: int = MAX_SMS
     tiles the largest m needs most.
     """
     rows = {min(choose.TOKEN_ROWS, most), *range(_SMALL_ROWS, most, _SMALL_ROWS), most}
-    n, k, bits, group = (
-        layer.out_features,
-        layer.in_features,
-        layer.weight_bits,
-        layer.group_size,
-    )
-    return max(choose.workspace_bytes(m, n, k, bits, group, num_sms) for m in rows)
+    return max(choose.workspace_bytes(layer, m, num_sms) for m in rows)
 
 
 class KernelFolder:
@@ -104,18 +97,18 @@ class KernelFolder:
         self._entries = {entry.name: entry for entry in manifest if entry.arch == self.architecture}
         self._handles: dict[str, Any] = {}
 
-    def launch(self, name: str, grid: Grid, values: Mapping[str, Number], stream: int) -> None:
+    def launch(self, step: choose.Launch, values: Mapping[str, int], stream: int) -> None:
         """Put one kernel into a stream.
 
         Args:
-            name: The instantiation.
-            grid: Blocks along x, y, z.
-            values: Arguments by name; pointers are addresses.
+            step: Kernel, grid and sizes.
+            values: Addresses and flags by name; those of other kernels may be among them.
             stream: The stream's handle.
 
         Raises:
             RunnerError: The kernel is not in the folder, or the driver refuses.
         """
+        name = step.kernel.name
         entry = self._entries.get(name)
         if entry is None:
             raise RunnerError(
@@ -126,8 +119,9 @@ class KernelFolder:
             self._handles[name] = self._load(entry)
         self._call(
             "cuLaunchKernel",
-            *(self._driver.CUfunction(int(self._handles[name])), *grid, entry.num_warps * _WARP),
-            *(1, 1, entry.shared_bytes, stream, pack_arguments(entry, values), 0),
+            *(self._driver.CUfunction(int(self._handles[name])), *step.grid),
+            *(entry.num_warps * _WARP, 1, 1, entry.shared_bytes, stream),
+            *(pack_arguments(entry, step.arguments(values)), 0),
         )
 
     def _load(self, entry: "CubinEntry") -> Any:
@@ -266,27 +260,20 @@ def launch_qlinear(
     Raises:
         RunnerError: A kernel is missing, or the driver refuses.
     """
-    m, layer = call.m, call.layer
-    n, k = layer.out_features, layer.in_features
+    layer, m = call.layer, call.m
     if m == 0:
         return
-    launch = choose.choose_qlinear(
-        m, n, k, layer.weight_bits, layer.group_size, kernels.num_sms, call.dtype
-    )
-    parts = choose.workspace_parts(m, n, k, launch.split_k)
-    codes, act_scale = at.workspace, at.workspace + parts[0]
-    partials = act_scale + parts[1]
-    _quantize(kernels, call, at.x, codes, act_scale, stream)
-    size = {"M": m, "N": n}
-    operands = {
-        "codes": codes,
-        "planes": at.planes,
-        "KP": choose.padded(k),
-        "KW": choose.ceil_div(k, 32),
-    }
+    steps = choose.choose_qlinear(layer, m, kernels.num_sms, call.dtype)
+    parts = choose.workspace_parts(layer, m, choose.num_splits(steps))
+    scales = at.workspace + parts[0]
     absent = at.weight_scale  # any valid address
-    epilogue = {
-        "act_scale": act_scale,
+    values = {
+        "x": at.x,
+        "codes": at.workspace,
+        "scale": scales,
+        "planes": at.planes,
+        "partials": scales + parts[1],
+        "act_scale": scales,
         "weight_scale": at.weight_scale,
         "bias": at.bias or absent,
         "addend": at.addend or absent,
@@ -294,37 +281,8 @@ def launch_qlinear(
         "has_bias": int(bool(at.bias)),
         "has_addend": int(bool(at.addend)),
     }
-    if launch.finish is None or launch.finish_grid is None:
-        values = size | operands | epilogue | {"num_groups": layer.num_groups}
-        kernels.launch(launch.instantiation, launch.grid, values, stream)
-        return
-    slices = {"partials": partials, "k_per_split": launch.k_per_split}
-    kernels.launch(launch.instantiation, launch.grid, size | operands | slices, stream)
-    sums = {"partials": partials, "num_splits": launch.split_k}
-    kernels.launch(launch.finish, launch.finish_grid, size | epilogue | sums, stream)
-
-
-def _quantize(
-    kernels: KernelFolder, call: LinearCall, x: int, codes: int, scale: int, stream: int
-) -> None:
-    layer, k = call.layer, call.layer.in_features
-    launch = choose.choose_quantize(
-        call.m, k, layer.act_scale, layer.rotation_group, kernels.num_sms, call.dtype
-    )
-    qmin, qmax = layer.code_range
-    values = {
-        "x": x,
-        "codes": codes,
-        "scale": scale,
-        "M": call.m,
-        "K": k,
-        "KP": choose.padded(k),
-        "qmin": qmin,
-        "qmax": qmax,
-        "step": layer.act_step,
-        "columns_per_program": launch.columns_per_program,
-    }
-    kernels.launch(launch.instantiation, launch.grid, values, stream)
+    for step in (choose.choose_quantize(layer, m, kernels.num_sms, call.dtype), *steps):
+        kernels.launch(step, values, stream)
 
 
 def launch_monarch(
@@ -346,29 +304,7 @@ def launch_monarch(
     """
     if shape.m == 0:
         return
-    x, r, left, y, z = pointers
-    launch = choose.choose_monarch(
-        *(shape.m, shape.block_in, shape.b_in, shape.b_out, shape.rank, shape.block_out),
-        dtype=shape.dtype,
-    )
-    first = {
-        "x": x,
-        "R": r,
-        "z": z,
-        "M": shape.m,
-        "block_in": shape.block_in,
-        "b_in": shape.b_in,
-        "b_out": shape.b_out,
-        "rank": shape.rank,
-    }
-    second = {
-        "z": z,
-        "L": left,
-        "y": y,
-        "M": shape.m,
-        "inner": shape.b_in * shape.rank,
-        "block_out": shape.block_out,
-        "b_out": shape.b_out,
-    }
-    kernels.launch(launch.instantiation_in, launch.grid_in, first, stream)
-    kernels.launch(launch.instantiation_out, launch.grid_out, second, stream)
+    values = dict(zip(("x", "R", "L", "y", "z"), pointers, strict=True))
+    sizes = (shape.m, shape.block_in, shape.b_in, shape.b_out, shape.rank, shape.block_out)
+    for step in choose.choose_monarch(*sizes, dtype=shape.dtype):
+        kernels.launch(step, values, stream)

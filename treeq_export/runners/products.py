@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from treeq_export.ops import OPSET
 from treeq_served.ort_session import open_session
 
 _ROWS, _K, _N = 4, 64, 16
@@ -24,7 +25,7 @@ def make_product() -> tuple[bytes, NDArray[np.uint8]]:
     y = product.outputs[0]
     y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.INT32), ir.Shape([_ROWS, _N])
     graph = ir.Graph(
-        [x], [y], nodes=[product], initializers=[weight], opset_imports={"": 21}, name="product"
+        [x], [y], nodes=[product], initializers=[weight], opset_imports={"": OPSET}, name="product"
     )
     serialized = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     return serialized, np.full((_ROWS, _K), 255, np.uint8)

@@ -6,9 +6,11 @@ product, so it is taken where it gives every SM work; smaller tiles fill the GPU
 and K is cut in slices where even those are too few.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from treeq_export.ops import ActScale
+from treeq_export.ops import PACK_WORD, LayerFormat
 from treeq_gpu import instantiations as inst
 from treeq_gpu.instantiations import CODES_PADDING, DType, Instantiation
 
@@ -19,43 +21,28 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class LinearLaunch:
-    """How one product is launched.
+class Launch:
+    """One launch of a kernel.
 
     Attributes:
-        instantiation: Name of the product's kernel.
-        split_k: Slices of K; 1 is a single launch that writes y.
-        k_per_split: Channels of a slice, a multiple of the kernel's BK.
-        grid: Of the product.
-        finish: Name of the kernel that adds slices, None where there is one slice.
-        finish_grid: Its grid.
+        kernel: The instantiation; it need not be in the written list.
+        grid: Programs along x, y and z.
+        numbers: Arguments that follow from the sizes, by name.
     """
 
-    instantiation: str
-    split_k: int
-    k_per_split: int
+    kernel: Instantiation
     grid: Grid
-    finish: str | None
-    finish_grid: Grid | None
+    numbers: dict[str, int | float]
 
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all arguments by name, in the kernel's order.
 
-@dataclass(frozen=True)
-class QuantizeLaunch:
-    """How tokens are quantized: kernel, grid and the columns that one program writes."""
-
-    instantiation: str
-    grid: Grid
-    columns_per_program: int
-
-
-@dataclass(frozen=True)
-class MonarchLaunch:
-    """How the branch is launched: two kernels with their grids."""
-
-    instantiation_in: str
-    grid_in: Grid
-    instantiation_out: str
-    grid_out: Grid
+        Args:
+            values: Tensors, or their addresses, and flags by name; those of other kernels may be
+                among them.
+        """
+        found = {**values, **self.numbers}
+        return {name: found[name] for name, _ in self.kernel.params}
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -92,71 +79,69 @@ def shape_class_of(m: int, n: int, num_sms: int) -> str:
     return "wide" if num_tiles(m, n, "wide") >= num_sms else "small"
 
 
-def choose_qlinear_instantiation(
-    m: int, n: int, weight_bits: int, group_size: int, num_sms: int, dtype: DType
-) -> Instantiation:
-    """Return the kernel of an unsplit product; it need not be in the written list."""
-    shape_class = shape_class_of(m, n, num_sms)
-    return inst.qlinear(weight_bits, shape_class, dtype, group_step(group_size))
-
-
 def choose_qlinear(
-    m: int,
-    n: int,
-    k: int,
-    weight_bits: int,
-    group_size: int,
-    num_sms: int,
-    dtype: DType = "fp16",
-) -> LinearLaunch:
-    """Return how a product is launched.
+    layer: LayerFormat, m: int, num_sms: int, dtype: DType = "fp16"
+) -> tuple[Launch, ...]:
+    """Return how a product is launched: whole, or in slices of K and a finish that adds them.
 
     Args:
+        layer: The layer; group_size is 0 or a multiple of 32.
         m: Tokens, at least 1.
-        n: Output channels.
-        k: Input channels.
-        weight_bits: 2..8.
-        group_size: Channels of a weight scale, a multiple of 32 that divides k; 0 is all of them.
         num_sms: Multiprocessors of the GPU.
         dtype: Type of y.
     """
+    n, k, bits, group = layer.out_features, layer.in_features, layer.weight_bits, layer.group_size
     shape_class = shape_class_of(m, n, num_sms)
-    tiles = num_tiles(m, n, shape_class, group_step(group_size))
+    tiles = num_tiles(m, n, shape_class, group_step(group))
     bk = inst.TILES[shape_class].bk
     steps = padded(k) // bk
     wanted = 1
-    if shape_class != "wide" and group_size == 0:
+    if shape_class != "wide" and group == 0:
         wanted = max(1, min(num_sms // tiles, steps, MAX_SPLITS))
     k_per_split = ceil_div(steps, wanted) * bk
     splits = ceil_div(padded(k), k_per_split)
+    size = {"M": m, "N": n}
+    operands = {"KP": padded(k), "KW": ceil_div(k, PACK_WORD)}
     if splits == 1:
-        name = choose_qlinear_instantiation(m, n, weight_bits, group_size, num_sms, dtype).name
-        return LinearLaunch(name, 1, padded(k), (tiles, 1, 1), None, None)
+        kernel = inst.qlinear(bits, shape_class, dtype, group_step(group))
+        numbers = {**size, **operands, "num_groups": layer.num_groups}
+        return (Launch(kernel, (tiles, 1, 1), numbers),)
     bm, bn = inst.FINISH_TILE
-    return LinearLaunch(
-        inst.partials(weight_bits, shape_class).name,
-        splits,
-        k_per_split,
-        (tiles, splits, 1),
-        inst.finish(dtype).name,
-        (ceil_div(m, bm), ceil_div(n, bn), 1),
+    kernel = inst.partials(bits, shape_class)
+    return (
+        Launch(kernel, (tiles, splits, 1), {**size, **operands, "k_per_split": k_per_split}),
+        Launch(
+            inst.finish(dtype),
+            (ceil_div(m, bm), ceil_div(n, bn), 1),
+            {**size, "num_splits": splits},
+        ),
     )
 
 
-def choose_quantize(
-    m: int, k: int, act_scale: ActScale, rotation_group: int, num_sms: int, dtype: DType = "fp16"
-) -> QuantizeLaunch:
-    """Return how tokens are quantized: columns are cut where rows alone leave SMs idle."""
-    chosen = inst.quantize(act_scale, rotation_group, dtype)
+def num_splits(launches: tuple[Launch, ...]) -> int:
+    """Return the slices of K of a product; 1 is a single launch that writes y."""
+    return int(launches[-1].numbers.get("num_splits", 1))
+
+
+def choose_quantize(layer: LayerFormat, m: int, num_sms: int, dtype: DType = "fp16") -> Launch:
+    """Return how m tokens are quantized: columns are cut where rows alone leave SMs idle."""
+    k, (qmin, qmax) = layer.in_features, layer.code_range
     rows = ceil_div(m, inst.QUANTIZE_ROWS)
     steps = padded(k) // CODES_PADDING
     columns = ceil_div(steps, max(1, min(steps, num_sms // rows))) * CODES_PADDING
-    return QuantizeLaunch(chosen.name, (rows, ceil_div(padded(k), columns), 1), columns)
-
-
-def monarch_class(m: int) -> str:
-    """Return "token" or "wide"."""
-    return "token" if m <= TOKEN_ROWS else "wide"
+    return Launch(
+        inst.quantize(layer.act_scale, layer.rotation_group, dtype),
+        (rows, ceil_div(padded(k), columns), 1),
+        {
+            "M": m,
+            "K": k,
+            "KP": padded(k),
+            "qmin": qmin,
+            "qmax": qmax,
+            "step": float(layer.act_step),
+            "columns_per_program": columns,
+        },
+    )
 
 
 def choose_monarch(
@@ -167,27 +152,32 @@ def choose_monarch(
     rank: int,
     block_out: int,
     dtype: DType = "fp16",
-) -> MonarchLaunch:
-    """Return how the branch is launched.
+) -> tuple[Launch, Launch]:
+    """Return how the branch is launched: the product with R, then that with L.
 
     Args:
         m: Tokens.
         block_in: Input channels of a block.
         b_in: Blocks along the input.
         b_out: Blocks along the output.
-        rank: Of a block.
+        rank: Rank of a block.
         block_out: Output channels of a block.
         dtype: Type of x, R, L and y.
     """
-    del block_in  # the depth of a block is one program's loop
-    shape_class = monarch_class(m)
+    shape_class = "token" if m <= TOKEN_ROWS else "wide"
     tile = inst.MONARCH_TILES[shape_class]
-    rows = ceil_div(m, tile.bm)
-    return MonarchLaunch(
-        inst.monarch("in", shape_class, dtype).name,
-        (rows, ceil_div(b_out * rank, tile.bn), b_in),
-        inst.monarch("out", shape_class, dtype).name,
-        (rows, ceil_div(block_out, tile.bn), b_out),
+    rows, width = ceil_div(m, tile.bm), {"M": m, "b_out": b_out}
+    return (
+        Launch(
+            inst.monarch("in", shape_class, dtype),
+            (rows, ceil_div(b_out * rank, tile.bn), b_in),
+            {**width, "block_in": block_in, "b_in": b_in, "rank": rank},
+        ),
+        Launch(
+            inst.monarch("out", shape_class, dtype),
+            (rows, ceil_div(block_out, tile.bn), b_out),
+            {**width, "inner": b_in * rank, "block_out": block_out},
+        ),
     )
 
 
@@ -195,13 +185,12 @@ def _aligned(size_bytes: int) -> int:
     return ceil_div(size_bytes, ALIGNMENT) * ALIGNMENT
 
 
-def workspace_parts(m: int, n: int, k: int, split_k: int) -> tuple[int, int, int]:
+def workspace_parts(layer: LayerFormat, m: int, splits: int) -> tuple[int, int, int]:
     """Return the bytes of codes, scales and partial sums, each padded to `ALIGNMENT`."""
-    partial_bytes = 4 * split_k * m * n if split_k > 1 else 0
-    return _aligned(m * padded(k)), _aligned(4 * m), _aligned(partial_bytes)
+    partial_bytes = 4 * splits * m * layer.out_features if splits > 1 else 0
+    return _aligned(m * padded(layer.in_features)), _aligned(4 * m), _aligned(partial_bytes)
 
 
-def workspace_bytes(m: int, n: int, k: int, weight_bits: int, group_size: int, num_sms: int) -> int:
+def workspace_bytes(layer: LayerFormat, m: int, num_sms: int) -> int:
     """Return the bytes of one `treeq::QLinear`: codes, then scales, then partial sums."""
-    launch = choose_qlinear(m, n, k, weight_bits, group_size, num_sms)
-    return sum(workspace_parts(m, n, k, launch.split_k))
+    return sum(workspace_parts(layer, m, num_splits(choose_qlinear(layer, m, num_sms))))

@@ -4,6 +4,7 @@ Outputs are allocated with torch.empty and nothing waits for the GPU, so a CUDA 
 every call. Kernels outside the written list are compiled at their first use.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -73,6 +74,10 @@ def launch(instantiation: Instantiation, grid: choose.Grid, *args: Any) -> None:
     KERNELS[instantiation.kernel][grid](*args, **instantiation.constants, **options)
 
 
+def _run(step: choose.Launch, values: Mapping[str, Any]) -> None:
+    launch(step.kernel, step.grid, *step.arguments(values).values())
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -120,13 +125,8 @@ def quantize_tokens(x: Tensor, layer: LayerFormat) -> tuple[Tensor, Tensor]:
     if m == 0:
         return codes, scale
     dtype = DTYPE_NAMES[x.dtype]
-    how = choose.choose_quantize(m, k, layer.act_scale, group, _num_sms(x.device), dtype)
-    launch(
-        inst.quantize(layer.act_scale, group, dtype),
-        how.grid,
-        *(x, codes, scale, m, k, codes.shape[1], *layer.code_range),
-        *(float(layer.act_step), how.columns_per_program),
-    )
+    how = choose.choose_quantize(layer, m, _num_sms(x.device), dtype)
+    _run(how, {"x": x, "codes": codes, "scale": scale})
     return codes, scale
 
 
@@ -167,10 +167,9 @@ def product(
     Raises:
         ValueError: Shapes, types or ranges are others.
     """
-    m, n, k = len(codes), layer.out_features, layer.in_features
-    bits, group = layer.weight_bits, layer.group_size
+    m, n = len(codes), layer.out_features
     _check_weights(planes, layer)
-    _check("codes", codes, (m, choose.padded(k)), torch.int8)
+    _check("codes", codes, (m, choose.padded(layer.in_features)), torch.int8)
     _check("weight_scale", weight_scale, (n, layer.num_groups), torch.float32)
     if bias is not None:
         _check("bias", bias, (n,), torch.float32)
@@ -179,22 +178,23 @@ def product(
     y = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if m == 0:
         return y
-    dtype, sms = DTYPE_NAMES[out_dtype], _num_sms(codes.device)
-    kp, kw = codes.shape[1], planes.shape[2]
-    how = choose.choose_qlinear(m, n, k, bits, group, sms, dtype)
-    epilogue = (
-        *(scale, weight_scale, weight_scale if bias is None else bias),
-        *(y if addend is None else addend, y, m, n),
-    )
-    flags = (int(bias is not None), int(addend is not None))
-    if how.finish_grid is None:
-        kernel = choose.choose_qlinear_instantiation(m, n, bits, group, sms, dtype)
-        launch(kernel, how.grid, codes, planes, *epilogue, kp, kw, layer.num_groups, *flags)
-        return y
-    partials = torch.empty((how.split_k, m, n), dtype=torch.int32, device=codes.device)
-    kernel = inst.partials(bits, choose.shape_class_of(m, n, sms))
-    launch(kernel, how.grid, codes, planes, partials, m, n, kp, kw, how.k_per_split)
-    launch(inst.finish(dtype), how.finish_grid, partials, *epilogue, how.split_k, *flags)
+    steps = choose.choose_qlinear(layer, m, _num_sms(codes.device), DTYPE_NAMES[out_dtype])
+    values: dict[str, Any] = {
+        "codes": codes,
+        "planes": planes,
+        "act_scale": scale,
+        "weight_scale": weight_scale,
+        "bias": weight_scale if bias is None else bias,  # any tensor where there is none
+        "addend": y if addend is None else addend,
+        "y": y,
+        "has_bias": int(bias is not None),
+        "has_addend": int(addend is not None),
+    }
+    if len(steps) > 1:
+        shape = (choose.num_splits(steps), m, n)
+        values["partials"] = torch.empty(shape, dtype=torch.int32, device=codes.device)
+    for step in steps:
+        _run(step, values)
     return y
 
 
@@ -301,11 +301,8 @@ def monarch(x: Tensor, R: Tensor, L: Tensor) -> Tensor:  # noqa: N803  the op's 
     y = torch.empty((*x.shape[:-1], b_out * block_out), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    dtype = DTYPE_NAMES[x.dtype]
-    how = choose.choose_monarch(m, block_in, b_in, b_out, rank, block_out, dtype)
     z = torch.empty((m, b_out, inner), dtype=x.dtype, device=x.device)
-    first = inst.monarch("in", choose.monarch_class(m), dtype)
-    second = inst.monarch("out", choose.monarch_class(m), dtype)
-    launch(first, how.grid_in, x, R, z, m, block_in, b_in, b_out, rank)
-    launch(second, how.grid_out, z, L, y, m, inner, block_out, b_out)
+    dtype = DTYPE_NAMES[x.dtype]
+    for step in choose.choose_monarch(m, block_in, b_in, b_out, rank, block_out, dtype):
+        _run(step, {"x": x, "R": R, "L": L, "z": z, "y": y})
     return y
