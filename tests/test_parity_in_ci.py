@@ -284,7 +284,8 @@ class TestCommand:
         assert result.exit_code == 1
         assert "nowhere/parity.json: missing" in result.stderr
         assert (run / "parity.json").stat().st_mtime_ns == before
-        assert self.call(run, "--max-growth", -1).exit_code == 2
+        for share in (-1, "nan"):
+            assert self.call(run, "--max-growth", share).exit_code == 2
 
 
 PAGE = (DOCS / "ci.md").read_text()

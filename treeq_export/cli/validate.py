@@ -1,5 +1,6 @@
 """The command that compares a run with its reference, and with another run."""
 
+import math
 from pathlib import Path
 
 import click
@@ -10,6 +11,12 @@ from treeq_export.errors import GateError
 from treeq_export.run_folder import RunFolder
 
 _PATH = click.Path(path_type=Path)
+
+
+def _share(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if math.isnan(value):
+        raise click.BadParameter("received nan, expected a share such as 0.1.")
+    return value
 
 
 @main.command()
@@ -25,8 +32,9 @@ _PATH = click.Path(path_type=Path)
     type=click.FloatRange(min=0),
     default=0.1,
     show_default=True,
+    callback=_share,
     metavar="SHARE",
-    help="With --against, the share by which an error may grow.",
+    help="Share by which an error may grow since the run of --against.",
 )
 @json_option
 def validate(
