@@ -7,7 +7,7 @@ The engine's layer list names ONNX nodes. Of each planned layer the node of its 
    change its scale, type or shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,45 +59,34 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
         PlanError: Its metadata are malformed.
     """
     model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
-    sites = {site.name: site.node or site.name for site in read_layers(model)}
-    packed = {node.name or "" for node in model.graph if _is(node, QLINEAR.name)}
-    weights = {
-        name.removesuffix(WEIGHT_SUFFIX): value
-        for name, value in model.graph.initializers.items()
-        if name.endswith(WEIGHT_SUFFIX)
-    }
-    products = {}
-    for layer, node in sites.items():
+    graph = model.graph
+    named = {op.name: _names(graph, DOMAIN, {op.name}) for op in PLUGINS}
+    packed, branches = named[QLINEAR.name], named[MONARCH.name]
+    products: dict[str, frozenset[str]] = {}
+    for site in read_layers(model):
+        node, weight = site.node or site.name, graph.initializers.get(site.name + WEIGHT_SUFFIX)
         if node in packed:
-            products[layer] = frozenset({node})
-        elif layer in weights:
-            products[layer] = frozenset(_products_of(weights[layer]))
+            products[site.name] = frozenset({node})
         else:
-            products[layer] = frozenset()
+            products[site.name] = frozenset(() if weight is None else _products_of(weight))
     return GraphFacts(
         products=products,
-        branches={
-            name: name.removesuffix(_BRANCH_SUFFIX)
-            for name in (node.name or "" for node in model.graph if _is(node, MONARCH.name))
-        },
-        all_products=frozenset(
-            node.name or ""
-            for node in model.graph
-            if _is(node, QLINEAR.name, MONARCH.name)
-            or (not node.domain and node.op_type in _PRODUCTS)
-        ),
+        branches={name: name.removesuffix(_BRANCH_SUFFIX) for name in branches},
+        all_products=packed | branches | _names(graph, "", _PRODUCTS),
         profile=_read_profile(path, model, opt_batch, max_batch),
         plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
         plugins=tuple(
             PluginReference(name=name, version=PLUGIN_VERSION, namespace=DOMAIN)
-            for name in sorted(op.name for op in PLUGINS)
-            if any(_is(node, name) for node in model.graph)
+            for name in sorted(named)
+            if named[name]
         ),
     )
 
 
-def _is(node: ir.Node, *op_types: str) -> bool:
-    return node.domain == DOMAIN and node.op_type in op_types
+def _names(graph: ir.Graph, domain: str, op_types: Collection[str]) -> frozenset[str]:
+    """Return the names of the nodes of some operators."""
+    nodes = (n for n in graph if n.domain == domain and n.op_type in op_types)
+    return frozenset(node.name or "" for node in nodes)
 
 
 def _products_of(value: ir.Value) -> Iterator[str]:
