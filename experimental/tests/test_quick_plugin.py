@@ -1,5 +1,6 @@
 """Quick Deployable Plugins with a stand-in for `tensorrt.plugin`, and real kernels' PTX."""
 
+import json
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +253,9 @@ def test_kernels_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(KERNELS_VARIABLE, str(tmp_path))
     with pytest.raises(RunnerError, match=r"kernels\.json: cannot be read"):
         register_quick_plugins(runtime, "sm_80")
-    (tmp_path / "kernels.json").write_text('{"kernels": [{"arch": "sm_90"}]}')
+    entry = {"name": "k", "arch": "sm_90", "file": "k.cubin", "sha256": "0", "function": "k"}
+    entry |= {"shared_bytes": 0, "num_warps": 4, "params": []}
+    (tmp_path / "kernels.json").write_text(json.dumps({"kernels": [entry]}))
     with pytest.raises(RunnerError, match="kernels for sm_90, but the GPU is sm_80"):
         register_quick_plugins(runtime, "sm_80")
 
