@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from treeq_export import api
 from treeq_export.calibrate import run_calibrate
 from treeq_export.model.fit import LayerTokens, fit_layer, quantize_layer
 from treeq_export.model.qlinear import QLinear
@@ -72,7 +73,9 @@ def calibrate(tiny: Any, run: Path, **recipe: Any) -> bytes:
 @pytest.fixture(scope="module")
 def static_run(make_tiny_run: Make) -> Any:
     """The tiny DiT with static activation scales, a branch and groups."""
-    return make_tiny_run("dit", activation_scale="tensor_static", group_size=32)
+    tiny = make_tiny_run("dit", activation_scale="tensor_static", group_size=32)
+    run_calibrate(tiny.run, tiny.denoiser, tiny.plan, tiny.recipe, lambda _: None)
+    return tiny
 
 
 def test_statistics_are_those_of_the_rotated_inputs(static_run: Any):
@@ -416,9 +419,7 @@ def test_the_clean_error_is_made_up_for_without_quantized_activations():
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "flux"])
-def test_calibration_in_order_lowers_the_network_s_error(
-    family: str, make_tiny_run: Make, tmp_path: Path
-):
+def test_calibration_in_order_lowers_the_network_s_error(family: str, make_tiny_run: Make):
     tiny = make_tiny_run(family, weight_bits=3, activation_bits=3)
     section = tiny.recipe.calibrate.model_copy(
         update={
@@ -432,17 +433,18 @@ def test_calibration_in_order_lowers_the_network_s_error(
     sampler = tiny.recipe.sampler.model_copy(update={"steps": 4, "batch_size": 16})
     recipe = tiny.recipe.model_copy(update={"calibrate": section, "sampler": sampler})
     steps: list[float] = []
-    plan = run_calibrate(tmp_path, tiny.denoiser, tiny.plan, recipe, steps.append)
+    model = api.Model(tiny.denoiser, tiny.checkpoint, recipe)
+    made = api.calibrate(api.Quantized(model, tiny.plan, {}), on_step=steps.append)
     assert steps == sorted(steps)
     assert steps[-1] == pytest.approx(1.0)
     rows = collect_rows(tiny.denoiser, sampler, num_samples=4, num_rows=None, seed=9)
     reference = predict(tiny.denoiser, rows, 8)
     error = []
-    for tensors in (tiny.tensors, load_tensors(tmp_path, plan)):
-        quantized = quantize_model(tiny.denoiser, plan, tensors)
+    for tensors in (tiny.tensors, made.tensors):
+        quantized = quantize_model(tiny.denoiser, tiny.plan, tensors)
         error.append(float(torch.mean((predict(quantized, rows, 8) - reference) ** 2)))
     assert error[1] < 0.9 * error[0]
-    for layer in plan.layers:
+    for layer in made.plan.layers:
         linear = linear_of(tiny.denoiser, layer)
         assert not linear._forward_pre_hooks
 

@@ -24,13 +24,13 @@ VALUE = {"depends": "x", "numbers": [1, 2.5, None], "more": {"é": True}}
 @pytest.fixture
 def tensors(tmp_path: Path) -> Path:
     path = tmp_path / "cache" / "a.safetensors"
-    write_sealed_tensors(path, save_file, TENSORS, {"fingerprint": "f", "other": "o"})
+    write_sealed_tensors(path, save_file, TENSORS, "f", other="o")
     return path
 
 
 def test_tensors_and_metadata_come_back(tensors: Path) -> None:
     said: list[str] = []
-    metadata = read_sealed_metadata(tensors, {"fingerprint": "f"}, said.append)
+    metadata = read_sealed_metadata(tensors, "f", said.append)
     assert metadata is not None
     assert (metadata["fingerprint"], metadata["other"]) == ("f", "o")
     loaded = load_file(tensors)
@@ -42,8 +42,8 @@ def test_tensors_and_metadata_come_back(tensors: Path) -> None:
 
 def test_a_missing_file_and_one_of_another_label_are_no_damage(tensors: Path) -> None:
     said: list[str] = []
-    assert read_sealed_metadata(tensors, {"fingerprint": "g"}, said.append) is None
-    assert read_sealed_metadata(tensors.with_name("b"), {}, said.append) is None
+    assert read_sealed_metadata(tensors, "g", said.append) is None
+    assert read_sealed_metadata(tensors.with_name("b"), "g", said.append) is None
     assert said == []
 
 
@@ -54,7 +54,7 @@ def test_every_flipped_bit_of_a_tensor_file_is_noticed(tensors: Path) -> None:
         damaged[at] ^= 1 << random.randrange(8)
         tensors.write_bytes(damaged)
         said: list[str] = []
-        assert read_sealed_metadata(tensors, {"fingerprint": "f"}, said.append) is None, at
+        assert read_sealed_metadata(tensors, "f", said.append) is None, at
         assert said == [f"{tensors}: damaged, or of an older treeq-export; it is made again."]
 
 
@@ -62,7 +62,7 @@ def test_every_flipped_bit_of_a_tensor_file_is_noticed(tensors: Path) -> None:
 def test_what_is_no_tensor_file_is_damage(tensors: Path, content: bytes) -> None:
     tensors.write_bytes(content)
     said: list[str] = []
-    assert read_sealed_metadata(tensors, {}, said.append) is None
+    assert read_sealed_metadata(tensors, "f", said.append) is None
     assert len(said) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_file_without_a_seal_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "old.safetensors"
     save_file(TENSORS, path, metadata={"fingerprint": "f"})
     said: list[str] = []
-    assert read_sealed_metadata(path, {"fingerprint": "f"}, said.append) is None
+    assert read_sealed_metadata(path, "f", said.append) is None
     assert len(said) == 1
 
 

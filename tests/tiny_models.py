@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from tests.export_cache import export_once
-from treeq_export.calibrate import run_calibrate
+from treeq_export import api
 from treeq_export.compile.stage import run_compile
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from treeq_export.model.conditioning import make_denoiser
 from treeq_export.model.quantized import quantize_model
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan, Tensors, load_tensors
+from treeq_export.plan import Plan, Tensors
 from treeq_export.recipe import ModelSection, Recipe
 from treeq_export.records import CompileRecord
-from treeq_export.search.stage import run_search
 
 TINY_LATENT = 8
 # All in_features of the blocks' linears are multiples of 64.
@@ -190,9 +189,9 @@ def make_tiny_run(
         recipe = make_tiny_recipe(family, **search)
         checkpoint = open_checkpoint(Path(recipe.model.checkpoint))
         denoiser = make_tiny_denoiser(family)
-        plan = run_search(run, denoiser, checkpoint, recipe, lambda _: None)
-        plan = run_calibrate(run, denoiser, plan, recipe, lambda _: None)
-        return TinyRun(run, checkpoint, denoiser, recipe, plan, load_tensors(run, plan))
+        found = api.search(api.Model(denoiser, checkpoint, recipe))
+        made = api.calibrate(found).save(run)
+        return TinyRun(run, checkpoint, denoiser, recipe, made.plan, made.tensors)
 
     return make
 

@@ -1,5 +1,9 @@
 """Files that carry the digest of their own content: what is damaged is noticed, and made again.
 
+Whatever a stage keeps to go on from is such a file, labelled with the fingerprint of all that it
+depends on: a search's inputs and weights, the state of a training, samples. What finished stages
+left stands in run.json.
+
 A sealed safetensors file has "sha256" among its metadata: the SHA-256 of all its bytes with 64
 zeros in the digest's place. A sealed JSON object has the key "sha256": the SHA-256 of the canonical
 text of its other keys.
@@ -17,7 +21,7 @@ from treeq_export.errors import OutputError, TreeqError
 from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import parse_json, read_object
 
-SEAL = "sha256"
+SEAL, FINGERPRINT = "sha256", "fingerprint"
 _BLANK = b"0" * 64
 _SEAL_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _SIZE_FIELD = 8  # bytes before the header of a safetensors file
@@ -29,7 +33,8 @@ def write_sealed_tensors(
     path: Path,
     save_file: Callable[..., Any],
     tensors: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    fingerprint: str,
+    **metadata: str,
 ) -> None:
     """Write a sealed safetensors file, atomically.
 
@@ -37,13 +42,15 @@ def write_sealed_tensors(
         path: The file.
         save_file: `save_file` of safetensors for the framework of the tensors.
         tensors: By name, contiguous.
-        metadata: What the file is, for `read_sealed_metadata`.
+        fingerprint: Digest of all that the tensors depend on.
+        **metadata: What else `read_sealed_metadata` is to return.
 
     Raises:
         OutputError: The disk is full or the folder cannot be written to.
     """
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={**metadata, SEAL: _BLANK.decode()})
+        labels = {FINGERPRINT: fingerprint, **metadata, SEAL: _BLANK.decode()}
+        save_file(dict(tensors), temporary, metadata=labels)
         header = _read_header(temporary)
         found = _SEAL_IN_HEADER.search(header)
         assert found is not None
@@ -54,13 +61,13 @@ def write_sealed_tensors(
 
 
 def read_sealed_metadata(
-    path: Path, expected: Mapping[str, str], say: Say = say_nothing
+    path: Path, fingerprint: str, say: Say = say_nothing
 ) -> dict[str, str] | None:
     """Return the metadata of a sealed safetensors file, if it can be used.
 
     Args:
         path: The file; it may be missing.
-        expected: Metadata that it must have.
+        fingerprint: Fingerprint that it must have.
         say: Told in one line that the file is damaged.
 
     Returns:
@@ -72,8 +79,7 @@ def read_sealed_metadata(
     if metadata is None:
         say(f"{path}: damaged, or of an older treeq-export; it is made again.")
         return None
-    same = all(metadata.get(name) == value for name, value in expected.items())
-    return metadata if same else None
+    return metadata if metadata.get(FINGERPRINT) == fingerprint else None
 
 
 def _read_whole(path: Path) -> dict[str, str] | None:

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from treeq_export.compare.figures import draw_png, draw_svg
 from treeq_export.compare.html import render_comparison
-from treeq_export.compare.progress import CompareProgress, describe_row
-from treeq_export.compare.stage import Progress
+from treeq_export.compare.progress import CompareProgress, Progress, describe_row
 from treeq_export.compare.terminal import print_comparison
 from treeq_export.compare.view import label_of, ratio_to_uniform, table_rows
 from treeq_export.records import CompareRecord, CompareRow

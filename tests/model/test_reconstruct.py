@@ -1,19 +1,17 @@
 """Learned rounding: what a soft layer computes, what training gains, what it leaves alone."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from treeq_export.calibrate import run_calibrate
+from treeq_export import api
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.quantized import layer_tensors, linear_of, quantize_model
 from treeq_export.model.reconstruct import BlockCall, SoftLinear, reconstruct_block
 from treeq_export.model.trajectories import collect_rows, predict
-from treeq_export.plan import load_tensors
 from treeq_export.quant.branch import dense_branch
 from treeq_export.quant.grids import INTEGER
 from treeq_export.quant.rotation import rotate
@@ -158,9 +156,7 @@ def test_training_that_does_not_help_leaves_the_block_as_it_was(
 
 
 @pytest.mark.parametrize("family", ["dit", "flux"])
-def test_calibrate_trains_block_by_block(
-    family: str, make_tiny_run: Callable[..., Any], tmp_path: Path
-):
+def test_calibrate_trains_block_by_block(family: str, make_tiny_run: Callable[..., Any]):
     tiny = make_tiny_run(family, weight_bits=3, activation_bits=3)
     error = {}
     for rounding in ("gptq", "adaround"):
@@ -175,11 +171,12 @@ def test_calibrate_trains_block_by_block(
         section = tiny.recipe.calibrate.model_copy(update=update)
         sampler = tiny.recipe.sampler.model_copy(update={"steps": 4, "batch_size": 16})
         recipe: Recipe = tiny.recipe.model_copy(update={"calibrate": section, "sampler": sampler})
-        (tmp_path / rounding).mkdir()
         steps: list[float] = []
-        plan = run_calibrate(tmp_path / rounding, tiny.denoiser, tiny.plan, recipe, steps.append)
+        model = api.Model(tiny.denoiser, tiny.checkpoint, recipe)
+        quantized = api.calibrate(
+            api.Quantized(model, tiny.plan, {}), on_step=steps.append
+        ).denoiser
         assert steps == sorted(steps)
-        quantized = quantize_model(tiny.denoiser, plan, load_tensors(tmp_path / rounding, plan))
         rows = collect_rows(tiny.denoiser, sampler, num_samples=8, num_rows=None, seed=9)
         difference = predict(quantized, rows, 16) - predict(tiny.denoiser, rows, 16)
         error[rounding] = float(torch.mean(difference**2))

@@ -1,8 +1,8 @@
 """What a comparison is made of, and its options as they are written on the command line."""
 
-import math
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -53,80 +53,68 @@ def command_line(options: CompareOptions, recipe: str, overrides: Sequence[str],
     return shlex.join(words)
 
 
-def split_list(text: str) -> list[str]:
-    """Return the words of a comma-separated list, each once.
+def _parse(text: str, read: Callable[[str], Any], expected: str) -> tuple[Any, ...]:
+    """Return the values of a comma-separated list, each once.
+
+    Args:
+        text: The list.
+        read: Returns a word's value, None for a word that has none.
+        expected: Description of the words, for the message.
 
     Raises:
-        ValueError: There is none.
-
-    >>> split_list("tss, uniform,tss")
-    ['tss', 'uniform']
+        ValueError: The list is empty, or a word has no value.
     """
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError("received an empty list, expected words separated by commas")
-    return words
+    values = {word: read(word) for word in words}
+    for word, value in values.items():
+        if value is None:
+            raise ValueError(f"received {word!r}, expected {expected}")
+    return tuple(dict.fromkeys(values.values()))
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """Return average bits.
-
-    Raises:
-        ValueError: One is not a number, or not within the bits that a layer can have.
+    """Return average bits; a ValueError names one that no layer can have.
 
     >>> parse_budgets("2.5,3")
     (2.5, 3.0)
     """
-    budgets: list[float] = []
-    for word in split_list(text):
-        try:
-            budget = float(word)
-        except ValueError:
-            budget = math.nan
-        if not MIN_BITS <= budget <= MAX_BITS:
-            raise ValueError(
-                f"received {word!r}, expected average bits from {MIN_BITS} to {MAX_BITS}, "
-                "such as 2.5,3,4"
-            )
-        budgets.append(budget)
-    return tuple(dict.fromkeys(budgets))
+
+    def read(word: str) -> float | None:
+        with suppress(ValueError):
+            if MIN_BITS <= float(word) <= MAX_BITS:
+                return float(word)
+        return None
+
+    return _parse(text, read, f"average bits from {MIN_BITS} to {MAX_BITS}, such as 2.5,3,4")
 
 
 def parse_names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names out of a list of known ones.
+    """Return names out of a list of known ones; a ValueError names one that is unknown.
 
-    Raises:
-        ValueError: One is not known.
+    >>> parse_names("tss, uniform,tss", STRATEGIES)
+    ('tss', 'uniform')
     """
-    words = split_list(text)
-    for word in words:
-        if word not in known:
-            raise ValueError(f"received {word!r}, expected some of {', '.join(known)}")
-    return tuple(words)
+    read = {name: name for name in known}.get
+    return _parse(text, read, f"some of {', '.join(known)}")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return seeds.
-
-    Raises:
-        ValueError: One is not an integer from 0 on.
+    """Return seeds; a ValueError names a word that is no integer from 0 on.
 
     >>> parse_seeds("0,1,2")
     (0, 1, 2)
     """
-    words = split_list(text)
-    for word in words:
-        if not (word.isascii() and word.isdigit()):
-            raise ValueError(f"received {word!r}, expected integers from 0 on, such as 0,1,2")
-    return tuple(int(word) for word in words)
+
+    def read(word: str) -> int | None:
+        return int(word) if word.isascii() and word.isdigit() else None
+
+    return _parse(text, read, "integers from 0 on, such as 0,1,2")
 
 
 def parse_peers(text: str) -> tuple[str, ...]:
-    """Return names of peers.
-
-    Raises:
-        ValueError: One is not known.
-    """
+    """Return names of peers; a ValueError names one that is unknown."""
     from treeq_export.peers import PEERS  # with PyTorch, which the other options do not need
 
     return parse_names(text, tuple(PEERS))

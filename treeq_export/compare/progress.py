@@ -1,15 +1,32 @@
 """Progress of a comparison on a console: a bar for the stage at work and a line per cell."""
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from treeq_export.compare.stage import Progress as Done
 from treeq_export.progress import OnStep
 from treeq_export.records import CompareRow
 from treeq_export.report.quantities import format_fixed, format_ratio, format_seconds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison is.
+
+    Attributes:
+        num_done: Finished cells.
+        num_cells: All cells.
+        worked: Whether the last one had anything to do.
+        left_s: Estimated seconds for the rest, from the cells of this process; None before one.
+    """
+
+    num_done: int
+    num_cells: int
+    worked: bool
+    left_s: float | None
 
 
 class CompareProgress:
@@ -21,11 +38,11 @@ class CompareProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -50,7 +67,7 @@ class CompareProgress:
         task = self.bars.add_task(f"{cell}: {stage}", total=1.0)
         return lambda fraction: self.bars.update(task, completed=fraction)
 
-    def finish_cell(self, row: CompareRow, done: Done) -> None:
+    def finish_cell(self, row: CompareRow, done: Progress) -> None:
         """Print a line for a finished cell."""
         left = f", about {format_seconds(done.left_s)} left" if done.left_s else ""
         state = describe_row(row) if done.worked else "up to date"

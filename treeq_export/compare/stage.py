@@ -7,10 +7,9 @@ DIR/samples/                                 full precision's images, the same f
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,12 +20,13 @@ from treeq_export.compare.figures import draw_png
 from treeq_export.compare.html import render_comparison
 from treeq_export.compare.options import CompareOptions, command_line
 from treeq_export.compare.peer_cells import PeerCell
+from treeq_export.compare.progress import CompareProgress, Progress
 from treeq_export.compare.rows import read_quality, spread_accuracy, spread_distance
 from treeq_export.environment import describe_environment
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.pipeline.run import check_recipe, recipe_with_digests
 from treeq_export.pipeline.workspace import Workspace
-from treeq_export.progress import OnStep, Say, say_nothing
+from treeq_export.progress import Say, say_nothing
 from treeq_export.recipe import Recipe
 from treeq_export.records import CompareRecord, CompareRow, QualityRecord, load_record, save_record
 from treeq_export.run_folder import RunFolder
@@ -37,39 +37,10 @@ PNG_FILE = "compare.png"
 CELLS_FOLDER = "cells"
 
 
-class OnProgress(Protocol):
-    """Shows how far a comparison is."""
-
-    def start_stage(self, cell: str, stage: str) -> OnStep:
-        """Open the bar of a stage; return the callback for the fraction done."""
-        ...
-
-    def finish_cell(self, row: CompareRow, done: "Progress") -> None:
-        """Show a finished cell."""
-        ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is.
-
-    Attributes:
-        num_done: Finished cells.
-        num_cells: All cells.
-        worked: Whether the last one had anything to do.
-        left_s: Estimated seconds for the rest, from the cells of this process; None before one.
-    """
-
-    num_done: int
-    num_cells: int
-    worked: bool
-    left_s: float | None
-
-
 def run_compare(
     workspace: Workspace,
     options: CompareOptions,
-    on_progress: OnProgress,
+    on_progress: CompareProgress,
 ) -> CompareRecord:
     """Run every cell that is not up to date, and write the table and its views after each.
 

@@ -2,8 +2,9 @@
 
     CACHE/<key>/model.engine layers.txt entry.json
 
-A folder appears as a whole or not at all, so that an interrupted build leaves nothing. Engines of a
-run are links to these files where the file system has links, so that they take no space twice.
+They are no results of one run's stage, because runs share them. A folder appears as a whole or not
+at all, so that an interrupted build leaves nothing. Engines of a run are links to these files where
+the file system has links, so that they take no space twice.
 """
 
 from pathlib import Path

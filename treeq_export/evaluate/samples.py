@@ -27,7 +27,6 @@ from treeq_export.runners.model_files import model_files
 from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
 _TENSOR = "samples"
-_KEY = "fingerprint"
 
 
 def digest_denoiser(denoiser: Denoiser) -> str:
@@ -88,10 +87,10 @@ def sample_or_load(
     Raises:
         OutputError: The file cannot be written.
     """
-    if read_sealed_metadata(path, {_KEY: fingerprint}, say) is not None:
+    if read_sealed_metadata(path, fingerprint, say) is not None:
         return load_safetensors(path, error=TreeqError, remedy="")[_TENSOR]
     samples = np.ascontiguousarray(make().numpy())
-    write_sealed_tensors(path, save_file, {_TENSOR: samples}, {_KEY: fingerprint})
+    write_sealed_tensors(path, save_file, {_TENSOR: samples}, fingerprint)
     return samples
 
 

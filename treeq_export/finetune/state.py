@@ -15,8 +15,6 @@ from treeq_export.progress import Say, say_nothing
 from treeq_export.reading import load_safetensors
 from treeq_export.sealed import read_sealed_metadata, write_sealed_tensors
 
-_FINGERPRINT, _PROGRESS, _SECONDS = "fingerprint", "progress", "seconds"
-
 
 def save_state(path: Path, training: Training, fingerprint: str, seconds: float) -> None:
     """Write the state of a training, atomically.
@@ -30,13 +28,11 @@ def save_state(path: Path, training: Training, fingerprint: str, seconds: float)
     Raises:
         OutputError: The disk is full or the folder cannot be written to.
     """
-    header = {
-        _FINGERPRINT: fingerprint,
-        _PROGRESS: json.dumps(dataclasses.asdict(training.progress)),
-        _SECONDS: repr(seconds),
-    }
     tensors = {name: tensor.contiguous() for name, tensor in training.state().items()}
-    write_sealed_tensors(path, save_file, tensors, header)
+    progress = json.dumps(dataclasses.asdict(training.progress))
+    write_sealed_tensors(
+        path, save_file, tensors, fingerprint, progress=progress, seconds=repr(seconds)
+    )
 
 
 def load_state(path: Path, training: Training, fingerprint: str, say: Say = say_nothing) -> float:
@@ -51,9 +47,9 @@ def load_state(path: Path, training: Training, fingerprint: str, say: Say = say_
     Returns:
         The seconds spent before; 0 where nothing was taken up.
     """
-    header = read_sealed_metadata(path, {_FINGERPRINT: fingerprint}, say)
+    header = read_sealed_metadata(path, fingerprint, say)
     if header is None:
         return 0.0
     tensors = load_safetensors(path, error=PlanError, remedy="", framework="pt")
-    training.load_state(tensors, Progress(**json.loads(header[_PROGRESS])))
-    return float(header[_SECONDS])
+    training.load_state(tensors, Progress(**json.loads(header["progress"])))
+    return float(header["seconds"])

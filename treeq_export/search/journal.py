@@ -2,7 +2,8 @@
 
 A search asks the journal before it measures and tells it at once what it has measured, so a search
 that is killed and started again goes on where it was. A journal may hold several searches: values
-are found under the fingerprint of everything that they depend on and under no other.
+are found under the fingerprint of everything that they depend on and under no other. It is no
+sealed file (sealed.py), because values come one at a time and by the thousand.
 
 The file is in WAL mode with `synchronous=NORMAL`, one transaction per value. A recorded value is
 with the operating system when `record` returns: `kill -9` loses none. A power failure may lose the

@@ -34,7 +34,6 @@ CLEAN, NOISY, BRANCH = "clean.", "noisy.", "branch."  # what names of tensors be
 _REDO = "Remove the folder `search` of the run; the search then starts again."
 _PREDICTION = "prediction"
 _NUM_ELEMENTS = "num_elements"
-_KEY = "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class Store:
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one file, atomically."""
         contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        write_sealed_tensors(self.folder / name, save_file, contiguous, {_KEY: self.fingerprint})
+        write_sealed_tensors(self.folder / name, save_file, contiguous, self.fingerprint)
 
     def has(self, name: str) -> bool:
         """Whether a file of this search exists and is whole; reads all of it."""
-        expected = {_KEY: self.fingerprint}
-        return read_sealed_metadata(self.folder / name, expected, self.say) is not None
+        found = read_sealed_metadata(self.folder / name, self.fingerprint, self.say)
+        return found is not None
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one file; their bytes are read when they are used."""
