@@ -22,7 +22,7 @@ from torch import nn
 
 from treeq_export.artefacts import atomic_path, link_or_copy, put_in_place
 from treeq_export.compile.export import export_graph
-from treeq_export.compile.stage import write_graph
+from treeq_export.compile.stage import lower_graph, write_graph
 from treeq_export.errors import PlanError, RecipeError
 from treeq_export.finetune.stage import train
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_module
@@ -273,7 +273,8 @@ def compile(  # noqa: A001  the stage's name
     """
     model = quantized.model.changed("compile", settings | {"targets": [target]})
     section, plan, tensors = model.recipe.compile, quantized.plan, quantized.tensors
-    graph = export_graph(quantized.denoiser, section.max_batch)
+    exported = export_graph(quantized.denoiser, section.max_batch)
+    graph = lower_graph(exported, target, plan, section)
     if path is None:
         with scratch_folder() as folder:
             audit = write_graph(folder / "model.onnx", graph, target, plan, tensors, section)

@@ -59,20 +59,41 @@ def save_model(model: ir.Model, path: Path, external_data: str) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
+def lower_graph(graph: ir.Model, target: str, plan: Plan, section: CompileSection) -> ir.Model:
+    """Lower an exported graph for a target, in place, and name the plan in it.
+
+    Args:
+        graph: The exported graph.
+        target: A target of the recipe, or "fp32".
+        plan: The plan.
+        section: The recipe's compile section.
+
+    Raises:
+        CompileError: The target does not have a layer's format, or local paths are left.
+    """
+    kind = target_named(target)
+    model = kind.lower(graph)
+    if kind.is_engine:
+        write_batch_profile(model, section.opt_batch, section.max_batch)
+    model.metadata_props[PLAN_KEY] = plan_digest(plan)
+    check_metadata(model)
+    return model
+
+
 def write_graph(
     path: Path,
-    graph: ir.Model,
+    model: ir.Model,
     target: str,
     plan: Plan,
     tensors: Mapping[str, NDArray[Any]],
     section: CompileSection,
 ) -> list[AuditLayer]:
-    """Lower an exported graph for a target, write it and audit the file.
+    """Write a lowered graph and audit the file.
 
     Args:
         path: The model file; external data goes to `<path>.data`.
-        graph: The exported graph; it is changed.
-        target: A target of the recipe, or "fp32".
+        model: What `lower_graph` returned.
+        target: The target.
         plan: The plan.
         tensors: The plan's tensors.
         section: The recipe's compile section.
@@ -81,16 +102,11 @@ def write_graph(
         What every layer became; nothing for a target without quantized layers.
 
     Raises:
-        CompileError: A layer did not become integer arithmetic, has sums that are not exact on this
-            processor or a format that the target does not have, or local paths are left.
+        CompileError: A layer did not become integer arithmetic, or has sums that are not exact on
+            this processor.
     """
-    kind = target_named(target)
-    model = kind.lower(graph)
-    if kind.is_engine:
-        write_batch_profile(model, section.opt_batch, section.max_batch)
-    model.metadata_props[PLAN_KEY] = plan_digest(plan)
-    check_metadata(model)
     save_model(model, path, section.external_data)
+    kind = target_named(target)
     if kind.audit is None:
         return []
     audit = kind.audit.read(path, plan, tensors)
@@ -109,10 +125,11 @@ def compile_target(
     tensors: Mapping[str, NDArray[Any]],
     section: CompileSection,
 ) -> CompiledTarget:
-    """Call `write_graph` for a run; the target's folder appears only when the audit has passed."""
+    """Compile a target of a run; its folder appears only when the audit has passed."""
+    model = lower_graph(graph, target, plan, section)
     final = run / RunFolder.graph(target)
     with atomic_folder(final.parent, OUR_FILES) as folder:
-        audit = write_graph(folder / MODEL_FILE, graph, target, plan, tensors, section)
+        audit = write_graph(folder / MODEL_FILE, model, target, plan, tensors, section)
     data = final.with_name(DATA_FILE)
     return CompiledTarget(
         target=target,
