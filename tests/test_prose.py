@@ -17,6 +17,8 @@ SOURCES = [
     path
     for folder in (
         "treeq_export/cli",
+        "treeq_export/compile",
+        "treeq_export/engines",
         "treeq_export/evaluate",
         "treeq_export/finetune",
         "treeq_export/quant",

@@ -18,7 +18,7 @@ def write_batch_profile(model: ir.Model, opt_batch: int, max_batch: int) -> None
     """Put the profile of a model's inputs into its metadata.
 
     Args:
-        model: Its dynamic axes all are the batch.
+        model: The model; every dynamic axis is the batch.
         opt_batch: Batch that the engine is tuned for.
         max_batch: Largest batch.
 

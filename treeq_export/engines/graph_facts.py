@@ -52,11 +52,11 @@ def read_facts(path: Path, max_batch: int, opt_batch: int = 2) -> GraphFacts:
     Args:
         path: The model file.
         max_batch: Largest batch, for graphs whose metadata has no profile.
-        opt_batch: Batch to tune for, likewise.
+        opt_batch: Batch to tune for, for graphs whose metadata has no profile.
 
     Raises:
         CompileError: The file is damaged, or an input's shape is not known.
-        PlanError: Its metadata are malformed.
+        PlanError: The metadata are malformed.
     """
     model = read_graph(path, error=CompileError, remedy="Run `treeq-export compile` again.")
     graph = model.graph

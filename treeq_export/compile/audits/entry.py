@@ -29,7 +29,7 @@ def audit_entry(
     Args:
         layer: The layer's plan.
         forms: All ways to store the layer's weight.
-        readers: What reads each stored weight, by digest.
+        readers: Kinds of readers by digest of a stored weight.
         integer_kinds: Readers that are integer arithmetic.
     """
     kinds = {kind for array in forms for kind in readers.get(digest_of(array), ())}

@@ -55,7 +55,7 @@ class Audit:
     Attributes:
         read: Says what every layer became, from the file, the plan and the plan's tensors.
         where: The place where that was seen, for the error.
-        remedy: What the user can do, for the error.
+        remedy: A remedy for the user, for the error.
     """
 
     read: Callable[[Path, Plan, Mapping[str, NDArray[Any]]], list[AuditLayer]]
@@ -83,7 +83,7 @@ def optimized_graph(path: Path, folder: Path, *, use_kernels: bool = False) -> i
 
     Args:
         path: The model.
-        folder: Where the optimized graph is written; it has to outlive the result.
+        folder: The folder of the optimized graph; it has to outlive the result.
         use_kernels: Whether our custom-op library is registered.
 
     Raises:
@@ -115,7 +115,7 @@ def audit_graph(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) -> 
 
     Args:
         path: The compiled model.
-        plan: Its plan.
+        plan: The plan.
         tensors: The plan's tensors, for the codes.
 
     Returns:

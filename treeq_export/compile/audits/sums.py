@@ -88,10 +88,10 @@ def check_sums(
 
     Args:
         target: The target.
-        audit: Its audit.
-        plan: Its plan.
+        audit: The audit of the target.
+        plan: The plan.
         processor: Model name of the processor that the audit ran on.
-        sets: Its instruction sets.
+        sets: The processor's instruction sets.
 
     Raises:
         CompileError: Names kinds and number of layers, the processor and its instruction sets.

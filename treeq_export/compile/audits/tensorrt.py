@@ -38,7 +38,7 @@ def audit_tensorrt(path: Path, plan: Plan, tensors: Mapping[str, NDArray[Any]]) 
 
     Args:
         path: The compiled model.
-        plan: Its plan.
+        plan: The plan.
         tensors: The plan's tensors, for the codes.
 
     Returns:

@@ -22,14 +22,14 @@ class LoweredLayer:
     Args:
         graph: Holds the node.
         node: A `treeq::QLinear`.
-        zeros: How codes are stored; None is as `zero_points` says.
+        zeros: Storage of the codes; None is what `zero_points` says.
         half: Whether shared constants are float16.
 
     Attributes:
         signature: Formats and sizes.
         writer: Records the nodes; they and their values bear the layer's name.
         body: Writes the layer's arithmetic.
-        x: What the layer reads, (..., K).
+        x: The layer's input, (..., K).
         codes: Weight codes (K, N), int8.
         scales: Weight scales (G, N), float32.
         bias: (N,), or None.

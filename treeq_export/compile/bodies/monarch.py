@@ -17,7 +17,7 @@ def write_monarch(
     """Append M x by batched matrix products over the blocks.
 
     Args:
-        writer: Where to.
+        writer: Records the nodes.
         x: (..., K).
         r_value: R, of shape `r_shape` (b_in, K/b_in, b_out*r).
         l_value: L, of shape `l_shape` (b_out, b_in*r, N/b_out).

@@ -31,7 +31,7 @@ class QLinearBody:
     Args:
         writer: Records the nodes.
         signature: Formats and sizes of the layer.
-        zeros: How codes are stored; None is as `zero_points` says.
+        zeros: Storage of the codes; None is what `zero_points` says.
     """
 
     def __init__(

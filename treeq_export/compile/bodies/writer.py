@@ -33,9 +33,9 @@ class BodyWriter:
 
         Args:
             op_type: Standard ONNX operator.
-            *inputs: Its inputs.
+            *inputs: Inputs of the node.
             label: Name of node and value after the prefix; the operator and a number if empty.
-            **attributes: Its attributes.
+            **attributes: Attributes of the node.
         """
         name = f"{self.prefix}{label or f'{op_type}_{self._count}'}"
         self._count += 1

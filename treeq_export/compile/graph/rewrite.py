@@ -61,7 +61,7 @@ def replace_values(
         place: The node to put them before.
         nodes: Nodes to put there.
         old_values: Values that nothing reads afterwards; what only they needed is removed.
-        values: As many, of the new nodes; they take name, type and shape.
+        values: Values of the new nodes, as many; they take name, type and shape.
     """
     names = [value.name for value in old_values]
     producers = [value.producer() for value in old_values]

@@ -16,7 +16,7 @@ for weight-only layers in both:
 5. Rule 1 for the weight, and one scale per channel or per block of 16..128 input channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import onnx_ir as ir
@@ -47,12 +47,13 @@ class CheckGrids(LayerPass):
         Raises:
             CompileError: Names the layers, what they have and what they may have.
         """
-        found: dict[str, list[str]] = {}
-        for node in nodes_of(model, QLINEAR):
-            for problem in islice(self._problems(read_signature(node)), 1):
-                found.setdefault(problem, []).append(layer_name(node))
-        if found:
-            raise CompileError(describe_problems(found))
+        text = describe_problems(
+            (layer_name(node), problem)
+            for node in nodes_of(model, QLINEAR)
+            for problem in islice(self._problems(read_signature(node)), 1)
+        )
+        if text:
+            raise CompileError(text)
         return PassResult(model, False)
 
     def _problems(self, form: QLinearSignature) -> Iterator[str]:
@@ -113,14 +114,20 @@ def _plugin_problems(form: QLinearSignature, group: int) -> Iterator[str]:
         )
 
 
-def describe_problems(found: Mapping[str, list[str]]) -> str:
-    """Return one line that names what has each problem.
+def describe_problems(problems: Iterable[tuple[str, str]]) -> str:
+    """Return one line that names what has each problem; nothing where there are none.
 
-    >>> describe_problems({"group_size 8 is no multiple of 32.": ["blocks.0.a", "blocks.0.b"]})
-    'blocks.0.a, blocks.0.b: group_size 8 is no multiple of 32.'
+    Args:
+        problems: Names, each with a problem of it.
+
+    >>> describe_problems([("blocks.0.a", "3 is odd."), ("blocks.0.b", "3 is odd.")])
+    'blocks.0.a, blocks.0.b: 3 is odd.'
     """
+    found: dict[str, dict[str, None]] = {}
+    for name, problem in problems:
+        found.setdefault(problem, {})[name] = None
     parts = []
     for problem, names in found.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        parts.append(f"{', '.join(names[:_SHOWN])}{more}: {problem}")
+        parts.append(f"{', '.join(islice(names, _SHOWN))}{more}: {problem}")
     return " ".join(parts)

@@ -1,6 +1,6 @@
 """Pass `CheckPatterns`: refuse what TensorRT refuses late, or builds wrong without a warning.
 
-Rules on the finished graph, from the project's notes on TensorRT-RTX 1.7 (knowledge/tensorrt.md):
+Rules on the finished graph, as seen with TensorRT-RTX 1.7:
 1. No value of type UINT4, INT2, UINT2 or FP8 E5M2.
 2. Zero points of Q/DQ are zero.
 3. A stored INT4 or INT8 constant feeds a DequantizeLinear's or a plugin's input, nothing else.
@@ -46,14 +46,9 @@ class CheckPatterns(LayerPass):
         Raises:
             CompileError: Names the nodes, which bear their layers' names, and the pattern.
         """
-        types = infer_types(model.graph)
-        found: dict[str, list[str]] = {}
-        for name, problem in _problems(model.graph, types):
-            names = found.setdefault(problem, [])
-            if name not in names:
-                names.append(name)
-        if found:
-            raise CompileError(f"{describe_problems(found)} {_REMEDY}")
+        text = describe_problems(_problems(model.graph, infer_types(model.graph)))
+        if text:
+            raise CompileError(f"{text} {_REMEDY}")
         return PassResult(model, False)
 
 
@@ -62,20 +57,17 @@ def _problems(graph: ir.Graph, types: Types) -> Iterator[tuple[str, str]]:
         if dtype.name in _UNSUPPORTED_TYPES:
             yield value.name or "", f"TensorRT has no type {dtype.name}."
         if dtype in _NARROW and ir.convenience.get_const_tensor(value) is not None:
-            for reader in _foreign_readers(value):
-                problem = (
-                    f"TensorRT refuses a stored {dtype.name} that feeds {reader.op_type}; "
-                    "only DequantizeLinear and plugins may read it."
-                )
-                yield (reader.name or value.name or "").split("/")[0], problem
+            for reader, position in value.uses():
+                if not _may_read(reader, position):
+                    problem = (
+                        f"TensorRT refuses a stored {dtype.name} that feeds {reader.op_type}; "
+                        "only DequantizeLinear and plugins may read it."
+                    )
+                    yield (reader.name or value.name or "").split("/")[0], problem
     for node in graph:
         name = (node.name or node.outputs[0].name or "").split("/")[0]
         for problem in _node_problems(node, types):
             yield name, problem
-
-
-def _foreign_readers(value: ir.Value) -> list[ir.Node]:
-    return [use.node for use in value.uses() if not _may_read(use.node, use.idx)]
 
 
 def _may_read(node: ir.Node, position: int) -> bool:
@@ -134,15 +126,11 @@ def _product_problems(node: ir.Node, types: Types) -> Iterator[str]:
     if any(one.attributes.get_int("block_size", 0) for one in (first, second)):
         yield "TensorRT builds a wrong engine from block-scaled weights and INT8 activations."
     scales = [one.inputs[_SCALE] for one in (first, second)]
-    around = [*scales, *node.outputs, *_behind(node)]
+    behind = [output for use in node.outputs[0].uses() for output in use.node.outputs]
+    around = [*scales, *node.outputs, *behind]
     kinds = {types[value] for value in around if value is not None and value in types}
     if kinds != {ir.DataType.FLOAT}:
         yield (
             "float16 around an Int8 gemm: TensorRT stores the int32 sum unscaled and overflows; "
             "scales, product and the multiply behind it have to be float32."
         )
-
-
-def _behind(node: ir.Node) -> list[ir.Value]:
-    """Return what the readers of a product compute."""
-    return [output for use in node.outputs[0].uses() for output in use.node.outputs]
