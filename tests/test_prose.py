@@ -15,19 +15,7 @@ from treeq_export.cli.console import GROUPS
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for folder in (
-        "treeq_export/cli",
-        "treeq_export/compile",
-        "treeq_export/engines",
-        "treeq_export/evaluate",
-        "treeq_export/finetune",
-        "treeq_export/quant",
-        "treeq_export/recipe",
-        "treeq_export/records",
-        "treeq_export/search",
-        "samples",
-        "docs",
-    )
+    for folder in ("treeq_export", "treeq_served", "kernels", "experimental", "samples", "docs")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 LEANS = re.compile(r"(Of|Its|Likewise|As|Where|Such)\b")

@@ -189,8 +189,8 @@ def search(
 
     Args:
         model: The network.
-        folder: Where a search keeps what it has measured, so that the next one goes on from it;
-            None measures in a temporary folder. Strategy "uniform" measures nothing.
+        folder: Folder in which a search keeps what it has measured, so that the next one goes on
+            from it; None measures in a temporary folder. Strategy "uniform" measures nothing.
         on_step: Called with the fraction done, 0..1.
         say: Called with what the search will cost.
         **settings: Keys of the recipe's section `search`, such as `strategy` and `budget`.

@@ -25,7 +25,7 @@ class NetworkSettings:
         inputs: numpy's name of the type of every input, in order.
         output: Name of the output.
         max_batch: Most rows of a call.
-        gpu: Such as "sm_89"; None on the CPU.
+        gpu: GPU architecture, such as "sm_89"; None on the CPU.
         threads: Threads inside an operator; None lets the runtime choose.
         fold_constants: Whether ONNX Runtime computes constants at load.
     """

@@ -64,7 +64,7 @@ def draw_comparison(figure: Figure, palette: Mapping[str, str], record: CompareR
     """Draw both panels.
 
     Args:
-        figure: Where to draw.
+        figure: Figure to draw on.
         palette: The colour to use for each marker colour.
         record: The table.
     """

@@ -21,7 +21,7 @@ def render_comparison(record: CompareRecord, out: Path, command: str) -> str:
 
     Args:
         record: The table.
-        out: Its folder, for the samples of the cells.
+        out: Folder of the comparison, for the samples of the cells.
         command: The command line that repeats the comparison.
     """
     view: dict[str, Any] = {

@@ -24,7 +24,7 @@ class CompareOptions:
         strategies: Names of search strategies.
         variants: Modes of finetune beside "none", which always comes first.
         peers: Names of other toolkits' methods, one row each.
-        seeds: Of the images; None takes the recipe's.
+        seeds: Seeds of the images; None takes the recipe's.
     """
 
     budgets: tuple[float, ...]

@@ -98,7 +98,7 @@ class PeerCell:
         """Return the row of the finished cell.
 
         Raises:
-            PlanError: Its quality.json is malformed.
+            PlanError: A peer's quality.json is malformed.
         """
         peer = PEERS[self.peer]
         activation = "fp" if peer.activation_bits == FLOAT_BITS else peer.activation_bits

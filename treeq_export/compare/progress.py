@@ -33,7 +33,7 @@ class CompareProgress:
     """Shows the stage at work as a bar, and every finished cell as a line.
 
     Args:
-        console: Where to print; one that is no terminal gets the lines only.
+        console: Console to print to; one that is no terminal gets the lines only.
     """
 
     def __init__(self, console: Console) -> None:

@@ -104,7 +104,7 @@ def open_comparison(
     Args:
         out: The folder.
         recipe: The recipe as the user wrote it.
-        recipe_path: Where it came from.
+        recipe_path: File that the recipe was read from.
         overrides: The `--set` assignments.
         options: Their seeds count.
 

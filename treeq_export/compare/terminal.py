@@ -29,7 +29,7 @@ def print_comparison(record: CompareRecord, console: Console) -> None:
 
     Args:
         record: The table.
-        console: Where to print.
+        console: Console to print to.
     """
     seeds = f"{len(record.seeds)} seed{'' if len(record.seeds) == 1 else 's'}"
     title = f"{record.name}: {record.num_samples} images for each of {seeds}; {EMULATED}"

@@ -62,7 +62,7 @@ def make_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         path: The file, for errors.
-        tensors: Its state dict.
+        tensors: State dict of the checkpoint.
 
     Returns:
         Keyword arguments of DiTTransformer2DModel.

@@ -80,10 +80,10 @@ def quantize_layer(
     """Fit a layer to clean inputs.
 
     Args:
-        layer: Its entry in the plan.
+        layer: The layer's entry in the plan.
         weight: W, (N, K).
-        statistics: Of its rotated input; the kept tokens are what it is fitted to. None may have
-            been kept where the section asks for nothing that needs them.
+        statistics: Statistics of the rotated input; the layer is fitted to the kept tokens. None
+            may have been kept where the section asks for nothing that needs them.
         section: The recipe's calibrate section. With inputs "quantized", the layer's own
             activation quantizer is made up for.
         bias: (N,) or None.
@@ -112,10 +112,10 @@ def fit_layer(
     """Fit a layer to tokens of its input.
 
     Args:
-        layer: Its entry in the plan.
+        layer: The layer's entry in the plan.
         weight: W, (N, K).
         bias: (N,) or None.
-        tokens: Its input, not rotated.
+        tokens: Input of the layer, not rotated.
         section: The recipe's calibrate section.
 
     Returns:
@@ -146,10 +146,10 @@ class LayerFitter:
     """Fits a layer in one or several formats; what formats have in common is computed once.
 
     Args:
-        layer: Its entry in the plan; the weight's width and the activation do not count.
+        layer: The layer's entry in the plan; the weight's width and the activation do not count.
         weight: W, (N, K).
         bias: (N,) or None.
-        tokens: Its input, not rotated.
+        tokens: Input of the layer, not rotated.
         section: The recipe's calibrate section.
     """
 

@@ -25,7 +25,7 @@ def fit_plan(
     Args:
         denoiser: The full-precision model.
         plan: The plan.
-        recipe: Its calibrate and sampler sections and the seed.
+        recipe: Recipe, for its calibrate and sampler sections and the seed.
         on_step: Called with the fraction done, 0..1.
     """
     if recipe.calibrate.inputs == "quantized":

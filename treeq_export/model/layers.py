@@ -41,7 +41,7 @@ class LinearInfo:
     """A linear layer and its place in the tree.
 
     Attributes:
-        name: As in the checkpoint, such as "transformer_blocks.0.attn1.to_q".
+        name: Name in the checkpoint, such as "transformer_blocks.0.attn1.to_q".
         in_features: K.
         out_features: N.
         has_bias: Whether a bias is added.

@@ -19,9 +19,9 @@ def make_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None)
     """Return a tensor to be filled.
 
     Args:
-        shape: Its shape.
-        dtype: Its type.
-        folder: Where its file lies; None takes memory.
+        shape: Shape of the tensor.
+        dtype: Data type of the tensor.
+        folder: Folder of the file; None takes memory.
 
     Raises:
         OutputError: There is no space for it, or the folder cannot be written to.

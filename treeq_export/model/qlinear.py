@@ -28,7 +28,7 @@ class QLinear(nn.Module):
     """A linear layer with low-bit weights and activations, and an optional Monarch branch.
 
     Args:
-        layer: Its entry in the plan.
+        layer: The layer's entry in the plan.
         tensors: The layer's tensors by short name: codes (N, K) int8, weight_scale (N, G) float32,
             activation_step (1,) float32, branch.R and branch.L where there is a branch; bias (N,)
             float32 where calibration has corrected it.

@@ -45,7 +45,7 @@ def quantize_model(denoiser: Denoiser, plan: Plan, tensors: Mapping[str, NDArray
         denoiser: The full-precision model; it is left as it is. All tensors that are not replaced
             are shared with the copy.
         plan: The plan.
-        tensors: Its tensors (`plan.load_tensors`).
+        tensors: Tensors of the plan (`plan.load_tensors`).
 
     Returns:
         The fake-quantized model, in eval mode.
@@ -68,7 +68,7 @@ def replace_linear(
     Args:
         denoiser: The model; it is changed.
         layer: The layer's entry in the plan.
-        tensors: Its tensors by short name.
+        tensors: Tensors of the layer by short name.
 
     Raises:
         PlanError: The model has no such linear.

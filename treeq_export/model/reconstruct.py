@@ -51,8 +51,8 @@ class BlockCall:
     """One recorded call of a block.
 
     Attributes:
-        args: Its positional arguments, behind quantized layers.
-        kwargs: Its keyword arguments.
+        args: Positional arguments of the block, behind quantized layers.
+        kwargs: Keyword arguments of the block.
         target: What full precision returns at this place.
     """
 
@@ -169,7 +169,7 @@ def reconstruct_block(
         real_codes: Layer name to (N, K): the weights to be rounded, in units of their scales.
         calls: The block's inputs and targets; one is a training batch.
         num_steps: Steps of the optimizer.
-        seed: Of the order of the batches.
+        seed: Seed of the order of the batches.
 
     Returns:
         The new tensors of every layer by short name; none where training has not helped.
@@ -212,10 +212,10 @@ class _Trainer:
 
     Args:
         run: Runs the block.
-        layers: Its layers.
-        calls: Its inputs and targets.
+        layers: Layers of the block.
+        calls: Inputs and targets of the block.
         start: Mean squared error of every output before training.
-        seed: Of the order of the calls.
+        seed: Seed of the order of the calls.
     """
 
     def __init__(

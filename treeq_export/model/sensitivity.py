@@ -42,8 +42,8 @@ def probe_gradients(
         rows: Network inputs.
         num_probes: Directions K of every row.
         batch_rows: Rows of one forward and K backward passes.
-        seed: Of the directions.
-        folder: Where files lie that hold the gradients; None holds them in memory.
+        seed: Seed of the directions.
+        folder: Folder of files that hold the gradients; None holds them in memory.
 
     Returns:
         By block, then by element of its output: (rows, K, ...) float32, zero where the prediction
@@ -133,7 +133,7 @@ def prediction_error(
     Args:
         probes: Gradients of the block, batch by batch, elements (rows, K, ...).
         errors: Errors of its output, batch by batch, elements (rows, ...).
-        num_elements: Of the prediction, over all rows.
+        num_elements: Elements of the prediction, over all rows.
     """
     total = 0.0
     for gradients, error in zip(probes, errors, strict=True):

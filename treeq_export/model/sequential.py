@@ -56,9 +56,9 @@ class TokenChoice:
     """Which tokens of a leaf's input are kept: random ones, equal in both networks.
 
     Args:
-        max_tokens: Of one leaf, over all batches; rounded up to equal shares.
+        max_tokens: Tokens of one leaf, over all batches; rounded up to equal shares.
         num_batches: Batches that share them.
-        seed: Of the choice.
+        seed: Seed of the choice of tokens.
     """
 
     def __init__(self, max_tokens: int, num_batches: int, seed: int) -> None:
@@ -114,7 +114,7 @@ class SequentialWalk:
         rows: Network inputs.
         batch_size: Rows of one forward pass.
         max_tokens: Tokens kept of each leaf's input.
-        seed: Of the choice of tokens.
+        seed: Seed of the choice of tokens.
     """
 
     def __init__(

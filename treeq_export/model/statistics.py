@@ -96,7 +96,7 @@ def collect_statistics(
     Args:
         denoiser: The full-precision model.
         layers: The layers to observe; their rotation groups count.
-        recipe: Its sampler, calibrate and seed settings.
+        recipe: Recipe, for its sampler, calibrate and seed settings.
         on_step: Called with the fraction done, 0..1.
         max_kept: Tokens to keep of each layer; None is calibrate.max_tokens.
         on_inputs: Called with the network's inputs of every call.

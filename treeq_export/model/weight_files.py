@@ -89,7 +89,8 @@ def find_weights(folder: Path, variant: str | None) -> tuple[tuple[Path, ...], s
 
     Args:
         folder: The folder of config.json.
-        variant: Such as "fp16"; None takes the files without one, or the only variant there is.
+        variant: Variant, such as "fp16"; None takes the files without one, or the only variant
+            there is.
 
     Raises:
         CheckpointError: There are none, more than one variant, or a shard is missing.
@@ -210,7 +211,7 @@ def explain_names(names: Iterable[str], file: Path) -> str | None:
 
     Args:
         names: Names of tensors.
-        file: Where they are from.
+        file: File that they are from.
     """
     names = list(names)
     if names and all(_LORA.search(name) or name.endswith(".alpha") for name in names):

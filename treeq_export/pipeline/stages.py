@@ -25,7 +25,7 @@ class Sibling:
 
     Attributes:
         folder: Name of its folder in the run folder.
-        recipe: Its recipe, with the same model section.
+        recipe: Recipe of the sibling, with the same model section.
         stages: Names of its stages, all of which have to be up to date.
     """
 

@@ -80,7 +80,7 @@ class Workspace:
 
     Raises:
         OutputError: The folder cannot be created or written to, or another process works in it.
-        PlanError: Its `run.json` is malformed.
+        PlanError: The run's `run.json` is malformed.
         RecipeError: The scheduler of the checkpoint's pipeline is not supported.
     """
 
@@ -141,11 +141,11 @@ class Workspace:
 
         Args:
             run: The other folder.
-            recipe: Its recipe, with the same model section.
+            recipe: Recipe of the sibling, with the same model section.
 
         Raises:
             OutputError: The folder cannot be created or written to.
-            PlanError: Its `run.json` is malformed.
+            PlanError: The run's `run.json` is malformed.
         """
         return Workspace(run, recipe, self.recipe_path, self.overrides, like=self)
 

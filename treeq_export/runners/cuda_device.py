@@ -117,7 +117,7 @@ class CudaDevice:
         """Call a function of the runtime and return its result.
 
         Raises:
-            RunnerError: Its status is not success.
+            RunnerError: The call's status is not success.
         """
         status, *results = getattr(self._cudart, function)(*arguments)
         if int(status):

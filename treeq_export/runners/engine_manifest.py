@@ -56,7 +56,7 @@ def check_manifest(folder: Path, runtime: Runtime, *, gpu: str | None = None) ->
     Args:
         folder: The engine's folder.
         runtime: What will load it, with our plugins registered.
-        gpu: Where it will run, such as "sm_89"; None asks the driver.
+        gpu: GPU that will run it, such as "sm_89"; None asks the driver.
 
     Returns:
         The manifest.

@@ -54,7 +54,7 @@ class GpuQLinear(nn.Module):
     """A quantized linear with its branch, by the Triton kernels.
 
     Args:
-        plan: Its format; the activation is quantized.
+        plan: Format of the layer; its activation is quantized.
         tensors: planes (bits, N, K/32) int32 and weight_scale (N, G) float32; bias (N,) and the
             factors R and L, or None.
         step: The activation's step.
@@ -186,7 +186,7 @@ def make_gpu_model(quantized: Denoiser, device: torch.device, dtype: torch.dtype
 
     Args:
         quantized: With `QLinear` modules; it is left as it is.
-        device: Where the copy lies.
+        device: Device of the copy.
         dtype: Type of all of it but the quantized linears' codes and scales.
 
     Raises:

@@ -37,7 +37,7 @@ def input_of(node: ir.Node, name: str) -> ir.Value | None:
 
     Args:
         node: A node of the domain.
-        name: As in the op's definition.
+        name: Name in the op's definition.
     """
     op = _OPS[node.op_type]
     return op.pick(node.inputs, name) if name in op.inputs else None

@@ -43,7 +43,7 @@ class Runtime:
     Attributes:
         name: "tensorrt" or "tensorrt-rtx".
         module: `tensorrt` or `tensorrt_rtx`.
-        version: Such as "1.7.1.116".
+        version: Version of the library, such as "1.7.1.116".
         parser_error: Why its ONNX parser would abort the process; None where it would not.
     """
 
@@ -144,7 +144,7 @@ def stub_library(soname: str, needed: str, machine: int) -> bytes:
     section; one segment maps all of it at its file offsets.
 
     Args:
-        soname: Its name.
+        soname: Name of the library.
         needed: Name or path of the library that the loader opens with it.
         machine: e_machine of elf.h.
     """

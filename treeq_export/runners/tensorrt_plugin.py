@@ -84,7 +84,7 @@ class PluginBody:
         op: The op.
         trt: TensorRT's module.
         attributes: The node's fields.
-        folder: Where the kernels are; None asks the environment.
+        folder: Folder of the kernels; None asks the environment.
     """
 
     op: OpDefinition
@@ -331,7 +331,7 @@ def register_plugins(runtime: Runtime, kernels: Path | None = None) -> None:
     """Register both plugins, unless creators of these names are there already.
 
     Args:
-        runtime: Where.
+        runtime: Runtime that gets the plugins.
         kernels: Folder of `python -m treeq_gpu.ahead`; None asks TREEQ_GPU_KERNELS at the launch.
 
     Raises:

@@ -49,8 +49,8 @@ class Binding:
     """One input or output of an engine.
 
     Attributes:
-        name: Its name.
-        dtype: Its type in numpy.
+        name: Name of the tensor.
+        dtype: NumPy type of the tensor.
         low: Smallest shape of the profile; of outputs the shape with -1 where it is dynamic.
         high: Largest shape of the profile; as `low` for outputs.
     """
@@ -74,7 +74,7 @@ class _Prepared:
     """What one set of input shapes needs.
 
     Attributes:
-        context: Its execution context.
+        context: Execution context of the engine.
         pointers: Device address by binding name.
         outputs: Host array by output name.
         graph: The captured graph; None before the second call, or where it cannot be captured.
@@ -98,7 +98,7 @@ class TensorrtRunner:
         runtime: "tensorrt" or "tensorrt-rtx".
         use_graphs: Whether calls after the first of a shape launch a CUDA graph.
         gpu: Architecture that the engine has to be for, such as "sm_89"; None asks the driver.
-        device: Where to allocate and launch; None opens a stream of the current GPU.
+        device: Device to allocate and launch on; None opens a stream of the current GPU.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ def open_engine(folder: Path, runtime_name: RuntimeName, gpu: str | None) -> Ope
     Args:
         folder: The engine's folder.
         runtime_name: What it was built with.
-        gpu: As of `TensorrtRunner`.
+        gpu: Same as `gpu` of `TensorrtRunner`.
 
     Raises:
         RunnerError: The manifest does not fit this machine, or the engine is refused.

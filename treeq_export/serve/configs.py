@@ -45,7 +45,7 @@ def render_configs(served: Served, root: Path) -> dict[str, str]:
 
     Args:
         served: What is served.
-        root: Where the repository will lie on the server.
+        root: Path of the repository on the server.
     """
     gpu = _CPU if served.engine is None else _GPU
     kinds = {

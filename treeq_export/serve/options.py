@@ -27,7 +27,7 @@ class ServeOptions:
         mode: "inprocess": the sampler runs the denoiser itself; "bls": it calls it.
         runtime: What the engine was built with.
         gpu: What the engine was built for; None where there is one only.
-        root: Where the repository will lie on the server; None is where it is written.
+        root: Path of the repository on the server; None is the path to which it is written.
         max_batch: Most rows of a call; None is 16, or what the target takes where that is less.
         dynamic_batching: Whether the server may merge requests.
         queue_delay_us: How long a request may wait for others, microseconds.

@@ -47,7 +47,7 @@ class Served:
         engine: Manifest of the engine; None where a graph is served.
         library: Library of custom ops or plugins; None where none is needed or none is there.
         profile: Batch sizes "min", "opt" and "max" that the denoiser takes.
-        settings: Of the sampler, for version 1.
+        settings: Settings of the sampler, for version 1.
         vae: The decoder of latents; None where there is none.
     """
 
@@ -121,7 +121,7 @@ def gather(
     Args:
         run: The run folder, with the compiled target or the built engine.
         denoiser: Gives shapes and conventions; its weights are not used.
-        recipe: Its name, sampler and compile sections.
+        recipe: Recipe, for its name, sampler and compile sections.
         options: What is asked for.
         compiled: SHA-256 of the files that compile wrote, relative to the run folder.
 

@@ -63,9 +63,9 @@ class ServedRepository:
     """A written repository.
 
     Attributes:
-        root: Its folder.
+        root: Folder of the repository.
         version: The version that was written.
-        manifest: Its manifest.
+        manifest: Manifest of the repository.
         served: What was gathered for it.
     """
 
@@ -195,7 +195,7 @@ def _make_manifest(
 
     Args:
         folder: The repository; where there is one before, only the last version is looked at.
-        final: Where it will lie.
+        final: Path at which it will lie.
         served: What was written.
         models: Versions by model.
         before: The manifest that a version is added to.

@@ -24,7 +24,7 @@ class ServedTensor:
     """One input or output of the denoiser.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         data_type: Triton's name of its type.
         dtype: numpy's.
         dims: Shape of one row; (1,) where a row is a number.

@@ -143,8 +143,8 @@ def compile_all(
 
     Args:
         out: Folder, made where it is missing.
-        architectures: Such as "sm_90".
-        names: Of instantiations.
+        architectures: GPU architectures, such as "sm_90".
+        names: Names of instantiations.
         jobs: Processes; 0 is one per CPU.
 
     Returns:

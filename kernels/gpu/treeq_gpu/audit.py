@@ -124,7 +124,7 @@ def audit_cubin(cubin: Path, instantiation: Instantiation, architecture: str) ->
     Args:
         cubin: The file.
         instantiation: What it was compiled from.
-        architecture: Such as "sm_90".
+        architecture: GPU architecture, such as "sm_90".
     """
     registers, stack_bytes = read_usage(cubin)
     instructions = parse_sass(_run(BINARIES / "nvdisasm", "-c", "-ndf", cubin))

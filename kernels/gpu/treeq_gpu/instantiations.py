@@ -130,10 +130,10 @@ class Instantiation:
         module: The module of `treeq_gpu` that holds it.
         dtype: What "T" is; fp32 where the kernel has none.
         constants: Compile-time arguments.
-        num_warps: Of 32 threads.
+        num_warps: Warps of 32 threads in a program.
         num_stages: Steps of the main loop whose loads are in flight.
         shape_class: "token", "small" or "wide"; empty where there is only one.
-        max_registers: Of a thread, on some architectures; others decide for themselves.
+        max_registers: Registers of a thread, by architecture; others decide for themselves.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Instantiation:
         """Return the compiler's options, the same ahead of time and on demand.
 
         Args:
-            architecture: Such as "sm_90".
+            architecture: GPU architecture, such as "sm_90".
         """
         limit = self.max_registers.get(architecture)
         return {

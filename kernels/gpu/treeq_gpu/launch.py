@@ -215,7 +215,7 @@ def qlinear(
         weight_scale: (N, G) float32.
         bias: (N,) float32 or None.
         addend: (..., N) of out_dtype or None.
-        layer: As `quantize_tokens` and `product` take it.
+        layer: Layer for `quantize_tokens` and `product`.
         out_dtype: Type of the result; None is that of x.
 
     Returns:
@@ -241,7 +241,7 @@ def integer_sums(
     Args:
         codes: (M, KP) int8, from `quantize_tokens`.
         planes: (weight_bits, N, KW) int32.
-        layer: As `product` takes it.
+        layer: Layer for `product`.
         shape_class: "token", "small" or "wide"; None chooses as `qlinear` does, without slices.
 
     Returns:

@@ -102,7 +102,7 @@ def monarch_in_kernel(
         block_in: Channels of a block.
         b_in: Blocks along the input.
         b_out: Blocks along the output.
-        rank: Of a block.
+        rank: Rank of a block.
         BM: Tokens of a tile.
         BN: Columns of a tile.
         BK: Channels of a step.

@@ -209,7 +209,7 @@ def qlinear_kernel(
         num_groups: Scales per output channel; 1 where GROUP_SIZE is 0.
         has_bias: 0 or 1.
         has_addend: 0 or 1.
-        BITS: Of a weight.
+        BITS: Bits of a weight.
         GROUP_SIZE: 0, or BK: scales are per group of some multiple of BK channels.
         BM: Tokens of a tile.
         BN: Output channels of a tile.
@@ -281,15 +281,15 @@ def qlinear_partials_kernel(
     """Store the int32 sums of one slice of K: partials (S, M, N), slice = program_id(1).
 
     Args:
-        codes: As in `qlinear_kernel`.
-        planes: As in `qlinear_kernel`.
+        codes: Same as `codes` of `qlinear_kernel`.
+        planes: Same as `planes` of `qlinear_kernel`.
         partials: (S, M, N) int32.
         M: Tokens.
         N: Output channels.
         KP: K padded to a multiple of 128.
         KW: Words per row of a plane.
         k_per_split: Channels of a slice, a multiple of BK; S * k_per_split >= KP.
-        BITS: Of a weight.
+        BITS: Bits of a weight.
         BM: Tokens of a tile.
         BN: Output channels of a tile.
         BK: Channels of a step.
