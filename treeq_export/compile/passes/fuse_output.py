@@ -8,7 +8,7 @@ Rules:
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -33,7 +33,7 @@ class Tail(NamedTuple):
     node: ir.Node
     y: ir.Value
     inputs: Mapping[str, ir.Value]
-    attributes: Mapping[str, str]
+    attributes: Mapping[str, Any]
 
 
 class FuseOutput(RewritePass[Tail]):
