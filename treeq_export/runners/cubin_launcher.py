@@ -304,7 +304,8 @@ def launch_monarch(
     """
     if shape.m == 0:
         return
-    values = dict(zip(("x", "R", "L", "y", "z"), pointers, strict=True))
+    x, r_factor, l_factor, y, z = pointers
+    values = {"x": x, "R": r_factor, "L": l_factor, "y": y, "z": z}
     sizes = (shape.m, shape.block_in, shape.b_in, shape.b_out, shape.rank, shape.block_out)
     for step in choose.choose_monarch(*sizes, dtype=shape.dtype):
         kernels.launch(step, values, stream)

@@ -32,7 +32,7 @@ class Launch:
 
     kernel: Instantiation
     grid: Grid
-    numbers: dict[str, int | float]
+    numbers: Mapping[str, float]
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return all arguments by name, in the kernel's order.

@@ -46,7 +46,7 @@ class FuseOutput(RewritePass[Tail]):
                     yield from find(node)
 
     def _rewrite(self, model: ir.Model, found: Tail) -> None:
-        widen(model.graph, found.node, found.inputs, [found.y], **found.attributes)
+        widen(model.graph, found.node, found.inputs, [found.y], None, **found.attributes)
 
 
 def _find_gelu(node: ir.Node) -> Iterator[Tail]:
