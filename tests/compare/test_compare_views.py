@@ -34,7 +34,7 @@ def print_text(record: CompareRecord, width: int = 140) -> str:
 class TestTable:
     def test_rows_by_budget_with_peers_last(self, comparison: CompareRecord) -> None:
         rows = table_rows(comparison)
-        assert [row.label for row in rows] == [
+        assert [row.texts["strategy"] for row in rows] == [
             "uniform",
             "tss",
             "integer_programming",
@@ -46,7 +46,9 @@ class TestTable:
             "greedy",
             "modelopt_int8_max",
         ]
-        assert [row.label for row in rows if row.first] == ["uniform"] * 2 + ["modelopt_int8_max"]
+        assert [row.texts["strategy"] for row in rows if row.first] == ["uniform"] * 2 + [
+            "modelopt_int8_max"
+        ]
 
     def test_best_of_a_budget_trained_apart(self, comparison: CompareRecord) -> None:
         assert [row.row.name for row in table_rows(comparison) if row.best] == ["tss-3", "tss-4"]
@@ -72,9 +74,10 @@ class TestTable:
         fields = ("network_mse", "frechet_distance", "frechet_ratio", "class_accuracy")
         row = make_compare_row("tss", 3.0, **dict.fromkeys(fields))
         [shown] = table_rows(comparison.model_copy(update={"rows": [row]}))
-        texts = {shown.network_mse, shown.frechet_distance, shown.class_accuracy}
+        names = ("network_mse", "frechet_distance", "class_accuracy")
+        texts = {shown.texts[name] for name in names}
         assert texts == {"-"}
-        assert shown.psnr_db == "31.0 ± 1.0"
+        assert shown.texts["psnr_db"] == "31.0 ± 1.0"
         assert describe_row(row) == "W3.00 A3.00"
 
 

@@ -7,7 +7,7 @@ import yaml
 from markupsafe import Markup
 
 from treeq_export.compare.figures import draw_svg
-from treeq_export.compare.view import EMULATED, STAGES, label_of, table_rows
+from treeq_export.compare.view import EMULATED, TIMED, label_of, table_rows
 from treeq_export.records import CompareRecord, CompareRow
 from treeq_export.report.html import Grid, make_environment, read_grid
 from treeq_export.report.quantities import flatten
@@ -27,7 +27,7 @@ def render_comparison(record: CompareRecord, out: Path, command: str) -> str:
     view: dict[str, Any] = {
         "record": record,
         "rows": table_rows(record),
-        "stages": STAGES,
+        "timed": TIMED,
         "emulated": EMULATED,
         "plot": Markup(draw_svg(record)) if record.rows else "",
         "grids": _read_grids(record, out),

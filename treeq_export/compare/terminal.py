@@ -5,23 +5,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from treeq_export.compare.view import EMULATED, TableRow, table_rows
+from treeq_export.compare.view import EMULATED, table_rows
 from treeq_export.records import CompareRecord
 from treeq_export.report.quantities import format_spread
 
-COLUMNS = (
-    "budget",
-    "bits\nW / A",
-    "branch",
-    "network\nMSE",
-    "vs\nuniform",
-    "Frechet\ndistance",
-    "x FP",
-    "PSNR, dB",
-    "search",
-    "finetune",
-    "evals",
-)
+COLUMNS = {
+    "budget": "budget",
+    "bits\nW / A": "bits",
+    "branch": "branch",
+    "network\nMSE": "network_mse",
+    "vs\nuniform": "against_uniform",
+    "Frechet\ndistance": "frechet_distance",
+    "x FP": "frechet_ratio",
+    "PSNR, dB": "psnr_db",
+    "search": "search",
+    "finetune": "finetune",
+    "evals": "num_evaluations",
+}
 
 
 def print_comparison(record: CompareRecord, console: Console) -> None:
@@ -43,30 +43,10 @@ def print_comparison(record: CompareRecord, console: Console) -> None:
     for row in table_rows(record):
         if row.first:
             table.add_section()
-        table.add_row(*_cells(row))
+        bold = ("network_mse",) if row.best else ()
+        names = ("strategy", *COLUMNS.values())
+        table.add_row(*(Text(row.texts[name], "bold" if name in bold else "") for name in names))
     console.print(table)
     if record.pending:
         text = f"Still to come: {', '.join(record.pending)}"
         console.print(Text(text, style="yellow"), soft_wrap=True)
-
-
-def _cells(row: TableRow) -> list[Text]:
-    """Return the cells of a row; the least network MSE of a budget is bold."""
-    texts = (
-        row.label,
-        row.budget,
-        f"{row.weight_bits} / {row.activation_bits}",
-        row.branch,
-        row.network_mse,
-        row.against_uniform,
-        row.frechet_distance,
-        row.frechet_ratio,
-        row.psnr_db,
-        row.seconds["search"],
-        row.seconds["finetune"],
-        row.num_evaluations,
-    )
-    at_mse = 1 + COLUMNS.index("network\nMSE")
-    return [
-        Text(text, "bold" if row.best and at == at_mse else "") for at, text in enumerate(texts)
-    ]

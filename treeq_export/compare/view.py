@@ -16,36 +16,22 @@ from treeq_export.report.quantities import (
 
 EMULATED = "fake-quantized in PyTorch"
 UNIFORM = "uniform"
-STAGES = ("search", "calibrate", "finetune", "evaluate")
+TIMED = ("search", "calibrate", "finetune")  # stages whose seconds are shown
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row as texts; `row` is what they were made of.
+    """One row as texts.
 
     Attributes:
         row: The record's row.
-        label: Strategy and variant.
-        against_uniform: Network MSE over that of untrained uniform bits at the same budget.
-        seconds: By stage.
-        first: Whether it is the first of its budget.
+        texts: The text of every column, by a name of the column.
+        first: Whether it is the first row of its budget.
         best: Whether none of its budget has less network MSE, trained and untrained ones apart.
     """
 
     row: CompareRow
-    label: str
-    budget: str
-    weight_bits: str
-    activation_bits: str
-    branch: str
-    network_mse: str
-    against_uniform: str
-    frechet_distance: str
-    frechet_ratio: str
-    class_accuracy: str
-    psnr_db: str
-    seconds: dict[str, str]
-    num_evaluations: str
+    texts: dict[str, str]
     first: bool
     best: bool
 
@@ -63,10 +49,10 @@ def label_of(row: CompareRow) -> str:
 def table_rows(record: CompareRecord) -> list[TableRow]:
     """Return all rows by budget, peers last, otherwise in the record's order."""
     ordered = sorted(record.rows, key=lambda row: (row.peer, row.budget or 0.0))
-    before = [None, *ordered]
+    groups = [None, *map(_group, ordered)]
     return [
-        _make_row(record, row, first=last is None or _group(last) != _group(row))
-        for last, row in zip(before, ordered, strict=False)
+        TableRow(row, _make_texts(record, row), _group(row) != before, _is_best(record, row))
+        for before, row in zip(groups, ordered, strict=False)
     ]
 
 
@@ -101,22 +87,19 @@ def _is_best(record: CompareRecord, row: CompareRow) -> bool:
     return len(rivals) > 1 and row.network_mse == min(rivals)
 
 
-def _make_row(record: CompareRecord, row: CompareRow, *, first: bool) -> TableRow:
-    return TableRow(
-        row=row,
-        label=label_of(row),
-        budget=DASH if row.budget is None else format_number(row.budget),
-        weight_bits=format_fixed(row.weight_bits),
-        activation_bits=format_fixed(row.activation_bits),
-        branch=format_percent(row.branch_parameter_fraction),
-        network_mse=DASH if row.network_mse is None else f"{row.network_mse:.3e}",
-        against_uniform=format_ratio(ratio_to_uniform(record, row)),
-        frechet_distance=format_spread(row.frechet_distance, 3),
-        frechet_ratio=format_spread(row.frechet_ratio, 2),
-        class_accuracy=format_percent(row.class_accuracy and row.class_accuracy.mean),
-        psnr_db=format_spread(row.psnr_db, 1),
-        seconds={name: format_seconds(row.seconds.get(name)) for name in STAGES},
-        num_evaluations=format_count(row.num_evaluations),
-        first=first,
-        best=_is_best(record, row),
-    )
+def _make_texts(record: CompareRecord, row: CompareRow) -> dict[str, str]:
+    bits = f"{format_fixed(row.weight_bits)} / {format_fixed(row.activation_bits)}"
+    return {
+        "strategy": label_of(row),
+        "budget": DASH if row.budget is None else format_number(row.budget),
+        "bits": bits,
+        "branch": format_percent(row.branch_parameter_fraction),
+        "network_mse": DASH if row.network_mse is None else f"{row.network_mse:.3e}",
+        "against_uniform": format_ratio(ratio_to_uniform(record, row)),
+        "frechet_distance": format_spread(row.frechet_distance, 3),
+        "frechet_ratio": format_spread(row.frechet_ratio, 2),
+        "class_accuracy": format_percent(row.class_accuracy and row.class_accuracy.mean),
+        "psnr_db": format_spread(row.psnr_db, 1),
+        "num_evaluations": format_count(row.num_evaluations),
+        **{name: format_seconds(row.seconds.get(name)) for name in TIMED},
+    }
