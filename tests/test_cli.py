@@ -97,6 +97,15 @@ class TestUsage:
         assert result.stderr.splitlines()[-1].startswith("Error: ")
         assert list(tmp_path.iterdir()) == []
 
+    def test_starts_without_a_framework(self) -> None:
+        program = (
+            "import sys, treeq_export.cli; "
+            "print({'torch', 'numpy', 'onnx', 'onnxruntime', 'diffusers'} & set(sys.modules))"
+        )
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == "set()\n"
+
     def test_as_a_module(self) -> None:
         command = [sys.executable, "-m", "treeq_export.cli", "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
