@@ -16,7 +16,6 @@ import numpy as np
 import onnx_ir as ir
 
 from treeq_export.compile.graph.contract import RewritePass
-from treeq_export.compile.graph.match import constant_of
 from treeq_export.compile.graph.rewrite import add_initializer
 
 
@@ -43,8 +42,9 @@ class RepairSqueeze(RewritePass[ir.Node]):
 
 def _axes(node: ir.Node) -> tuple[list[int], list[int]]:
     """Return the axes of a Squeeze, and those that may stay; none where nothing is known."""
-    source, axes = node.inputs[0], constant_of(node.inputs[1])
-    if source is None or source.shape is None or axes is None:
+    source, axes = node.inputs[0], node.inputs[1]
+    stored = None if axes is None else ir.convenience.get_const_tensor(axes)
+    if source is None or source.shape is None or stored is None:
         return [], []
-    shape, given = source.shape, [int(axis) for axis in axes.reshape(-1)]
+    shape, given = source.shape, [int(axis) for axis in stored.numpy().reshape(-1)]
     return given, [axis for axis in given if shape[axis] == 1 or shape.is_dynamic(axis)]
