@@ -347,7 +347,7 @@ class TestVersions:
             "--run", served_run, "--out", repository, "--add-version", "--max-batch", "4"
         )
         assert result.exit_code == 1
-        assert "config.pbtxt: the new version needs another one." in result.stderr
+        assert "config.pbtxt: would change (inputs, batch or library)." in result.stderr
         assert files_of(repository) == before
 
     def test_a_killed_addition_leaves_no_version_that_loads(
@@ -425,7 +425,7 @@ def test_a_folder_that_is_no_repository_is_left_alone(served_run: Path, tmp_path
     (tmp_path / "mine" / "photo").write_text("precious")
     result = invoke("--run", served_run, "--out", tmp_path / "mine")
     assert result.exit_code == 1
-    assert "is there and no repository of ours" in result.stderr
+    assert "exists but was not written by" in result.stderr
     assert (tmp_path / "mine" / "photo").read_text() == "precious"
 
 
@@ -525,7 +525,7 @@ class TestOthers:
         before = files_of(site)
         result = invoke("--run", served_run, "--out", site)
         assert result.exit_code == 1
-        assert "is there and no repository of ours" in result.stderr
+        assert "exists but was not written by" in result.stderr
         assert files_of(site) == before
         assert [path.name for path in tmp_path.iterdir()] == ["site"]
 

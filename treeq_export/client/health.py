@@ -140,9 +140,9 @@ def heal(
         connection: To the server.
         models: Names of the models to heal.
         model: The sampler's name.
-        died: Those of them whose process is known to have died. Triton (2.51) never finishes to
-            unload such a model, and loads it nevertheless; of all others the memory is free before
-            they are loaded again.
+        died: Names of the models whose process has died. Triton 2.51 never finishes unloading
+            such a model, but can load it. Every other model is unloaded, which frees its memory,
+            before it is loaded again.
 
     Returns:
         The health afterwards; `reloaded` says what was done.

@@ -82,8 +82,8 @@ def quantize_layer(
     Args:
         layer: The layer's entry in the plan.
         weight: W, (N, K).
-        statistics: Statistics of the rotated input; the layer is fitted to the kept tokens. None
-            may have been kept where the section asks for nothing that needs them.
+        statistics: Statistics of the rotated input. The layer is fitted to the kept tokens, which
+            may be none if no option of the section needs them.
         section: The recipe's calibrate section. With inputs "quantized", the layer's own
             activation quantizer is made up for.
         bias: (N,) or None.

@@ -31,10 +31,10 @@ def read_manifest(root: Path) -> ServeManifest:
 
 
 def find_repository(root: Path) -> ServeManifest | None:
-    """Return the manifest of a repository that may be replaced; None where nothing is there.
+    """Return the manifest of a repository that may be replaced; None if the path does not exist.
 
     Raises:
-        OutputError: Something is there and no repository of ours.
+        OutputError: The path exists but was not written by `serve`.
     """
     if not os.path.lexists(root):
         return None
@@ -44,7 +44,7 @@ def find_repository(root: Path) -> ServeManifest | None:
         return read_manifest(root)
     except ServeError as error:
         raise OutputError(
-            f"{root}: is there and no repository of ours. Choose another --out."
+            f"{root}: exists but was not written by `treeq-export serve`. Choose another --out."
         ) from error
 
 

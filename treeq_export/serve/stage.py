@@ -269,8 +269,8 @@ def _check_same_configs(root: Path, final: Path, served: Served) -> None:
     for name, text in render_configs(served, final).items():
         path = root / name
         if not path.is_file() or read_text(path, error=ServeError, remedy=remedy) != text:
-            raise ServeError(f"{path}: the new version needs another one. {remedy}")
+            raise ServeError(f"{path}: would change (inputs, batch or library). {remedy}")
     if served.library is not None:
         library = root / DENOISER / "lib" / served.library.name
         if not library.is_file() or sha256_of_file(library) != sha256_of_file(served.library):
-            raise ServeError(f"{library}: the new version needs another one. {remedy}")
+            raise ServeError(f"{library}: the new version needs another file. {remedy}")

@@ -72,7 +72,7 @@ UNKNOWN = (
     "The server has denoiser, large, sampler, stream, text."
 )
 NO_TYPE = (
-    "received dtype complex128, which Triton has not. Convert it to the data type in the "
+    "received dtype complex128, which Triton does not have. Convert it to the data type in the "
     "model's config.pbtxt."
 )
 REFUSED: dict[str, tuple[Callable[[Connection], Any], str]] = {
