@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from treeq_export.artefacts import sha256_of_file
 from treeq_export.errors import OutputError, PlanError, RecipeError, TreeqError
 from treeq_export.evaluate.samples import digest_quantized
-from treeq_export.finetune import run_finetune
-from treeq_export.finetune.distill import Watched, block_names, distillation_loss
+from treeq_export.finetune.distill import Watched, distillation_loss
 from treeq_export.finetune.pool import TrajectoryPool, schedule_of
+from treeq_export.finetune.stage import run_finetune
 from treeq_export.finetune.student import export_student, make_student, trainable_layers
 from treeq_export.finetune.training import rate_factor
 from treeq_export.model.quantized import quantize_model, quantized_layers
@@ -252,7 +252,7 @@ class TestLoss:
         assert not denoiser.model.transformer_blocks[0]._forward_hooks
 
     def test_names_of_the_blocks(self, tiny: Any) -> None:
-        assert block_names(tiny.plan) == ["transformer_blocks.0", "transformer_blocks.1"]
+        assert tiny.plan.block_names == ["transformer_blocks.0", "transformer_blocks.1"]
 
     def test_value(self) -> None:
         one = torch.ones(2, 3)

@@ -154,6 +154,12 @@ class Plan(Spec):
         return self._average([layer.activation.bits or 32 for layer in self.layers])
 
     @property
+    def block_names(self) -> list[str]:
+        """Module names of the transformer blocks that hold planned layers, in execution order."""
+        names = [layer.name.removesuffix(f".{layer.tree.position}") for layer in self.layers]
+        return list(dict.fromkeys(names))
+
+    @property
     def branch_parameter_fraction(self) -> float:
         """Parameters of all branches over the number of quantized weights."""
         total = sum(

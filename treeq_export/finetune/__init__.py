@@ -4,7 +4,3 @@ TreeQ publishes that a plan is finetuned "PEFT, QLoRA-like"; what is trained, on
 what is ours. The model teaches its own quantized copy along trajectories that both walk: no data
 set is needed (pool.py). The weight codes stay frozen unless mode is "qat".
 """
-
-from treeq_export.finetune.stage import run_finetune
-
-__all__ = ["run_finetune"]

@@ -6,21 +6,14 @@ The teacher is run on the same inputs in the same step, so that no outputs are s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from treeq_export.model.zoo import Denoiser
-from treeq_export.plan import Plan
 
 _TINY = 1e-20
-
-
-def block_names(plan: Plan) -> list[str]:
-    """Return the modules of the transformer blocks that hold planned layers, in order."""
-    names = [layer.name.removesuffix(f".{layer.tree.position}") for layer in plan.layers]
-    return list(dict.fromkeys(names))
 
 
 class Watched:
@@ -55,12 +48,10 @@ def _recording(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         parts = output if isinstance(output, tuple) else (output,)
         outputs.extend(part for part in parts if isinstance(part, Tensor))
 
-    handles = [block.register_forward_hook(record) for block in blocks]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.register_forward_hook(record))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def relative_error(target: Tensor, found: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from treeq_export import __version__
 from treeq_export.artefacts import atomic_path, digest_of
 from treeq_export.errors import OutputError, RecipeError, TreeqError
-from treeq_export.finetune.distill import block_names
 from treeq_export.finetune.pool import TrajectoryPool
 from treeq_export.finetune.state import load_state, save_state
 from treeq_export.finetune.student import Kind, export_student, make_student
@@ -161,7 +160,7 @@ def _prepare(denoiser: Denoiser, plan: Plan, tensors: Tensors, recipe: Recipe) -
         num_rows=section.held_out_rows,
         seed=recipe.seed + _HELD_OUT_SEED,
     )
-    return Training(denoiser, student, block_names(plan), pool, held_out, section)
+    return Training(denoiser, student, plan.block_names, pool, held_out, section)
 
 
 def _fingerprint(plan: Plan, recipe: Recipe) -> str:

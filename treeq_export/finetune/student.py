@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from treeq_export.model import fake_quant
 from treeq_export.model.monarch import apply_factors
-from treeq_export.model.quantized import layer_tensors, linear_of, quantize_model
+from treeq_export.model.quantized import layer_tensors, linear_of, modules_of, quantize_model
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan, Tensors
 from treeq_export.quant.numerics import dequantize_weight
@@ -181,11 +181,7 @@ def make_student(
 
 def trainable_layers(student: Denoiser) -> dict[str, TrainableLinear]:
     """Return the `TrainableLinear` modules by layer name, in module order."""
-    return {
-        name: module
-        for name, module in student.model.named_modules()
-        if isinstance(module, TrainableLinear)
-    }
+    return modules_of(student, TrainableLinear)
 
 
 def export_student(student: Denoiser) -> Tensors:

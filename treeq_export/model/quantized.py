@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 from torch import nn
@@ -11,6 +11,8 @@ from treeq_export.errors import PlanError
 from treeq_export.model.qlinear import QLinear
 from treeq_export.model.zoo import Denoiser
 from treeq_export.plan import LayerPlan, Plan
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def layer_tensors(tensors: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
@@ -90,8 +92,10 @@ def put_module(denoiser: Denoiser, name: str, module: nn.Module) -> None:
 
 def quantized_layers(denoiser: Denoiser) -> dict[str, QLinear]:
     """Return the `QLinear` modules by layer name, in module order."""
-    return {
-        name: module
-        for name, module in denoiser.model.named_modules()
-        if isinstance(module, QLinear)
-    }
+    return modules_of(denoiser, QLinear)
+
+
+def modules_of(denoiser: Denoiser, kind: type[Module]) -> dict[str, Module]:
+    """Return the modules of a class by name, in module order."""
+    found = denoiser.model.named_modules()
+    return {name: module for name, module in found if isinstance(module, kind)}

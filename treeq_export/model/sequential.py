@@ -9,6 +9,7 @@ kept, so time is linear in the number of blocks, and memory does not depend on i
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -128,9 +129,7 @@ class SequentialWalk:
         seed: int,
     ) -> None:
         self.leaves = group_leaves(plan.layers)
-        names = [leaves[0][0].name for leaves in self.leaves]
-        positions = [leaves[0][0].tree.position for leaves in self.leaves]
-        blocks = [name[: -len(end) - 1] for name, end in zip(names, positions, strict=True)]
+        blocks = plan.block_names
         num_rows = len(next(iter(rows.values())))
         # Rows come in the order of sampling; a batch is to hold all kinds of timesteps.
         order = torch.from_numpy(np.random.default_rng(seed).permutation(num_rows))
@@ -198,12 +197,9 @@ class SequentialWalk:
             calls.append(BlockCall(args, dict(kwargs), self.clean.outputs[len(calls)]))
 
         module = self.working.denoiser.model.get_submodule(name)
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with module.register_forward_pre_hook(hook, with_kwargs=True):
             for batch in range(len(self.working.batches)):
                 self.working.run(block, batch)
-        finally:
-            handle.remove()
         return calls
 
     def _run_clean(self, block: int, leaves: Sequence[Leaf]) -> dict[int, NDArray[np.float32]]:
@@ -216,17 +212,12 @@ class SequentialWalk:
 
             return hook
 
-        handles = [
-            linear_of(self.clean.denoiser, leaf[0]).register_forward_pre_hook(
-                observe(leaf[0].tree.leaf)
-            )
-            for leaf in leaves
-        ]
-        try:
+        with ExitStack() as stack:
+            for leaf in leaves:
+                linear = linear_of(self.clean.denoiser, leaf[0])
+                hook = observe(leaf[0].tree.leaf)
+                stack.enter_context(linear.register_forward_pre_hook(hook))
             self.clean.finish(block)
-        finally:
-            for handle in handles:
-                handle.remove()
         return {leaf: np.concatenate(tokens) for leaf, tokens in kept.items()}
 
     def _run_to(self, block: int, leaf: Leaf) -> NDArray[np.float32]:
@@ -237,13 +228,8 @@ class SequentialWalk:
             kept.append(self.choose(inputs[0], leaf[0].tree.leaf, len(kept)))
             raise _EndOfLeafError
 
-        handle = linear_of(self.working.denoiser, leaf[0]).register_forward_pre_hook(hook)
-        try:
+        with linear_of(self.working.denoiser, leaf[0]).register_forward_pre_hook(hook):
             for batch in range(len(self.working.batches)):
-                try:
+                with suppress(_EndOfLeafError):
                     self.working.run(block, batch)
-                except _EndOfLeafError:
-                    continue
-        finally:
-            handle.remove()
         return np.concatenate(kept)

@@ -5,6 +5,7 @@ Trajectories are sampled from the full-precision model itself; no data set is ne
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,9 +123,6 @@ def collect_statistics(
 
         return hook
 
-    handles = [
-        linear_of(denoiser, layer).register_forward_pre_hook(observe(layer)) for layer in layers
-    ]
     total = section.num_samples * recipe.sampler.steps
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
@@ -132,7 +130,10 @@ def collect_statistics(
         with torch.no_grad():
             return denoiser(*(inputs[name] for name in denoiser.input_names))
 
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            linear = linear_of(denoiser, layer)
+            stack.enter_context(linear.register_forward_pre_hook(observe(layer)))
         sample(
             run,
             denoiser,
@@ -141,7 +142,4 @@ def collect_statistics(
             seed=recipe.seed,
             on_step=lambda done: on_step(done / total),
         )
-    finally:
-        for handle in handles:
-            handle.remove()
     return statistics

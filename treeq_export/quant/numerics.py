@@ -39,7 +39,7 @@ def activation_scale(x: FloatArray, scale: ActScale, step: float) -> FloatArray:
 
     Args:
         x: (..., K) floating point.
-        scale: How the scale is found; not "none".
+        scale: Source of the scale, not "none".
         step: The layer's step.
 
     Returns:

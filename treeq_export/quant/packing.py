@@ -23,7 +23,7 @@ def pack(codes: NDArray[np.int8], bits: int, grid: Grid = INTEGER) -> NDArray[np
     Args:
         codes: (N, K) int8, levels of the grid.
         bits: 1..8.
-        grid: Their grid.
+        grid: The grid of the levels.
 
     Returns:
         (bits, N, ceil(K/32)) int32.

@@ -76,7 +76,7 @@ class ActivationFormat(Spec):
 
     Attributes:
         bits: Bits per code, 2..8; None exactly where `scale` is "none".
-        scale: How the scale is found: from each token's rms or absolute maximum, static for the
+        scale: Source of the scale: each token's rms or absolute maximum, static for the
             whole tensor (calibrated), or not quantized at all.
         grid: Name of the grid.
     """
