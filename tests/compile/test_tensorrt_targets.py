@@ -132,7 +132,9 @@ def test_second_compile_gives_the_same_bytes(compiled: Any, tmp_path: Path):
 
 def test_bench_leaves_them_out_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     timed: list[str] = []
-    monkeypatch.setattr(stages, "run_bench", lambda *_, targets, **__: timed.extend(targets))
+    monkeypatch.setattr(
+        "treeq_export.bench.stage.run_bench", lambda *_, targets, **__: timed.extend(targets)
+    )
     recipe = Recipe.model_validate(
         {
             "name": "r",
