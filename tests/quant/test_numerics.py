@@ -1,6 +1,5 @@
 """The reference arithmetic against properties and against its formula written out in loops."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
