@@ -142,7 +142,10 @@ class TestRunning:
         assert {name for name, _ in runs} == {"uniform-4"}
         assert [row.name for row in table_of(tmp_path).rows] == ["uniform-4", "uniform-3"]
 
-    def test_a_changed_row_is_made_again(self, run_recipe: Path, tmp_path: Path) -> None:
+    def test_a_changed_row_is_made_again(
+        self, run_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))  # part of the environment
         args = ("--budgets", "3", "--strategies", "uniform")
         compare(run_recipe, tmp_path, *args)
         before = table_of(tmp_path)
