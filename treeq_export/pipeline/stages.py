@@ -148,11 +148,6 @@ def _finetuned_files(workspace: "Workspace") -> list[str]:
     return [name for name in files if (workspace.run / name).is_file()]
 
 
-def _finetune_idle(recipe: "Recipe") -> str | None:
-    none = recipe.finetune.mode == "none"
-    return "finetune.mode is none: nothing was trained." if none else None
-
-
 def _finetune_memory(recipe: "Recipe") -> dict[str, int]:
     section = recipe.finetune
     if section.mode == "none":
@@ -173,7 +168,6 @@ def _compile(workspace: "Workspace", on_step: OnStep) -> None:
 
 
 def _compiled_files(workspace: "Workspace") -> list[str]:
-    from treeq_export.run_folder import RunFolder
     from treeq_export.runners.model_files import model_files
     from treeq_export.targets.names import FP32
 
@@ -267,10 +261,6 @@ def baseline_of(recipe: "Recipe") -> Sibling | None:
     return Sibling(RunFolder.BASELINE, uniform, ("search", "calibrate"))
 
 
-def _evaluate_after(recipe: "Recipe") -> tuple[str, ...]:
-    return ("finetune",) if recipe.evaluate.runner == "torch" else ("compile",)
-
-
 def _report(workspace: "Workspace", on_step: OnStep) -> "Report":
     from treeq_export.report import write_report
 
@@ -324,7 +314,11 @@ STAGES = (
         record=RunFolder.FINETUNE,
         summary="Train branches and scales by distillation.\n\n"
         "The key finetune.mode of the recipe chooses what is trained.",
-        idle=_finetune_idle,
+        idle=lambda recipe: (
+            "finetune.mode is none: nothing was trained."
+            if recipe.finetune.mode == "none"
+            else None
+        ),
         memory=_finetune_memory,
     ),
     Stage(
@@ -359,7 +353,7 @@ STAGES = (
         "evaluate",
         _evaluate,
         sections=lambda _: ("sampler", "evaluate", "seed"),
-        after=_evaluate_after,
+        after=lambda recipe: ("finetune" if recipe.evaluate.runner == "torch" else "compile",),
         outputs=lambda _: [RunFolder.QUALITY],
         record=RunFolder.QUALITY,
         summary="Sample images with equal seeds and score them.\n\n"
