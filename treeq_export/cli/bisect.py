@@ -31,11 +31,11 @@ def bisect(run: Path, target: str, threshold_db: float | None, as_json: bool) ->
     """
     from treeq_export.bisect.cuda import CUDA
     from treeq_export.bisect.run import run_bisect
-    from treeq_export.pipeline.run import require_result
+    from treeq_export.pipeline.run import require_results
     from treeq_export.pipeline.workspace import Workspace
 
     with Workspace.reopen(run, read_only=True) as workspace, stage_progress() as progress:
-        require_result(workspace, "bisect", "finetune" if target == CUDA else "compile")
+        require_results(workspace, "bisect", ("finetune" if target == CUDA else "compile",))
         record = run_bisect(
             workspace.run,
             workspace.denoiser,

@@ -60,13 +60,13 @@ def build(
 ) -> None:
     """Build TensorRT engines and verify every planned layer."""
     from treeq_export.engines import BuildOptions, run_build
-    from treeq_export.pipeline.run import require_result
+    from treeq_export.pipeline.run import require_results
     from treeq_export.pipeline.workspace import Workspace
 
     options = BuildOptions(runtime=runtime, gpus=gpus, targets=targets, cache=cache)
     options.check()
     with Workspace.reopen(run) as workspace, stage_progress() as progress:
-        require_result(workspace, "build", "compile")
+        require_results(workspace, "build", ("compile",))
         record = run_build(run, options, workspace.recipe.compile, progress.start, say)
     if as_json:
         click.echo(record.model_dump_json(indent=2))

@@ -85,7 +85,7 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     """Write a Triton model repository, and lint it."""
     from treeq_export.model.checkpoint import build_model
     from treeq_export.model.conditioning import make_denoiser
-    from treeq_export.pipeline.run import require_result
+    from treeq_export.pipeline.run import require_results
     from treeq_export.pipeline.workspace import Workspace
     from treeq_export.serve.options import ServeOptions
     from treeq_export.serve.stage import run_serve
@@ -98,7 +98,8 @@ def serve(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
         stage_progress() as progress,
     ):
         on_step = progress.start("serve", False)
-        compiled = require_result(workspace, "serve", "compile")
+        require_results(workspace, "serve", ("compile",))
+        compiled = workspace.stages["compile"].outputs
         checkpoint, recipe = workspace.checkpoint, workspace.recipe
         denoiser = make_denoiser(build_model(checkpoint), checkpoint, recipe.model)
         written = run_serve(

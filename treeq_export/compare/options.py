@@ -37,9 +37,9 @@ class CompareOptions:
 def command_line(options: CompareOptions, recipe: str, overrides: Sequence[str], out: Path) -> str:
     """Return the command line that repeats a comparison, with the folder's name only."""
     words = ["treeq-export", "compare", recipe]
-    words += ["--budgets", ",".join(f"{budget:g}" for budget in options.budgets)]
-    words += ["--strategies", ",".join(options.strategies)]
     lists = {
+        "--budgets": [f"{budget:g}" for budget in options.budgets],
+        "--strategies": options.strategies,
         "--finetune": options.variants,
         "--peers": options.peers,
         "--seeds": options.seeds or (),

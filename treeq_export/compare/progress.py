@@ -1,6 +1,7 @@
 """Progress of a comparison on a console: a bar for the stage at work and a line per cell."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +13,7 @@ from treeq_export.records import CompareRow
 from treeq_export.report.quantities import format_fixed, format_ratio, format_seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """How far a comparison is.
 
@@ -21,12 +22,27 @@ class Progress:
         num_cells: All cells.
         worked: Whether the last one had anything to do.
         left_s: Estimated seconds for the rest, from the cells of this process; None before one.
+        num_to_do: Cells that were not finished at the start.
+        num_worked: Cells that this process has worked on.
+        started_s: Start by the monotonic clock.
     """
 
     num_done: int
     num_cells: int
-    worked: bool
-    left_s: float | None
+    worked: bool = False
+    left_s: float | None = None
+    num_to_do: int = 0
+    num_worked: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+
+    def tick(self, worked: bool) -> None:
+        """Count a cell."""
+        self.num_done += 1
+        self.worked = worked
+        self.num_worked += worked
+        if self.num_worked:
+            per_cell = (time.monotonic() - self.started_s) / self.num_worked
+            self.left_s = per_cell * max(self.num_to_do - self.num_worked, 0)
 
 
 class CompareProgress:

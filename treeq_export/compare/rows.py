@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from treeq_export.pipeline.workspace import Workspace
@@ -14,8 +14,6 @@ from treeq_export.records import (
     load_record,
 )
 from treeq_export.run_folder import RunFolder
-
-Scores = Sequence[QualityScores]
 
 
 def make_spread(values: Sequence[float | None]) -> Spread | None:
@@ -44,19 +42,9 @@ def make_ratio(values: Spread | None, base: Spread | None) -> Spread | None:
     return ratios and ratios.model_copy(update={"mean": values.mean / base.mean})
 
 
-def spread_of(scores: Scores, pick: Callable[[QualityScores], float | None]) -> Spread | None:
-    """Return one score's spread over the seeds."""
-    return make_spread([pick(entry) for entry in scores])
-
-
-def spread_distance(scores: Scores) -> Spread | None:
-    """Return the Frechet distance over the seeds."""
-    return spread_of(scores, lambda entry: entry.frechet_distance)
-
-
-def spread_accuracy(scores: Scores) -> Spread | None:
-    """Return the class accuracy over the seeds."""
-    return spread_of(scores, lambda entry: entry.class_accuracy)
+def spread_of(scores: Sequence[QualityScores], name: str) -> Spread | None:
+    """Return the spread of one score over the seeds."""
+    return make_spread([getattr(entry, name) for entry in scores])
 
 
 def read_quality(workspace: Workspace) -> QualityRecord:
@@ -76,13 +64,12 @@ def count_evaluations(search: SearchRecord | None) -> int | None:
 
 def score_fields(quality: QualityRecord) -> dict[str, Any]:
     """Return the fields of a row that come from the images."""
-    scores = [seed.quantized for seed in quality.seeds]
-    distance = spread_distance(scores)
-    fp = spread_distance([seed.fp for seed in quality.seeds])
+    scores, fp = ([s.quantized for s in quality.seeds], [s.fp for s in quality.seeds])
+    distance = spread_of(scores, "frechet_distance")
     return {
         "network_mse": quality.network_mse,
         "frechet_distance": distance,
-        "frechet_ratio": make_ratio(distance, fp),
-        "class_accuracy": spread_accuracy(scores),
-        "psnr_db": spread_of(scores, lambda entry: entry.psnr_db),
+        "frechet_ratio": make_ratio(distance, spread_of(fp, "frechet_distance")),
+        "class_accuracy": spread_of(scores, "class_accuracy"),
+        "psnr_db": spread_of(scores, "psnr_db"),
     }

@@ -5,7 +5,6 @@ DIR/cells/<strategy>-<budget>[-<mode>]/      a run: search, calibrate, finetune,
 DIR/samples/                                 full precision's images, the same for all cells
 """
 
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from treeq_export.compare.html import render_comparison
 from treeq_export.compare.options import CompareOptions, command_line
 from treeq_export.compare.peer_cells import PeerCell
 from treeq_export.compare.progress import CompareProgress, Progress
-from treeq_export.compare.rows import read_quality, spread_accuracy, spread_distance
+from treeq_export.compare.rows import read_quality, spread_of
 from treeq_export.environment import describe_environment
 from treeq_export.errors import OutputError, PlanError
 from treeq_export.pipeline.run import check_recipe, recipe_with_digests
@@ -59,7 +58,8 @@ def run_compare(
     cells: list[Cell | PeerCell] = [*make_cells(workspace.recipe, options)]
     cells += [PeerCell(peer, workspace.recipe) for peer in options.peers]
     table = _Table(workspace, [cell.name for cell in cells])
-    clock = _Clock(sum(not _is_finished(workspace, cell) for cell in cells), len(cells))
+    num_to_do = sum(not _is_finished(workspace, cell) for cell in cells)
+    done = Progress(0, len(cells), num_to_do=num_to_do)
     for cell in cells:
         with _open_run(workspace, cell) as run:
             worked = cell.work(run, partial(on_progress.start_stage, cell.name))
@@ -67,7 +67,8 @@ def run_compare(
             table.add(row, read_quality(run))
         if worked:
             write_views(workspace, options, table.record)
-        on_progress.finish_cell(row, clock.tick(worked))
+        done.tick(worked)
+        on_progress.finish_cell(row, done)
     write_views(workspace, options, table.record)
     return table.record
 
@@ -155,8 +156,8 @@ class _Table:
         fp = [seed.fp for seed in quality.seeds]
         self._update(
             [*self.record.rows, row],
-            fp_frechet_distance=spread_distance(fp),
-            fp_class_accuracy=spread_accuracy(fp),
+            fp_frechet_distance=spread_of(fp, "frechet_distance"),
+            fp_class_accuracy=spread_of(fp, "class_accuracy"),
         )
         save_record(self.path, self.record)
 
@@ -209,22 +210,3 @@ def _check_same(out: Path, old: CompareRecord, new: CompareRecord) -> None:
             f"{out}: holds the comparison of another recipe: {name} was {was!r:.60}, "
             f"is {is_now!r:.60}. Choose another --out, or remove this folder."
         )
-
-
-class _Clock:
-    """Estimates the time left from the cells that this process has worked on."""
-
-    def __init__(self, num_to_do: int, num_cells: int) -> None:
-        self.num_to_do, self.num_cells = num_to_do, num_cells
-        self.num_done = self.num_worked = 0
-        self.started = time.monotonic()
-
-    def tick(self, worked: bool) -> Progress:
-        """Count a cell."""
-        self.num_done += 1
-        self.num_worked += worked
-        left = None
-        if self.num_worked:
-            per_cell = (time.monotonic() - self.started) / self.num_worked
-            left = per_cell * max(self.num_to_do - self.num_worked, 0)
-        return Progress(self.num_done, self.num_cells, worked, left)

@@ -13,7 +13,7 @@ calibrated and compiled again, but not searched again.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,36 +288,23 @@ def require_stages(workspace: Workspace, stage: Stage) -> None:
     Raises:
         PlanError: Names the first file that has changed, and the first stage to run.
     """
-    _require(workspace, stage.name, stage.after(workspace.recipe), lenient=stage.always)
+    names = stage.after(workspace.recipe)
+    require_results(workspace, stage.name, names, lenient=stage.always)
 
 
-def require_result(workspace: Workspace, reader: str, name: str) -> Mapping[str, str]:
-    """Check that a stage and all that it reads are up to date.
-
-    Args:
-        workspace: The run.
-        reader: Who reads the result, for the message.
-        name: The stage.
-
-    Returns:
-        SHA-256 of the stage's files, relative to the run folder.
-
-    Raises:
-        PlanError: Names the first file that has changed, and the first stage to run.
-    """
-    _require(workspace, reader, (name,))
-    return workspace.stages[name].outputs if name in workspace.stages else {}
-
-
-def _require(
+def require_results(
     workspace: Workspace, reader: str, names: Iterable[str], *, lenient: bool = False
 ) -> None:
     """Check that stages and all that they read are up to date.
 
-    A lenient reader takes what exists, and asks only that it is of this recipe.
+    Args:
+        workspace: The run.
+        reader: Who reads the results, for the message.
+        names: The stages.
+        lenient: Whether the reader takes what exists, and asks only that it is of this recipe.
 
     Raises:
-        PlanError: One is not.
+        PlanError: Names the first file that has changed, and the first stage to run.
     """
     needed = _upstream(workspace.recipe, names)
     for stage in STAGES:
