@@ -75,8 +75,8 @@ class Quantized:
         plan: The format of every quantized layer.
         tensors: Codes, scales, biases and branch factors by "<layer>.<tensor>"; empty before
             `calibrate`.
-        searched: How the plan was found; None for one that was loaded.
-        trained: How the tensors were trained; None where they were not.
+        searched: Record of the search; None for a plan that was loaded.
+        trained: Record of the training; None where nothing was trained.
     """
 
     model: Model
@@ -122,7 +122,7 @@ class Graph:
     Attributes:
         target: The kind of graph, such as "ort".
         model: The graph in memory.
-        audit: What every quantized layer became in ONNX Runtime.
+        audit: The nodes that every quantized layer became.
         path: The file, where one was asked for.
     """
 
@@ -214,7 +214,7 @@ def calibrate(quantized: Quantized, *, on_step: OnStep = no_progress, **settings
     """Find codes, scales, biases and branch factors on trajectories of the network itself.
 
     Args:
-        quantized: What `search` returned; its plan may have been changed.
+        quantized: The result of `search`; the plan in it may have been changed.
         on_step: Called with the fraction done, 0..1.
         **settings: Keys of the recipe's section `calibrate`, such as `num_samples`.
 

@@ -69,7 +69,7 @@ def make_folder(path: Path, remedy: str = OTHER_OUT) -> Path:
 
     Args:
         path: The folder; it may exist.
-        remedy: What to do if that cannot be, as a sentence.
+        remedy: Advice for the case that it cannot be, as a sentence.
 
     Returns:
         The same path.

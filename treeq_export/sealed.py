@@ -43,7 +43,7 @@ def write_sealed_tensors(
         save_file: `save_file` of safetensors for the framework of the tensors.
         tensors: By name, contiguous.
         fingerprint: Digest of all that the tensors depend on.
-        **metadata: What else `read_sealed_metadata` is to return.
+        **metadata: More that `read_sealed_metadata` is to return.
 
     Raises:
         OutputError: The disk is full or the folder cannot be written to.

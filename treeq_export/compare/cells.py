@@ -35,7 +35,7 @@ class Cell:
 
     Attributes:
         name: Name of its folder below DIR/cells.
-        strategy: How the bits are assigned.
+        strategy: Search strategy.
         variant: "ptq", "peft" or "qat".
         budget: Average bits of weights and of activations.
         recipe: The recipe of the run.
@@ -114,8 +114,8 @@ def make_cells(recipe: Recipe, options: CompareOptions) -> list[Cell]:
     """Return the cells of all strategies, budgets and variants, the trained ones after theirs.
 
     Args:
-        recipe: What the cells share (`shared_recipe`).
-        options: What they do not share.
+        recipe: The recipe that the cells share (`shared_recipe`).
+        options: Everything that differs between cells.
     """
     cells: list[Cell] = []
     for budget in options.budgets:

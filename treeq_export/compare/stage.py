@@ -107,7 +107,7 @@ def open_comparison(
         recipe: The recipe as the user wrote it.
         recipe_path: File that the recipe was read from.
         overrides: The `--set` assignments.
-        options: Their seeds count.
+        options: The cells; their seeds replace those of the recipe.
 
     Raises:
         RecipeError: Too few seeds, or a file of the recipe is missing.

@@ -57,7 +57,7 @@ class Checkpoint:
         config: The diffusers configuration without the underscore keys.
         files: Weight files in name order.
         sha256: Digest of class, configuration and weight files; the same wherever they lie.
-        notes: What a person should know of it, a sentence each.
+        notes: Facts that a person should know of it, a sentence each.
     """
 
     path: Path
@@ -122,7 +122,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """Build the network and give it the checkpoint's weights.
 
     Args:
-        checkpoint: What `open_checkpoint` returned.
+        checkpoint: A result of `open_checkpoint`.
 
     Returns:
         The diffusers model: float32, evaluation mode, parameters without gradient.

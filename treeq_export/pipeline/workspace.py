@@ -38,7 +38,7 @@ class StageRecord(BaseModel):
 
     Attributes:
         fingerprint: Digest of everything that the stage's result depends on.
-        seconds: How long it took.
+        seconds: Time that it took.
         outputs: SHA-256 by file, relative to the run folder.
     """
 
