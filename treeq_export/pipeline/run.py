@@ -36,7 +36,7 @@ _SIBLING_SHARE = 0.1  # of a stage's work, where it needs a run beside it
 
 def stage_named(name: str) -> Stage:
     """Return the stage of that name."""
-    return next(stage for stage in STAGES if stage.name == name)
+    return {stage.name: stage for stage in STAGES}[name]
 
 
 def fingerprint(workspace: Workspace, stage: Stage) -> str:
@@ -132,7 +132,7 @@ def run_stage(workspace: Workspace, stage: Stage, on_step: OnStep) -> object:
 
 
 def run_stages(
-    workspace: Workspace, stages: Sequence[Stage], on_stage: OnStage, start: str | None = None
+    workspace: Workspace, stages: Sequence[Stage], on_stage: OnStage, start: Stage | None = None
 ) -> dict[str, object]:
     """Run the stages that are not up to date.
 
@@ -150,7 +150,7 @@ def run_stages(
     """
     again, results = False, dict[str, object]()
     for place, stage in enumerate(stages):
-        again = again or stage.name == start
+        again = again or stage is start
         current = not (again or stage.always) and is_up_to_date(workspace, stage)
         if not (current or results):
             for later in stages[place:]:
@@ -258,7 +258,8 @@ def run_all(workspace: Workspace, start: str | None, on_stage: OnStage) -> Repor
         TreeqError: A stage failed; finished stages are kept.
     """
     check_recipe(workspace.recipe)
-    report = run_stages(workspace, STAGES, on_stage, start).get(STAGES[-1].name)
+    first = None if start is None else stage_named(start)
+    report = run_stages(workspace, STAGES, on_stage, first).get(STAGES[-1].name)
     assert isinstance(report, Report)
     return report
 
