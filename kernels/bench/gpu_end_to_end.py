@@ -26,7 +26,7 @@ from torch import Tensor
 
 from treeq_export.bench.gpu_timing import CudaTimer, EmulatedTimer, ratios, time_interleaved
 from treeq_export.errors import RunnerError
-from treeq_export.model.families.dit import DiTDenoiser
+from treeq_export.model.families.dit import LABELS, DiTDenoiser
 from treeq_export.runners.cuda_runner import GraphedModel, capture_graph
 
 BASELINES = ("compile_bf16", "compile_max_bf16", "graph_bf16", "eager_bf16")
@@ -192,7 +192,7 @@ def measure(
     opened = {c.name: open_contender(c, config, device) for c in contenders}
     timer = EmulatedTimer() if device.type == "cpu" else CudaTimer(clear_l2=False)
     size = config["sample_size"]
-    shapes = DiTDenoiser(_Shapes(config), (config["in_channels"], size, size))
+    shapes = DiTDenoiser(_Shapes(config), (config["in_channels"], size, size), LABELS)
     rows: list[dict[str, Any]] = []
     for batch in BATCHES[:1] if smoke else BATCHES:
         inputs = {

@@ -11,7 +11,7 @@ import torch
 from gpu_cases import ROTATION_GROUP, Format
 from torch import Tensor, nn
 
-from treeq_export.model.families.dit import DiTDenoiser
+from treeq_export.model.families.dit import LABELS, DiTDenoiser
 from treeq_export.model.quantized import put_module
 from treeq_export.plan import LayerPlan, TreePath
 from treeq_export.quant.grids import INTEGER
@@ -49,7 +49,7 @@ def make_model(
     with torch.device(device):
         model = DiTTransformer2DModel(**config)
     size = config["sample_size"]
-    denoiser = DiTDenoiser(model, (config["in_channels"], size, size))
+    denoiser = DiTDenoiser(model, (config["in_channels"], size, size), LABELS)
     for parameter in denoiser.parameters():
         parameter.requires_grad_(False)
     return denoiser.to(device=device, dtype=dtype).eval()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from treeq_export.compile.export import export_graph
 from treeq_export.compile.stage import compile_target
 from treeq_export.engines import BuildOptions, run_build
-from treeq_export.model.families.dit import DiTDenoiser
+from treeq_export.model.families.dit import LABELS, DiTDenoiser
 from treeq_export.model.quantized import replace_linear
 from treeq_export.plan import (
     FORMAT_VERSION,
@@ -61,7 +61,7 @@ def make_model() -> DiTDenoiser:
     blocks: Any = model.transformer_blocks
     for block in blocks:
         block.norm1.emb = blocks[0].norm1.emb
-    return DiTDenoiser(model, (4, 32, 32)).eval()
+    return DiTDenoiser(model, (4, 32, 32), LABELS).eval()
 
 
 def make_layers() -> Iterator[LayerPlan]:

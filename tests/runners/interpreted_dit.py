@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from treeq_export.bisect.cuda import CUDA, compare_cuda
-from treeq_export.model.families.dit import DiTDenoiser
+from treeq_export.model.families.dit import LABELS, DiTDenoiser
 from treeq_export.model.layers import discover_linears
 from treeq_export.model.quantized import linear_of, quantize_model, quantized_layers
 from treeq_export.model.zoo import Denoiser
@@ -65,7 +65,7 @@ def make_denoiser() -> DiTDenoiser:
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
-    return DiTDenoiser(model, (4, 4, 4)).eval()
+    return DiTDenoiser(model, (4, 4, 4), LABELS).eval()
 
 
 def make_plan(denoiser: Denoiser) -> tuple[Plan, Tensors]:

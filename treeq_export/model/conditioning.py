@@ -42,7 +42,7 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
     _check_channels(checkpoint, config)
     row_shapes = family.row_shapes_of(config, section.num_text_tokens or _NUM_TEXT_TOKENS)
     prompts = None
-    if not family.takes_text:
+    if "encoder_hidden_states" not in row_shapes:
         for key, unset in (("conditioning", (None,)), ("num_text_tokens", _UNSET_TEXT_TOKENS)):
             if getattr(section, key) not in unset:
                 raise RecipeError(

@@ -205,7 +205,7 @@ def _dynamic_shift(
     size = latent_size or model.get("sample_size")
     if not config.get("use_dynamic_shifting") or not isinstance(size, int):
         return None
-    tokens = (size // family.patch_size_of(model)) ** 2
+    tokens = (size // (family.pipeline_patch or int(model.get("patch_size") or 1))) ** 2
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - few) / (many - few)

@@ -1,15 +1,9 @@
-"""What all denoisers have in common: one calling convention.
+"""What all families of denoisers have in common: one calling convention.
 
 A denoiser takes a noisy `sample`, a `timestep` in 0..1000 and its conditioning, all batched, by
-position in the order of `input_names`, and returns the raw network output:
-
-    DiT      class_labels (b,) int64
-    PixArt   encoder_hidden_states (b, t, d), encoder_attention_mask (b, t)
-    SD3      encoder_hidden_states (b, t, d), pooled_projections (b, p)
-    Flux     the same, guidance (b,) where distilled; sample is packed, (b, tokens, channels)
-
-All but class_labels are float32. What does not depend on the batch (Flux' position ids, PixArt's
-resolution) is a constant inside, so that exported graphs have these inputs only.
+position in the order of `input_names`, and returns the raw network output. All but labels (int64)
+are float32. What does not depend on the batch (Flux' position ids, PixArt's resolution) is a
+constant inside, so that exported graphs have these inputs only.
 """
 
 import re
@@ -34,28 +28,26 @@ class Denoiser(nn.Module):
         prompts: Text embeddings by input name, first axis prompts; None draws Gaussian ones.
 
     Attributes:
-        diffusers_class: Name of the class in diffusers.
+        diffusers_class: Name of the network's class in diffusers.
         legacy_norm_type: norm_type of a config.json that names diffusers' older class; None for a
             family that is younger.
         original_name: Pattern of tensor names that only the family's original code has.
         unused_tensors: Tensors of published checkpoints that the network does not have.
-        takes_text: Whether prompts condition the network, not labels.
         may_learn_sigma: Whether the output may have the channels of a learned sigma.
         pipeline_sets_sigmas: Whether the family's pipeline sets sigma to 1, 1 - 1/n, ... itself.
+        pipeline_patch: Latents that the pipeline packs into a token, along each side; None where
+            the network does.
         num_classes: Number of labels; 0 where text conditions the network.
-        embedded_guidance: Guidance that the network takes as an input by default; None where it
-            takes none.
+        constants: Inputs that hold one number, unless the prompts have them.
     """
 
     diffusers_class: ClassVar[str]
     legacy_norm_type: ClassVar[str | None] = None
     original_name: ClassVar[re.Pattern[str] | None] = None
     unused_tensors: ClassVar[frozenset[str]] = frozenset()
-    takes_text: ClassVar[bool] = True
     may_learn_sigma: ClassVar[bool] = True
     pipeline_sets_sigmas: ClassVar[bool] = False
-    num_classes: int = 0
-    embedded_guidance: float | None = None
+    pipeline_patch: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -71,20 +63,28 @@ class Denoiser(nn.Module):
         self.row_shapes = dict(row_shapes)
         self.prompts = None if prompts is None else dict(prompts)
         self.conditioning_source = "random" if prompts is None else "file"
-        self.input_names = ("sample", "timestep", *row_shapes)
+        self.num_classes = 0
+        self.constants: dict[str, float] = {}
+        self.prepare(getattr(model, "config", {}))
+        self.input_names = tuple({"sample": 0, "timestep": 0, **self.row_shapes, **self.constants})
+
+    def prepare(self, config: Mapping[str, Any]) -> None:
+        """Set what the family adds: labels, constants and buffers.
+
+        Args:
+            config: The diffusers configuration with all defaults.
+        """
 
     @staticmethod
-    def row_shapes_of(
-        config: Mapping[str, Any], num_text_tokens: int
-    ) -> Mapping[str, tuple[int, ...]]:
+    def row_shapes_of(config: Mapping[str, Any], num_tokens: int) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of one row of every conditioning input, in call order.
 
         Args:
             config: The diffusers configuration with all defaults.
-            num_text_tokens: Length of the text.
+            num_tokens: Length of the text.
         """
         return {
-            "encoder_hidden_states": (num_text_tokens, config["joint_attention_dim"]),
+            "encoder_hidden_states": (num_tokens, config["joint_attention_dim"]),
             "pooled_projections": (config["pooled_projection_dim"],),
         }
 
@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
             RecipeError: The size is missing, or does not fit the network.
         """
         size = latent_size or config["sample_size"]
-        patch = cls.patch_size_of(config)
+        patch = config["patch_size"]
         if size % patch:
             raise RecipeError(
                 f"model.latent_size: received {size}, expected a multiple of the patch size "
@@ -114,11 +114,6 @@ class Denoiser(nn.Module):
             )
         return (config["in_channels"], size, size)
 
-    @staticmethod
-    def patch_size_of(config: Mapping[str, Any]) -> int:
-        """Return the latents along each side of a token."""
-        return int(config.get("patch_size") or 1)
-
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the raw network output.
 
@@ -128,16 +123,20 @@ class Denoiser(nn.Module):
         Returns:
             (b, *sample_shape) float32, with more channels where the network learned sigma.
         """
-        raise NotImplementedError
+        given = self.arguments(dict(zip(self.input_names, inputs, strict=True)))
+        return self.model(hidden_states=given.pop("sample"), **given, return_dict=False)[0]
+
+    def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of the diffusers model, whose hidden_states is called sample here.
+
+        Args:
+            inputs: The denoiser's inputs by name.
+        """
+        return dict(inputs)
 
     def exportable(self) -> AbstractContextManager[None]:
         """Return a context in which the network has only what torch.onnx exports."""
         return nullcontext()
-
-    @property
-    def prediction_channels(self) -> int | None:
-        """Channels of the output that are the prediction; None takes all."""
-        return self.sample_shape[0] if self.may_learn_sigma else None
 
     def prediction(self, output: Tensor) -> Tensor:
         """Return the predicted noise or velocity: the output without learned-sigma channels.
@@ -148,7 +147,7 @@ class Denoiser(nn.Module):
         Returns:
             (b, *sample_shape), same dtype.
         """
-        return output[:, : self.prediction_channels]
+        return output[:, : self.sample_shape[0]]
 
     def make_conditioning(self, num: int, seed: int) -> dict[str, Tensor]:
         """Return all inputs but sample and timestep.
@@ -161,14 +160,15 @@ class Denoiser(nn.Module):
             Input name to tensor with `num` rows; labels and prompts cycle.
         """
         if self.prompts is not None:
-            return {
-                name: rows[torch.arange(num) % len(rows)] for name, rows in self.prompts.items()
-            }
+            index = torch.arange(num) % len(next(iter(self.prompts.values())))
+            given = {name: rows[index] for name, rows in self.prompts.items()}
+            return given | {n: c for n, c in self._constant_rows(num).items() if n not in given}
         generator = torch.Generator().manual_seed(seed)
-        return {
+        random = {
             name: torch.randn((num, *shape), generator=generator)
             for name, shape in self.row_shapes.items()
         }
+        return random | self._constant_rows(num)
 
     def null_conditioning(self, num: int) -> dict[str, Tensor]:
         """Return the conditioning of the unconditional half of classifier-free guidance.
@@ -179,7 +179,14 @@ class Denoiser(nn.Module):
         Returns:
             Input name to tensor with `num` rows; text embeddings are zero.
         """
-        return {name: torch.zeros(num, *shape) for name, shape in self.row_shapes.items()}
+        zeros = {name: torch.zeros(num, *shape) for name, shape in self.row_shapes.items()}
+        return zeros | self._constant_rows(num)
+
+    def _constant_rows(self, num: int) -> dict[str, Tensor]:
+        return {
+            name: torch.full((num, *self.row_shapes.get(name, ())), value)
+            for name, value in self.constants.items()
+        }
 
     def make_example_inputs(self, batch: int, seed: int) -> dict[str, Tensor]:
         """Return valid inputs: Gaussian sample, uniform timesteps, conditioning.

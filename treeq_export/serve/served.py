@@ -312,7 +312,7 @@ def _make_settings(
     has_vae: bool,
 ) -> SamplerSettings:
     null = denoiser.null_conditioning(1)
-    text = denoiser.row_shapes if denoiser.takes_text else {}
+    text = {} if denoiser.num_classes else denoiser.row_shapes
     pixels = is_pixels(denoiser.sample_shape)
     if pixels and has_vae:
         raise ServeError("--vae: this model paints pixels itself. Leave it out.")
@@ -322,11 +322,11 @@ def _make_settings(
         steps=recipe.sampler.steps,
         guidance_scale=recipe.sampler.guidance_scale,
         sample_shape=list(denoiser.sample_shape),
-        prediction_channels=denoiser.prediction_channels,
+        prediction_channels=denoiser.sample_shape[0] if denoiser.may_learn_sigma else None,
         num_classes=denoiser.num_classes or None,
         conditioning={name: list(shape) for name, shape in text.items()},
         null={name: float(null[name].flatten()[0]) for name in denoiser.row_shapes},
-        embedded_guidance=denoiser.embedded_guidance,
+        embedded_guidance=denoiser.constants.get("guidance"),
         image="pixels" if pixels else ("vae" if has_vae else None),
         concurrency=options.concurrency,
     )

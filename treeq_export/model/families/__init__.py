@@ -13,15 +13,13 @@ _LEGACY_CLASS = "Transformer2DModel"
 
 
 def find_family(class_name: str, norm_type: str) -> type[Denoiser] | None:
-    """Return the family of a diffusers class; None where there is none.
-
-    Args:
-        class_name: The _class_name of a config.json.
-        norm_type: The norm_type there, which tells the models of the older class apart.
-    """
+    """Return the family of a config.json's _class_name and norm_type; None where there is none."""
+    is_legacy = class_name == _LEGACY_CLASS
     for family in FAMILIES:
-        if class_name == family.diffusers_class:
-            return family
-        if (class_name, norm_type) == (_LEGACY_CLASS, family.legacy_norm_type):
+        if (
+            norm_type == family.legacy_norm_type
+            if is_legacy
+            else class_name == family.diffusers_class
+        ):
             return family
     return None

@@ -1,14 +1,14 @@
 """DiT: class labels in, no text."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from treeq_export.model.zoo import Denoiser
 
-_LABELS: Mapping[str, tuple[int, ...]] = {"class_labels": ()}
+LABELS: Mapping[str, tuple[int, ...]] = {"class_labels": ()}
 
 
 class DiTDenoiser(Denoiser):
@@ -16,33 +16,17 @@ class DiTDenoiser(Denoiser):
 
     diffusers_class = "DiTTransformer2DModel"
     legacy_norm_type = "ada_norm_zero"
-    takes_text = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sample_shape: tuple[int, ...],
-        row_shapes: Mapping[str, tuple[int, ...]] = _LABELS,
-        prompts: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(model, sample_shape, row_shapes, prompts)
-        self.num_classes = cast(Any, model).config["num_embeds_ada_norm"]
+    def prepare(self, config: Mapping[str, Any]) -> None:
+        """See `Denoiser.prepare`."""
+        self.num_classes = config["num_embeds_ada_norm"]
         self.conditioning_source = "labels"
 
     @staticmethod
-    def row_shapes_of(
-        config: Mapping[str, Any], num_text_tokens: int
-    ) -> Mapping[str, tuple[int, ...]]:
+    def row_shapes_of(config: Mapping[str, Any], num_tokens: int) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of a label."""
-        del config, num_text_tokens
-        return _LABELS
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """See `Denoiser.forward`."""
-        sample, timestep, class_labels = inputs
-        return self.model(sample, timestep=timestep, class_labels=class_labels, return_dict=False)[
-            0
-        ]
+        del config, num_tokens
+        return LABELS
 
     def make_conditioning(self, num: int, seed: int) -> dict[str, Tensor]:
         """Return labels that cycle through the classes, whatever the seed."""
