@@ -21,7 +21,7 @@ from typing import Any
 Check = Callable[[Any], bool]
 
 MANIFEST_FILE = "manifest.json"
-_AGAIN = "Write the repository again with `treeq-export serve`"
+AGAIN = "Write the repository again with `treeq-export serve`"
 _BLOCK_BYTES = 1 << 20
 _BACKENDS = Path("/opt/tritonserver/backends")
 _MAX_BYTES = 16 << 20
@@ -51,6 +51,23 @@ def find_unfit(root: Path) -> str | None:
     )
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: It is missing, too large, no JSON or no object; says so in one line.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")  # noqa: TRY301
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). {AGAIN}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object. {AGAIN}.")  # noqa: TRY004
+    return content
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read manifest.json.
 
@@ -58,17 +75,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
         ValueError: It is missing, no JSON, or of another form.
     """
     path = root / MANIFEST_FILE
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")  # noqa: TRY301
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}). {_AGAIN}.") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path}: expected an object. {_AGAIN}.")  # noqa: TRY004
+    manifest = read_object(path)
     for key, (is_right, expected) in _FORM.items():
         if key not in manifest or not is_right(manifest[key]):
-            raise ValueError(f"{path}: {key}: expected {expected}. {_AGAIN}.")
+            raise ValueError(f"{path}: {key}: expected {expected}. {AGAIN}.")
     return manifest
 
 
@@ -76,54 +86,49 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
-def _is_version(value: Any) -> bool:
-    return _is_text(value) and _VERSION.match(value) is not None
-
-
 def _is_name(value: Any) -> bool:
-    is_text = isinstance(value, str) and value.isprintable()
-    return is_text and value not in ("", ".", "..") and "/" not in value
+    return _is_text(value) and value not in ("", ".", "..") and "/" not in value
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_mapping(value: Any, is_key: Check, is_value: Check) -> bool:
-    return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
-
-
-def _is_file(value: Any) -> bool:
-    return (
-        isinstance(value, dict) and _is_number(value.get("bytes")) and _is_text(value.get("sha256"))
-    )
+    return type(value) is int and value >= 0
 
 
 def _is_path(value: str) -> bool:
-    parts = value.split("/")
-    return len(parts) > 1 and all(_is_name(part) for part in parts)
+    return "/" in value and all(map(_is_name, value.split("/")))
+
+
+def _each(is_key: Check, is_value: Check) -> Check:
+    """Return a check of every key and value of an object."""
+    return lambda found: (
+        isinstance(found, dict) and all(is_key(k) and is_value(v) for k, v in found.items())
+    )
 
 
 _FORM: dict[str, tuple[Check, str]] = {
     "root": (lambda value: value is None or _is_text(value), "a path, or null"),
     "backend": (_is_text, "the name of a backend"),
-    "backend_version": (_is_version, "a version, such as 1.2.3"),
+    "backend_version": (
+        lambda value: _is_text(value) and _VERSION.match(value) is not None,
+        "a version, such as 1.2.3",
+    ),
     "models": (
-        lambda value: _is_mapping(
-            value,
-            _is_name,
-            lambda versions: isinstance(versions, list) and all(map(_is_number, versions)),
-        ),
+        _each(_is_name, lambda value: isinstance(value, list) and all(map(_is_number, value))),
         "the versions of each model",
     ),
     "packages": (
-        lambda value: _is_mapping(
-            value, _is_name, lambda packages: _is_mapping(packages, _is_name, _is_text)
-        ),
+        _each(_is_name, _each(_is_name, _is_text)),
         "the packages of each model with their versions",
     ),
     "files": (
-        lambda value: _is_mapping(value, _is_path, _is_file),
+        _each(
+            _is_path,
+            lambda value: (
+                isinstance(value, dict)
+                and _is_number(value.get("bytes"))
+                and _is_text(value.get("sha256"))
+            ),
+        ),
         "bytes and sha256 of each file below the repository",
     ),
 }
@@ -156,7 +161,7 @@ def check_repository(root: Path, backends: Path) -> list[str]:
         backends: The server's backend directory.
 
     Returns:
-        What differs, a line each; what is wrong with the manifest where it cannot be read.
+        Lines about what differs, or about a manifest that cannot be read.
     """
     unfit = find_unfit(root)
     try:
@@ -167,7 +172,7 @@ def check_repository(root: Path, backends: Path) -> list[str]:
     if manifest["root"] not in (None, str(root)):
         problems.append(
             f"{root}: written for {manifest['root']}, where denoiser/config.pbtxt looks for the "
-            f"custom-op library. {_AGAIN} --root {root}."
+            f"custom-op library. {AGAIN} --root {root}."
         )
     for name, versions in manifest["models"].items():
         there = [str(version) for version in versions if (root / name / str(version)).is_dir()]
@@ -196,7 +201,7 @@ def _find_files(root: Path, manifest: dict[str, Any], model: str, version: str) 
                 yield f"{path}: missing. Copy the whole repository again."
             elif path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
                 yield (
-                    f"{path}: not the file that {MANIFEST_FILE} names. {_AGAIN}, or copy it again."
+                    f"{path}: not the file that {MANIFEST_FILE} names. {AGAIN}, or copy it again."
                 )
         except OSError as error:
             yield f"{path}: cannot be read ({error.strerror}). Give the server's user the right to."
@@ -219,7 +224,7 @@ def _find_packages(manifest: dict[str, Any], model: str) -> Iterator[str]:
         elif _minor(found) != _minor(wanted):
             yield (
                 f"{model}: {package} is {found}, expected {wanted}. "
-                f"Run `pip install {package}=={wanted}`, or {_AGAIN.lower()} beside {found}."
+                f"Run `pip install {package}=={wanted}`, or {AGAIN.lower()} beside {found}."
             )
 
 
@@ -253,7 +258,7 @@ def _find_backend(manifest: dict[str, Any], backends: Path) -> Iterator[str]:
     if found is None:
         _say(f"{what}: version not found, not checked (expected {wanted}).")
     elif not right:
-        yield f"{what} has version {found}, expected {wanted}. {_AGAIN} for {found}."
+        yield f"{what} has version {found}, expected {wanted}. {AGAIN} for {found}."
 
 
 def _onnxruntime_version(folder: Path) -> str | None:

@@ -5,10 +5,11 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from treeq_served.check_manifest import AGAIN, read_object
+
 Settings = TypeVar("Settings", "NetworkSettings", "SamplerSettings")
 
 SETTINGS_FILE = "settings.json"
-_AGAIN = "Write the repository again with `treeq-export serve`."
 ONNXRUNTIME = "onnxruntime"
 DENOISER, SAMPLER, VAE_DECODER = "denoiser", "sampler", "vae_decoder"  # the models
 
@@ -81,17 +82,6 @@ def to_json(settings: NetworkSettings | SamplerSettings) -> str:
     return json.dumps(asdict(settings), indent=2) + "\n"
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object. {_AGAIN}")  # noqa: TRY004
-    return content
-
-
 def _make(kind: type[Settings], content: Any, folder: Path) -> Settings:
     """Return settings from JSON's objects.
 
@@ -100,21 +90,22 @@ def _make(kind: type[Settings], content: Any, folder: Path) -> Settings:
     """
     path = folder / SETTINGS_FILE
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object. {_AGAIN}")  # noqa: TRY004
+        raise ValueError(f"{path}: expected an object. {AGAIN}.")  # noqa: TRY004
     hints = get_type_hints(kind)
-    given = {field.name for field in fields(kind) if field.name in content}
     needed = {field.name for field in fields(kind) if field.default is MISSING}
-    if wrong := sorted((content.keys() - given) | (needed - given)):
-        raise ValueError(f"{path}: {wrong[0]}: missing, or not known here. {_AGAIN}")
-    for name in sorted(given):
+    if wrong := sorted((content.keys() - hints.keys()) | (needed - content.keys())):
+        raise ValueError(f"{path}: {wrong[0]}: missing, or not known here. {AGAIN}.")
+    for name in sorted(content):
         if not _fits(content[name], hints[name]):
-            raise ValueError(f"{path}: {name}: of another type than {hints[name]}. {_AGAIN}")
+            raise ValueError(f"{path}: {name}: of another type than {hints[name]}. {AGAIN}.")
     return kind(**content)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of JSON is of a type as the settings have them."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if origin is list:
         return isinstance(value, list) and all(_fits(each, arguments[0]) for each in value)
     if origin is dict:
@@ -132,7 +123,7 @@ def read_network(folder: Path) -> NetworkSettings:
     Raises:
         ValueError: They cannot be read, or are of another form.
     """
-    return _make(NetworkSettings, _read(folder), folder)
+    return _make(NetworkSettings, read_object(folder / SETTINGS_FILE), folder)
 
 
 def read_sampler(folder: Path) -> SamplerSettings:
@@ -141,6 +132,6 @@ def read_sampler(folder: Path) -> SamplerSettings:
     Raises:
         ValueError: They cannot be read, or are of another form.
     """
-    content = _read(folder)
+    content = read_object(folder / SETTINGS_FILE)
     content["network"] = _make(NetworkSettings, content.get("network"), folder)
     return _make(SamplerSettings, content, folder)

@@ -1,5 +1,6 @@
 """What reaches the code inside the server: damaged manifests and settings, odd requests."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -162,6 +163,14 @@ def test_right_settings_are_read_as_written(tmp_path: Path):
     assert settings.read_sampler(tmp_path) == SAMPLER
     (tmp_path / "settings.json").write_text(settings.to_json(NETWORK))
     assert settings.read_network(tmp_path) == NETWORK
+
+
+def test_settings_with_a_pipelines_scheduler_are_read_as_written(tmp_path: Path):
+    config = {"shift": 3.0, "base_shift": None, "use_dynamic_shifting": False}
+    scheduler = {"class_name": "FlowMatch", "config": config, "mu": None, "even_sigmas": False}
+    own = dataclasses.replace(SAMPLER, scheduler=scheduler)
+    (tmp_path / "settings.json").write_text(settings.to_json(own))
+    assert settings.read_sampler(tmp_path) == own
 
 
 def changed(**values: Any) -> dict[str, Any]:
