@@ -26,7 +26,7 @@ class NetworkSettings:
         inputs: numpy's name of the type of every input, in order.
         output: Name of the output.
         max_batch: Most rows of a call.
-        gpu: GPU architecture, such as "sm_89"; None on the CPU.
+        gpu: Architecture such as "sm_89"; None on the CPU.
         threads: Threads inside an operator; None lets the runtime choose.
         fold_constants: Whether ONNX Runtime computes constants at load.
     """

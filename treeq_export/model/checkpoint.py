@@ -31,6 +31,7 @@ from treeq_export.model.torch_file import read_torch_file
 from treeq_export.model.weight_files import (
     AGAIN,
     CONFIG_FILE,
+    LORA,
     explain_file,
     explain_names,
     find_weights,
@@ -43,6 +44,7 @@ from treeq_export.model.zoo import Denoiser
 from treeq_export.reading import read_object
 
 _NO_BLOCKS = {"num_layers": 0, "num_single_layers": 0}
+_SAME_MODEL = f"Weights and {CONFIG_FILE} must come from the same model."
 _TYPO = 0.75  # least similarity of a class name without what all of them end with
 
 
@@ -57,7 +59,7 @@ class Checkpoint:
         config: The diffusers configuration without the underscore keys.
         files: Weight files in name order.
         sha256: Digest of class, configuration and weight files; the same wherever they lie.
-        notes: Facts that a person should know of it, a sentence each.
+        notes: Sentences that a person should know.
     """
 
     path: Path
@@ -122,7 +124,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """Build the network and give it the checkpoint's weights.
 
     Args:
-        checkpoint: A result of `open_checkpoint`.
+        checkpoint: The opened checkpoint.
 
     Returns:
         The diffusers model: float32, evaluation mode, parameters without gradient.
@@ -202,10 +204,7 @@ def _why_no_model(path: Path) -> str:
             "Download it again with `hf download`, or give one folder of snapshots/."
         )
     if (path / "adapter_config.json").is_file():
-        return (
-            "a LoRA adapter. Fuse it into its base model: pipe.load_lora_weights(...), "
-            "pipe.fuse_lora(), pipe.transformer.save_pretrained(FOLDER)."
-        )
+        return LORA
     files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
     there = f" There is {files[0].name}: {explain_file(files[0])}" if files else ""
     return (
@@ -343,10 +342,10 @@ def _check_names(
         hint = f" (there is {near[0]})" if near else ""
         raise CheckpointError(
             f"{where}: {missing[0]}{hint}: missing, one of {len(missing)} missing tensors of "
-            f"{len(expected)}. Weights and {CONFIG_FILE} must come from the same model."
+            f"{len(expected)}. {_SAME_MODEL}"
         )
     if unexpected:
-        remedy = f"Weights and {CONFIG_FILE} must come from the same model."
+        remedy = _SAME_MODEL
         if is_lora(unexpected[0]):
             remedy = "It is part of a LoRA adapter: fuse that with fuse_lora() and save again."
         raise CheckpointError(
@@ -362,7 +361,7 @@ def _check_shapes(
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(
                 f"{where}: {name}: received shape {tuple(tensors[name].shape)}, expected {shape}. "
-                f"Weights and {CONFIG_FILE} must come from the same model."
+                f"{_SAME_MODEL}"
             )
 
 

@@ -26,7 +26,7 @@ def make_denoiser(model: nn.Module, checkpoint: Checkpoint, section: ModelSectio
     """Wrap a loaded model.
 
     Args:
-        model: What `load_model` returned.
+        model: The network that `load_model` returned.
         checkpoint: The checkpoint that it is from.
         section: The recipe's `model` section: latent size, text tokens, conditioning file.
 

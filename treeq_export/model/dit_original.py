@@ -62,7 +62,7 @@ def make_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         path: The file, for errors.
-        tensors: State dict of the checkpoint.
+        tensors: The file's state dict.
 
     Returns:
         Keyword arguments of DiTTransformer2DModel.

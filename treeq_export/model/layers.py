@@ -12,7 +12,7 @@ has no derivative.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -42,12 +42,12 @@ class LinearInfo:
 
     Attributes:
         name: Name in the checkpoint, such as "transformer_blocks.0.attn1.to_q".
-        in_features: K.
-        out_features: N.
+        in_features: Input features K.
+        out_features: Output features N.
         has_bias: Whether a bias is added.
-        block: Number of its block in execution order, over all lists of blocks.
+        block: Number of the block in execution order, over all lists of blocks.
         position: Name inside the block.
-        leaf: Number of its leaf in execution order; layers of one block with the same input share
+        leaf: Number of the leaf in execution order; layers of one block with the same input share
             one.
     """
 
@@ -77,11 +77,8 @@ class Discovery:
         """What a person should know of it, in one sentence."""
         if not self.unused:
             return None
-        layers = (
-            "layers that no output depends on are"
-            if self.unused[1:]
-            else ("layer that no output depends on is")
-        )
+        many = len(self.unused) > 1
+        layers = f"layer{'s' * many} that no output depends on {'are' if many else 'is'}"
         return f"{len(self.unused)} {layers} left out: {', '.join(self.unused)}."
 
 
@@ -165,33 +162,25 @@ def _record_calls(
         seen["tensors"] += 1
         return seen["tensors"] - 1
 
-    def record(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def mark(name: str, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all() or gradient.any():
+            reached.add(name)
+
+    def record(name: str, _module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         calls.append((name, number_of(name, inputs[0])))
-        tracked = output if output.requires_grad else output.requires_grad_()
-        tracked.register_hook(lambda gradient: _mark(name, gradient, reached))
+        tracked = output.requires_grad_()
+        tracked.register_hook(partial(mark, name))
         return tracked
 
     with ExitStack() as stack:
         for name, module in candidates.items():
-            hook = partial(_call_hook, name, record)
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(partial(record, name)).remove)
         with torch.enable_grad():
             prediction = _run(denoiser)
             if prediction.requires_grad:
                 prediction.backward(torch.full_like(prediction, torch.nan))
     ran = dict.fromkeys(name for name, _ in calls)
     return calls, [name for name in ran if name not in reached]
-
-
-def _call_hook(
-    name: str, record: Callable[..., Tensor], _module: nn.Module, inputs: Any, output: Tensor
-) -> Tensor:
-    return record(name, inputs, output)
-
-
-def _mark(name: str, gradient: Tensor, reached: set[str]) -> None:
-    if not torch.isfinite(gradient).all() or gradient.any():
-        reached.add(name)
 
 
 @torch.no_grad()

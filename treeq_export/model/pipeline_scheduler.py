@@ -26,21 +26,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _SUPPORTED: tuple[str, ...] = get_args(PipelineScheduler.model_fields["class_name"].annotation)
 _FLOW, _, _MULTISTEP = _SUPPORTED
 _OWN = "flow_match_euler for a rectified flow, ddim for a model that predicts noise"
-# What the recipe's own schedulers are; a field that a file lacks has diffusers' default.
-_FLOW_FIELDS = {"shift": (1.0, 1.0), "use_dynamic_shifting": (False, False)}
-_DDIM_DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "clip_sample": True,
-    "prediction_type": "epsilon",
+_OWN_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # the recipe's
+    "flow_match_euler": (_FLOW, {"shift": 1.0, "use_dynamic_shifting": False}),
+    "ddim": ("DDIMScheduler", DDIM_CONFIG),
 }
-_DDIM_FIELDS = {name: (own, _DDIM_DEFAULTS[name]) for name, own in DDIM_CONFIG.items()}
-_OWN_SCHEDULERS = {
-    "flow_match_euler": ("FlowMatchEulerDiscreteScheduler", _FLOW_FIELDS),
-    "ddim": ("DDIMScheduler", _DDIM_FIELDS),
-}
+_DEFAULTS = {"clip_sample": True}  # of diffusers, for fields of a file; the other ones are as ours
 
 
 def resolve_scheduler(recipe: Recipe) -> Recipe:
@@ -89,13 +79,14 @@ def describe_scheduler(recipe: Recipe) -> str | None:
         return None  # it is not used
     name, fields = _OWN_SCHEDULERS[section.scheduler]
     found = str(raw.get("_class_name"))
+    given = {key: raw.get(key, _DEFAULTS.get(key, own)) for key, own in fields.items()}
     if found != name:
         differs = f"is {found}"
+    elif given == fields:
+        return None
     else:
-        other = [key for key, (own, usual) in fields.items() if raw.get(key, usual) != own]
-        if not other:
-            return None
-        differs = "has " + ", ".join(f"{key} {raw.get(key, fields[key][1])}" for key in other)
+        other = [f"{key} {value}" for key, value in given.items() if value != fields[key]]
+        differs = "has " + ", ".join(other)
     return (
         f"sampler.scheduler: {section.scheduler} is used, as the recipe says; the pipeline's own "
         f"{differs}. Set it to pipeline to sample as the pipeline does."

@@ -133,7 +133,7 @@ def prediction_error(
     Args:
         probes: Gradients of the block, batch by batch, elements (rows, K, ...).
         errors: Errors of its output, batch by batch, elements (rows, ...).
-        num_elements: Elements of the prediction, over all rows.
+        num_elements: Number of elements of the prediction, over all rows.
     """
     total = 0.0
     for gradients, error in zip(probes, errors, strict=True):

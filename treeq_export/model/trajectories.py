@@ -33,7 +33,7 @@ def collect_rows(
         denoiser: The full-precision model.
         section: Scheduler, steps, guidance, batch size.
         num_samples: Trajectories.
-        num_rows: How many inputs to keep, spread over steps and samples; None is all.
+        num_rows: Number of inputs to keep, spread over steps and samples; None is all.
         seed: Seed of the initial noise and of random conditioning.
         on_step: Called with the fraction done, 0..1.
 

@@ -29,6 +29,10 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".sft")
 _LORA = re.compile(r"(^|[._])lora([._]|$)|\.(hada|lokr)_", re.IGNORECASE)
 AGAIN = "Download the file again."
+LORA = (
+    "a LoRA adapter. Fuse it into its base model: pipe.load_lora_weights(...), pipe.fuse_lora(), "
+    "pipe.transformer.save_pretrained(FOLDER)."
+)
 _PREFIX = "model.diffusion_model."  # which ComfyUI puts before the original names
 
 
@@ -89,8 +93,7 @@ def find_weights(folder: Path, variant: str | None) -> tuple[tuple[Path, ...], s
 
     Args:
         folder: The folder of config.json.
-        variant: Variant, such as "fp16"; None takes the files without one, or the only variant
-            there is.
+        variant: Variant such as "fp16"; None takes the files without one, or the only variant.
 
     Raises:
         CheckpointError: There are none, more than one variant, or a shard is missing.
@@ -211,14 +214,11 @@ def explain_names(names: Iterable[str], file: Path) -> str | None:
 
     Args:
         names: Names of tensors.
-        file: File that they are from.
+        file: The file that holds them.
     """
     names = list(names)
     if names and all(_LORA.search(name) or name.endswith(".alpha") for name in names):
-        return (
-            "it is a LoRA adapter. Fuse it into its base model: pipe.load_lora_weights(...), "
-            "pipe.fuse_lora(), pipe.transformer.save_pretrained(FOLDER)."
-        )
+        return f"it is {LORA}"
     classes = [
         family.diffusers_class
         for family in FAMILIES

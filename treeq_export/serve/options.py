@@ -22,15 +22,15 @@ class ServeOptions:
 
     Attributes:
         target: Compiled target: "ort", "portable", "tensorrt" or "tensorrt-native".
-        backend: What runs the model `denoiser`; None takes the target's own: ONNX Runtime,
+        backend: Backend of the model `denoiser`; None takes the target's own: ONNX Runtime,
             TensorRT, or Python for engines of TensorRT-RTX, which no backend of Triton loads.
         mode: "inprocess": the sampler runs the denoiser itself; "bls": it calls it.
-        runtime: What the engine was built with.
-        gpu: What the engine was built for; None where there is one only.
-        root: Path of the repository on the server; None is the path to which it is written.
+        runtime: Runtime that the engine was built with.
+        gpu: Architecture that the engine was built for; None takes the only one.
+        root: The repository's place on the server; None is the place where it is written.
         max_batch: Most rows of a call; None is 16, or what the target takes where that is less.
         dynamic_batching: Whether the server may merge requests.
-        queue_delay_us: How long a request may wait for others, microseconds.
+        queue_delay_us: Longest wait of a request for others, microseconds.
         instances: Copies of the denoiser; in mode inprocess, of the sampler, a process each.
         concurrency: Most requests that are sampled at a time in mode bls.
         threads: Threads inside an operator of ONNX Runtime; None lets it choose.

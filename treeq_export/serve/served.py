@@ -39,13 +39,13 @@ class Served:
 
     Attributes:
         name: The run's name.
-        options: What was asked for.
+        options: The choices of the person who serves.
         graph: Inputs and outputs.
         network_file: The graph or engine of the run.
-        network_files: The same with its external data, each with its SHA-256 as compile or build
+        network_files: That file and its external data, each with its SHA-256 as compile or build
             wrote it down; None where nobody did.
         engine: Manifest of the engine; None where a graph is served.
-        library: Library of custom ops or plugins; None where none is needed or none is there.
+        library: Library of custom ops or plugins; None where none is needed or none exists.
         profile: Batch sizes "min", "opt" and "max" that the denoiser takes.
         settings: Settings of the sampler, for version 1.
         vae: The decoder of latents; None where there is none.
@@ -99,6 +99,34 @@ class Served:
         return [height * self.vae.factor, width * self.vae.factor, self.vae.channels]
 
     @property
+    def backend_version(self) -> str:
+        """Version of the runtime that the repository is written for."""
+        if self.engine is None:
+            return _known(ONNXRUNTIME, runtime_version())
+        return self.engine.runtime_version
+
+    @property
+    def packages(self) -> dict[str, dict[str, str]]:
+        """Python packages that each model's process imports, with their versions here."""
+        network = (
+            {ONNXRUNTIME: self.backend_version}
+            if self.engine is None
+            else {"treeq-export": __version__, self.engine.runtime: self.backend_version}
+        )
+        loop = {package: _known(package, version_of(package)) for package in _LOOP_PACKAGES}
+        found = {SAMPLER: loop | (network if self.options.mode == "inprocess" else {})}
+        if self.options.chosen_backend == "python":
+            found[DENOISER] = network
+        if self.vae is not None:
+            found[VAE_DECODER] = loop
+        return found
+
+    @property
+    def merged_packages(self) -> dict[str, str]:
+        """Python packages of all models."""
+        return dict(item for model in self.packages.values() for item in model.items())
+
+    @property
     def models(self) -> list[str]:
         """Names of the models of the repository."""
         return [DENOISER, SAMPLER, *([] if self.vae is None else [VAE_DECODER])]
@@ -120,9 +148,9 @@ def gather(
 
     Args:
         run: The run folder, with the compiled target or the built engine.
-        denoiser: Gives shapes and conventions; its weights are not used.
-        recipe: Recipe, for its name, sampler and compile sections.
-        options: What is asked for.
+        denoiser: The network's wrapper, for shapes and conventions; its weights are not used.
+        recipe: The recipe, of which the name, sampler and compile sections are read.
+        options: The choices of the person who serves.
         compiled: SHA-256 of the files that compile wrote, relative to the run folder.
 
     Raises:
@@ -332,41 +360,12 @@ def _make_settings(
     )
 
 
-def packages(served: Served) -> dict[str, dict[str, str]]:
-    """Return the Python packages that each model's process imports, with their versions here.
-
-    Raises:
-        RunnerError: One is not installed here, so that its version is not known.
-    """
-    options, engine = served.options, served.engine
-    network = _network_packages(engine)
-    sampler = {package: _known(package, version_of(package)) for package in _LOOP_PACKAGES}
-    found = {SAMPLER: sampler | (network if options.mode == "inprocess" else {})}
-    if options.chosen_backend == "python":
-        found[DENOISER] = network
-    if served.vae is not None:
-        found[VAE_DECODER] = dict(sampler)
-    return found
-
-
-def _network_packages(engine: EngineManifest | None) -> dict[str, str]:
-    version = backend_version(engine)
-    if engine is None:
-        return {ONNXRUNTIME: version}
-    return {"treeq-export": __version__, engine.runtime: version}
-
-
-def backend_version(engine: EngineManifest | None) -> str:
-    """Return the version of the runtime that a repository is written for.
-
-    Raises:
-        RunnerError: A graph is served and ONNX Runtime is not installed.
-    """
-    return _known(ONNXRUNTIME, runtime_version()) if engine is None else engine.runtime_version
-
-
 def _known(package: str, version: str | None) -> str:
-    """Return a version without its local part."""
+    """Return a version without its local part.
+
+    Raises:
+        RunnerError: The package is not installed here, so that its version is not known.
+    """
     if version is None:
         raise RunnerError(
             f"{package}: not installed. `treeq-export doctor` says how to install it."

@@ -15,7 +15,7 @@ wrote down of it.
 
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from treeq_export.recipe import Recipe
 from treeq_export.records import save_record
 from treeq_export.records.serve import ServedFile, ServeManifest
 from treeq_export.run_folder import RunFolder
-from treeq_export.serve.configs import render_configs, render_launch, render_model, render_readme
+from treeq_export.serve.configs import render, render_configs
 from treeq_export.serve.lint import check_repository
 from treeq_export.serve.options import ServeOptions, check_place
 from treeq_export.serve.others import (
@@ -47,11 +47,9 @@ from treeq_export.serve.served import (
     SAMPLER,
     VAE_DECODER,
     Served,
-    backend_version,
     gather,
     network_path,
     not_as_recorded,
-    packages,
 )
 from treeq_served.settings import SETTINGS_FILE, to_json
 
@@ -63,10 +61,10 @@ class ServedRepository:
     """A written repository.
 
     Attributes:
-        root: Folder of the repository.
+        root: The repository's folder.
         version: The version that was written.
-        manifest: Manifest of the repository.
-        served: What was gathered for it.
+        manifest: The repository's manifest.
+        served: The source of the files.
     """
 
     root: Path
@@ -89,9 +87,9 @@ def run_serve(
 
     Args:
         run: The run folder.
-        denoiser: Gives shapes and conventions.
+        denoiser: The network's wrapper, for shapes and conventions.
         recipe: The run's recipe.
-        options: What to write.
+        options: The choices of the person who serves.
         out: The repository; None is DIR/triton.
         compiled: SHA-256 of the files that compile wrote, relative to the run folder; None takes
             the files as they are.
@@ -144,9 +142,9 @@ def _write_shared(folder: Path, final: Path, served: Served) -> None:
         library.parent.mkdir(parents=True)
         shutil.copyfile(served.library, library)
     launch = folder / LAUNCH_FILE
-    launch.write_text(render_launch(served))
+    launch.write_text(render("launch.sh", served))
     launch.chmod(0o755)
-    (folder / README_FILE).write_text(render_readme(served, packages(served)))
+    (folder / README_FILE).write_text(render("README.md", served))
     shutil.copyfile(_CODE / CHECK_FILE, folder / CHECK_FILE)
 
 
@@ -165,7 +163,7 @@ def _write_version(folder: Path, model: str, served: Served, version: int) -> No
         (folder / "vae").mkdir()
         for name, file in served.vae.files.items():
             shutil.copyfile(file, folder / "vae" / name)
-    (folder / "model.py").write_text(render_model(served, model))
+    (folder / "model.py").write_text(render("model.py", served, model=model))
     (folder / _CODE.name).mkdir()
     for source in sorted(_CODE.glob("*.py")):
         shutil.copyfile(source, folder / _CODE.name / source.name)
@@ -194,9 +192,9 @@ def _make_manifest(
     """Return the manifest of a folder that holds what has just been written and nothing else.
 
     Args:
-        folder: The repository; where there is one before, only the last version is looked at.
-        final: Path at which it will lie.
-        served: What was written.
+        folder: The repository; if there is one before, only the last version is looked at.
+        final: The repository's place on the server.
+        served: The files' source.
         models: Versions by model.
         before: The manifest that a version is added to.
     """
@@ -211,25 +209,21 @@ def _make_manifest(
         target=options.target,
         mode=options.mode,
         backend=options.chosen_backend,
-        backend_version=backend_version(engine),
+        backend_version=served.backend_version,
         root=str(final) if options.chosen_backend == "onnxruntime" and served.library else None,
         gpu=None if engine is None else engine.gpu,
         denoiser=ServeManifest.Denoiser(profile=served.profile),
         models=models,
-        packages=packages(served),
+        packages=served.packages,
         files=(before.files if before else {})
         | {
             str(path.relative_to(folder)): ServedFile(
                 bytes=path.stat().st_size, sha256=sha256_of_file(path)
             )
-            for path in _list_files(folder, new)
+            for path in sorted(path for part in new for path in (folder / part).rglob("*"))
+            if path.is_file()
         },
     )
-
-
-def _list_files(folder: Path, parts: Iterable[str]) -> list[Path]:
-    """Return all files below some folders of a repository."""
-    return sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
 
 
 def _add_version(root: Path, served: Served, on_step: OnStep) -> ServedRepository:

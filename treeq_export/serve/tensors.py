@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from treeq_export.errors import ServeError
@@ -24,9 +23,9 @@ class ServedTensor:
     """One input or output of the denoiser.
 
     Attributes:
-        name: Name of the tensor.
-        data_type: Triton's name of its type.
-        dtype: numpy's.
+        name: Name of the input or output.
+        data_type: Triton's name of the type.
+        dtype: numpy's name of the type.
         dims: Shape of one row; (1,) where a row is a number.
         is_number: Whether a row is a number: then Triton has to drop the axis of size 1.
     """
@@ -37,28 +36,21 @@ class ServedTensor:
     dims: tuple[int, ...]
     is_number: bool
 
-    @property
-    def is_integer(self) -> bool:
-        """Whether it holds integers."""
-        return np.dtype(self.dtype).kind == "i"
-
 
 @dataclass(frozen=True)
 class ServedGraph:
     """What a repository has to know of a compiled graph.
 
     Attributes:
-        inputs: In order.
+        inputs: Inputs in order.
         output: The prediction.
-        plan_sha256: Digest of its plan.
-        has_data: Whether weights are in model.onnx.data.
+        plan_sha256: Digest of the plan that it was compiled of.
         has_block_products: Whether ONNX Runtime makes MatMulNBits of a layer.
     """
 
     inputs: tuple[ServedTensor, ...]
     output: ServedTensor
     plan_sha256: str
-    has_data: bool
     has_block_products: bool
 
 
@@ -80,7 +72,6 @@ def read_graph(path: Path) -> ServedGraph:
         inputs=tuple(_read_tensor(path, value) for value in model.graph.inputs),
         output=_read_tensor(path, model.graph.outputs[0]),
         plan_sha256=model.metadata_props.get(PLAN_KEY, ""),
-        has_data=path.with_name(f"{path.name}.data").is_file(),
         has_block_products=any(map(_dequantizes_int4, model.graph)),
     )
 
