@@ -113,7 +113,7 @@ def xl_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in layers:
         own = make_tensors(layer, rng)
         replace_linear(denoiser, layer, own)
-        tensors[f"{layer.name}.codes"] = own["codes"]
+        tensors |= {f"{layer.name}.{name}": own[name] for name in ("codes", "weight_scale")}
     give_memory(denoiser)
     plan = Plan(
         format_version=FORMAT_VERSION,

@@ -29,6 +29,7 @@ from tests.serve.lint_repositories import (
 from treeq_export.cli import main
 from treeq_export.errors import ServeError
 from treeq_export.serve.lint import Finding, check_repository, lint_repository
+from treeq_export.serve.lint.read import is_file
 
 NO_LIBRARY: Edit = ("denoiser", LIBRARY, "")
 BAD_DIMS: Edit = (VAE, "[16, 16, 3]", "[16, 0, 3]")
@@ -264,3 +265,8 @@ def test_server_refuses_it_or_does_not_notice(
         return
     with pytest.raises(InferenceServerException, match="failed"):
         client.load_model("vae_decoder")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "missing"])
+def test_a_name_that_no_file_system_takes_is_no_file(tmp_path: Path, name: str) -> None:
+    assert not is_file(tmp_path / name)

@@ -4,7 +4,7 @@ import re
 from pathlib import PurePosixPath
 
 from treeq_export.artefacts import sha256_of_file
-from treeq_export.serve.lint.read import MAIN, Remark, Remarks, Repository
+from treeq_export.serve.lint.read import MAIN, Remark, Remarks, Repository, is_file
 from treeq_export.serve.others import LAUNCH_FILE, MANIFEST_FILE
 from treeq_served.check_manifest import find_unfit
 
@@ -84,7 +84,7 @@ def file_is_as_written(repository: Repository) -> Remarks:
             )
         elif parts[1].isdigit() and not (repository.root / parts[0] / parts[1]).is_dir():
             continue  # a version that was removed, to go back to an older one
-        elif not path.is_file():
+        elif not is_file(path):
             yield Remark(path, f"received no such file, expected what serve wrote. {_AGAIN}")
         elif path.stat().st_size != expected.bytes:
             yield Remark(

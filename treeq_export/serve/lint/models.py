@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treeq_export.serve.lint.read import Config, Remark, Remarks, enum_name
+from treeq_export.serve.lint.read import Config, Remark, Remarks, enum_name, is_file
 from treeq_served.settings import DENOISER, SAMPLER
 
 MAX_DELAY_US = 200  # a bls sampler pays the denoiser's delay at every step
@@ -48,7 +48,7 @@ def op_library(config: Config) -> Remarks:
                 f'op_library_filename: received "{name}", expected an absolute path: the server '
                 f"looks from the folder it is started in. Write {_found(config, name)}."
             )
-        elif not config.folder.repository.locate(name).is_file() or _is_of_a_copy(config, name):
+        elif not is_file(config.folder.repository.locate(name)) or _is_of_a_copy(config, name):
             yield config.remark(
                 f'op_library_filename: received "{name}", which is not there or in another copy '
                 "of this repository, expected a library (`treeq-export serve --root` names where "
@@ -60,12 +60,17 @@ def _is_of_a_copy(config: Config, name: str) -> bool:
     """Whether a library is elsewhere although the model's folder has one of that name."""
     repository = config.folder.repository
     inside = Path(name).is_relative_to(repository.final_root)
-    return not inside and any(config.folder.path.rglob(Path(name).name))
+    return not inside and bool(_of_that_name(config, name))
+
+
+def _of_that_name(config: Config, name: str) -> list[Path]:
+    """Return the files in the model's folder that have the name of a path."""
+    return sorted(path for path in config.folder.path.rglob("*") if path.name == Path(name).name)
 
 
 def _found(config: Config, name: str) -> str:
     """Return where in the model's folder a library of that name is, or what to do."""
-    same = sorted(config.folder.path.rglob(Path(name).name))
+    same = _of_that_name(config, name)
     return f'"{same[0]}"' if same else "the path of the library, or build it first"
 
 

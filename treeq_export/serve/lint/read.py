@@ -156,6 +156,14 @@ def enum_name(message: Any, name: str) -> str:
     return str(number) if value is None else value.name
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file exists; a name that no file system takes is that of none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def count_models(root: Path) -> int:
     """Return the number of models in a repository."""
     return sum((path / MAIN).is_file() for path in root.iterdir())

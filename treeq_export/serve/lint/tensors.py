@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from treeq_export.serve.lint.read import Config, Remarks, enum_name
+from treeq_export.serve.lint.read import Config, Remarks, enum_name, is_file
 from treeq_served.settings import DENOISER
 
 _ANY = -1  # a dimension that a request decides on
@@ -99,7 +99,7 @@ def _problems(config: Config, sample: Any, tensor: Any) -> Iterator[str]:
     if kind == "input_data_file":
         path = config.folder.path / "warmup" / sample.input_data_file
         num_bytes = math.prod(dims) * int(re.sub(r"\D", "", received) or 0) // 8
-        if not path.is_file():
+        if not is_file(path):
             yield (
                 f'received input_data_file "{sample.input_data_file}", which is not in the '
                 "model's folder warmup/, expected a file there. Put it there."
