@@ -1,11 +1,12 @@
-"""Samples of every side of an evaluation, from cache where they are there.
+"""Samples of every side of an evaluation, from the cache where it has them.
 
 A side is one model: full precision, the quantized one, and a baseline where the recipe asks for
 one. All start from equal noise and equal conditioning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from treeq_export.evaluate.samples import (
     check_finite,
+    digest_denoiser,
     digest_tensors,
     make_fingerprint,
     sample_or_load,
 )
-from treeq_export.model.sampler import Run, sample
+from treeq_export.model.sampler import sample
 from treeq_export.model.zoo import Denoiser
 from treeq_export.progress import OnStep, Say, say_nothing
 from treeq_export.recipe import Recipe
 from treeq_export.runners.protocols import Runner
+from treeq_export.runners.torch_runner import TorchRunner
 
 FP = "fp"
 QUANTIZED = "quantized"
@@ -32,121 +35,89 @@ LABELS = "class_labels"
 
 Images = dict[str, NDArray[np.float32]]
 
-_FULL_PRECISION = "torch (full precision)"
-
 
 @dataclass(frozen=True)
 class Side:
     """One model of an evaluation.
 
     Attributes:
-        run: Calls the network.
+        runner: The entered runner of the network.
         source: Digest of everything that its predictions depend on.
-        runner: Name of the runner, for messages and for the cache.
+        name: Name of the runner, for messages and for the cache.
         folder: Folder in which the samples are cached.
         remedy: Advice for samples that are not finite.
     """
 
-    run: Run
+    runner: Runner
     source: str
-    runner: str
+    name: str
     folder: Path
-    remedy: str
-
-
-def make_full_precision(denoiser: Denoiser, source: str, folder: Path) -> Side:
-    """Return the side of full precision."""
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        return denoiser(*(inputs[name] for name in denoiser.input_names))
-
-    remedy = "Check the checkpoint and the sampler section: nothing is quantized here."
-    return Side(run, source, _FULL_PRECISION, folder, remedy)
-
-
-def make_quantized(quantized: Runner, source: str, runner: str, folder: Path) -> Side:
-    """Return the side of a quantized model."""
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        return torch.from_numpy(quantized.run(inputs))
-
-    remedy = (
+    remedy: str = (
         "`treeq-export validate` lists every layer's error; give the worst more bits, "
         "or put them into search.exclude."
     )
-    return Side(run, source, runner, folder, remedy)
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Call the network."""
+        return torch.from_numpy(self.runner.run(inputs))
 
 
-class Sampling:
-    """Samples of all sides for one seed after the other.
+def full_precision_side(denoiser: Denoiser, folder: Path) -> Side:
+    """Return the side of full precision, in PyTorch."""
+    remedy = "Check the checkpoint and the sampler section: nothing is quantized here."
+    source = digest_denoiser(denoiser)
+    return Side(TorchRunner(denoiser), source, "torch (full precision)", folder, remedy)
+
+
+def sample_seeds(
+    denoiser: Denoiser,
+    recipe: Recipe,
+    sides: Mapping[str, Side],
+    on_step: OnStep,
+    say: Say = say_nothing,
+) -> Iterator[tuple[int, Images, NDArray[np.int64] | None]]:
+    """Yield every seed with the images of all sides, and their labels where the model takes labels.
 
     Args:
-        denoiser: Gives shapes and conditioning.
+        denoiser: The network that gives shapes and conditioning.
         recipe: The recipe; its sampler and evaluate sections count.
-        sides: By name.
+        sides: The sides by name.
         on_step: Called with the fraction done, 0..1.
         say: Told in one line that cached samples are damaged.
+
+    Raises:
+        TreeqError: Some images are not finite.
+        OutputError: The cache cannot be written.
     """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        recipe: Recipe,
-        sides: Mapping[str, Side],
-        on_step: OnStep,
-        say: Say = say_nothing,
-    ) -> None:
-        self.say = say
-        self.denoiser = denoiser
-        self.recipe = recipe
-        self.sides = sides
-        self.on_step = on_step
-        self.num_done = 0
-
-    def sample_seed(self, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Return the images of all sides, and their labels where the model takes labels.
-
-        Raises:
-            TreeqError: Some images are not finite.
-            OutputError: The cache cannot be written.
-        """
-        num = self.recipe.evaluate.num_samples
-        conditioning = self.denoiser.make_conditioning(num, seed)
-        images = {name: self._sample_side(name, seed, conditioning) for name in self.sides}
-        labels = conditioning.get(LABELS)
-        return images, None if labels is None else labels.numpy()
-
-    def _sample_side(
-        self, name: str, seed: int, conditioning: Mapping[str, Tensor]
-    ) -> NDArray[np.float32]:
-        side = self.sides[name]
-        num, section = self.recipe.evaluate.num_samples, self.recipe.sampler
-        fingerprint = make_fingerprint(
-            runner=side.runner,
-            source=side.source,
-            sampler=section.model_dump(mode="json"),
-            num=num,
-            seed=seed,
-            conditioning=digest_tensors(conditioning),
-        )
-        share = num * section.steps
-        total = share * len(self.sides) * len(self.recipe.evaluate.seeds)
-        before = self.num_done
-
-        def make() -> Tensor:
-            return sample(
+    section, num = recipe.sampler, recipe.evaluate.num_samples
+    share, done = num * section.steps, 0
+    total = share * len(sides) * len(recipe.evaluate.seeds)
+    for seed in recipe.evaluate.seeds:
+        conditioning = denoiser.make_conditioning(num, seed)
+        images: Images = {}
+        for name, side in sides.items():
+            fingerprint = make_fingerprint(
+                runner=side.name,
+                source=side.source,
+                sampler=section.model_dump(mode="json"),
+                num=num,
+                seed=seed,
+                conditioning=digest_tensors(conditioning),
+            )
+            make = partial(
+                sample,
                 side.run,
-                self.denoiser,
+                denoiser,
                 section,
                 num=num,
                 seed=seed,
                 conditioning=conditioning,
-                on_step=lambda done: self.on_step((before + done) / total),
+                on_step=lambda part, before=done: on_step((before + part) / total),
             )
-
-        path = side.folder / f"{name}_seed{seed}.safetensors"
-        samples = sample_or_load(path, fingerprint, make, self.say)
-        self.num_done = before + share
-        self.on_step(self.num_done / total)
-        check_finite(samples, f"{side.runner}, seed {seed}", side.remedy)
-        return samples
+            path = side.folder / f"{name}_seed{seed}.safetensors"
+            images[name] = sample_or_load(path, fingerprint, make, say)
+            done += share
+            on_step(done / total)
+            check_finite(images[name], f"{side.name}, seed {seed}", side.remedy)
+        labels = conditioning.get(LABELS)
+        yield seed, images, None if labels is None else labels.numpy()

@@ -7,16 +7,16 @@ from pathlib import Path
 from treeq_export.errors import RecipeError
 from treeq_export.evaluate.grids import choose_mapping, write_grid
 from treeq_export.evaluate.network import collect_held_out
-from treeq_export.evaluate.samples import digest_denoiser, digest_quantized
+from treeq_export.evaluate.samples import digest_quantized
 from treeq_export.evaluate.sampling import (
     BASELINE,
     FP,
     LABELS,
     QUANTIZED,
     Images,
-    Sampling,
-    make_full_precision,
-    make_quantized,
+    Side,
+    full_precision_side,
+    sample_seeds,
 )
 from treeq_export.evaluate.scores import Judge, open_judge, score
 from treeq_export.model.zoo import Denoiser
@@ -92,13 +92,22 @@ def run_evaluate(
     folder = run / RunFolder.SAMPLES
     source = source or digest_quantized(run, section.runner)
     sides = {
-        FP: make_full_precision(denoiser, digest_denoiser(denoiser), fp_samples or folder),
-        QUANTIZED: make_quantized(quantized, source, section.runner, folder),
+        FP: full_precision_side(denoiser, fp_samples or folder),
+        QUANTIZED: Side(quantized, source, section.runner, folder),
     }
     if baseline is not None:
-        sides[BASELINE] = make_quantized(baseline.runner, baseline.source, "torch", folder)
-    sampling = Sampling(denoiser, recipe, sides, lambda done: on_step(_SAMPLING_SHARE * done), say)
-    results, grids = _score_seeds(run, sampling, judge)
+        sides[BASELINE] = Side(baseline.runner, baseline.source, "torch", folder)
+    results: list[SeedQuality] = []
+    grids: dict[str, str] = {}
+    for seed, images, labels in sample_seeds(
+        denoiser, recipe, sides, lambda done: on_step(_SAMPLING_SHARE * done), say
+    ):
+        grids = grids or _write_grids(run, images)  # of the first seed
+        scores = {
+            name: score(judge, images[name], labels, None if name == FP else images[FP])
+            for name in images
+        }
+        results.append(SeedQuality(seed=seed, **scores))
     held_out = collect_held_out(denoiser, recipe)
     fp = mean_scores([result.fp for result in results])
     quantized_mean = mean_scores([result.quantized for result in results])
@@ -125,23 +134,6 @@ def run_evaluate(
     on_step(1.0)
     save_record(run / RunFolder.QUALITY, record)
     return record
-
-
-def _score_seeds(
-    run: Path, sampling: Sampling, judge: Judge
-) -> tuple[list[SeedQuality], dict[str, str]]:
-    """Sample and score every seed; return the scores and the grids of the first seed."""
-    results: list[SeedQuality] = []
-    grids: dict[str, str] = {}
-    for seed in sampling.recipe.evaluate.seeds:
-        images, labels = sampling.sample_seed(seed)
-        grids = grids or _write_grids(run, images)
-        scores = {
-            name: score(judge, images[name], labels, None if name == FP else images[FP])
-            for name in images
-        }
-        results.append(SeedQuality(seed=seed, **scores))
-    return results, grids
 
 
 def check_gates(gates: QualityGates, judge: Judge, *, has_labels: bool) -> None:
