@@ -23,6 +23,7 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 _PIXEL_CHANNELS = (1, 3)
+_FLOW = "FlowMatchEulerDiscreteScheduler"
 DDIM_CONFIG = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "beta_schedule": "linear",
@@ -84,13 +85,11 @@ def make_scheduler(scheduler: str | Mapping[str, Any], steps: int) -> Any:
     Returns:
         The scheduler.
     """
-    import diffusers.schedulers.scheduling_ddim as ddim
-    import diffusers.schedulers.scheduling_dpmsolver_multistep as dpm
-    import diffusers.schedulers.scheduling_flow_match_euler_discrete as flow
+    import diffusers
 
     if scheduler == "flow_match_euler":
         scheduler = {
-            "class_name": "FlowMatchEulerDiscreteScheduler",
+            "class_name": _FLOW,
             "config": {"shift": 1.0},
             "mu": None,
             "even_sigmas": True,
@@ -98,10 +97,8 @@ def make_scheduler(scheduler: str | Mapping[str, Any], steps: int) -> Any:
     elif scheduler == "ddim":
         scheduler = {"class_name": "DDIMScheduler", "config": DDIM_CONFIG}
     assert not isinstance(scheduler, str)
-    name = scheduler["class_name"]
-    module = {"DDIMScheduler": ddim, "DPMSolverMultistepScheduler": dpm}.get(name, flow)
-    made = getattr(module, name).from_config(dict(scheduler["config"]))
-    if module is not flow:
+    made = getattr(diffusers, scheduler["class_name"]).from_config(dict(scheduler["config"]))
+    if scheduler["class_name"] != _FLOW:
         made.set_timesteps(steps)
     elif scheduler["even_sigmas"]:
         sigmas = np.linspace(1, 1 / steps, steps).tolist()

@@ -59,16 +59,20 @@ class Group:
     Attributes:
         steps: Number of steps of all rows.
         guidance: Guidance of all rows.
-        rows: (job, row) of each row.
-        seeds: A seed for each row.
-        conditioning: Conditioning inputs, a row for each.
+        rows: Job and row in it of each row.
     """
 
     steps: int
     guidance: float
     rows: list[tuple[Job, int]]
-    seeds: list[int]
-    conditioning: dict[str, NDArray[Any]]
+
+    @property
+    def conditioning(self) -> dict[str, NDArray[Any]]:
+        """Conditioning inputs, with all rows."""
+        names = self.rows[0][0].conditioning
+        return {
+            name: np.stack([job.conditioning[name][i] for job, i in self.rows]) for name in names
+        }
 
 
 def read_job(
@@ -176,16 +180,4 @@ def group_rows(jobs: Sequence[Job]) -> list[Group]:
         for row in range(len(job.seeds)):
             key = int(job.steps[row]), float(job.guidance[row]), shapes
             found.setdefault(key, []).append((job, row))
-    return [
-        Group(
-            steps=steps,
-            guidance=guidance,
-            rows=rows,
-            seeds=[job.seeds[row] for job, row in rows],
-            conditioning={
-                name: np.stack([job.conditioning[name][row] for job, row in rows])
-                for name in rows[0][0].conditioning
-            },
-        )
-        for (steps, guidance, _), rows in found.items()
-    ]
+    return [Group(steps, guidance, rows) for (steps, guidance, _), rows in found.items()]

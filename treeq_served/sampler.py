@@ -156,17 +156,17 @@ class TritonPythonModel:
         settings = self.settings
         embedded = settings.embedded_guidance is not None
         scale = settings.guidance_scale if embedded else group.guidance
-        noise = [make_noise(tuple(settings.sample_shape), 1, seed) for seed in group.seeds]
+        shape = tuple(settings.sample_shape)
+        noise = torch.cat([make_noise(shape, 1, job.seeds[row]) for job, row in group.rows])
         conditioning = {name: torch.from_numpy(rows) for name, rows in group.conditioning.items()}
-        num = len(noise)
         null = {
             name: torch.full_like(rows, settings.null[name]) for name, rows in conditioning.items()
         }
         if embedded:
-            conditioning["guidance"] = null["guidance"] = torch.full((num,), group.guidance)
+            conditioning["guidance"] = null["guidance"] = torch.full((len(noise),), group.guidance)
         sampled = denoise(
             self._predict,
-            torch.cat(noise),
+            noise,
             conditioning,
             make_scheduler(settings.scheduler, group.steps),
             guidance_scale=scale,

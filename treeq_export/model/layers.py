@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -146,21 +147,19 @@ def _record_calls(
     """
     calls: list[tuple[str, int]] = []
     reached: set[str] = set()
-    kept: list[Tensor] = []
-    seen = {"block": "", "tensors": 0}
+    kept: dict[int, tuple[int, Tensor]] = {}
+    numbers, current = count(), ""
 
     def number_of(name: str, tensor: Tensor) -> int:
+        nonlocal current
         match = _IN_BLOCK.fullmatch(name)
         block = name[: match.start("position")] if match else ""
-        if block != seen["block"]:
+        if block != current:
             kept.clear()
-            seen["block"] = block
-        for index, other in enumerate(kept):
-            if other is tensor:
-                return seen["tensors"] - len(kept) + index
-        kept.append(tensor)
-        seen["tensors"] += 1
-        return seen["tensors"] - 1
+            current = block
+        if id(tensor) not in kept:
+            kept[id(tensor)] = next(numbers), tensor
+        return kept[id(tensor)][0]
 
     def mark(name: str, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all() or gradient.any():

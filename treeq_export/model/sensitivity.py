@@ -52,7 +52,7 @@ def probe_gradients(
     generator = torch.Generator().manual_seed(seed)
     total = len(next(iter(rows.values())))
     found: list[Output] = []
-    with _frozen(denoiser.model), torch.enable_grad():
+    with torch.enable_grad():
         for start in range(0, total, batch_rows):
             batch = [rows[name][start : start + batch_rows] for name in denoiser.input_names]
             with _tracked(denoiser, blocks) as outputs:
@@ -90,19 +90,6 @@ def _fill_gradients(
         for whole, tensor, gradient in zip(wholes, tensors, gradients, strict=True):
             part = whole[start : start + len(tensor), probe]
             part.copy_(torch.zeros_like(tensor) if gradient is None else gradient.detach())
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep autograd from storing what only gradients of weights need."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

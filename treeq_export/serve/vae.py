@@ -67,11 +67,7 @@ def open_vae(folder: Path, sample_shape: tuple[int, ...]) -> Vae:
 
 
 def _find_weights(folder: Path) -> dict[str, Path]:
-    """Return the weights of any variant by the name without it.
-
-    Raises:
-        ServeError: There are none, or several files.
-    """
+    """Return the weights of any variant by the name without it; there has to be one file."""
     try:
         files, _ = find_weights(folder, None)
     except CheckpointError as error:
