@@ -22,7 +22,7 @@ from torch import nn
 
 from treeq_export.artefacts import atomic_path, link_or_copy, put_in_place
 from treeq_export.compile.export import export_graph
-from treeq_export.compile.stage import lower_graph, write_graph
+from treeq_export.compile.stage import lower_graph, save_model, write_graph
 from treeq_export.errors import PlanError, RecipeError
 from treeq_export.finetune.stage import train
 from treeq_export.model.checkpoint import Checkpoint, load_model, open_checkpoint, open_module
@@ -312,7 +312,7 @@ def validate(
             file = run / RunFolder.graph(graph.target)
             file.parent.mkdir(parents=True)
             if graph.path is None:
-                ir.save(graph.model, file, external_data=f"{file.name}.data")
+                save_model(graph.model, file, "always")
                 continue
             for part in model_files(graph.path):
                 link_or_copy(part, file if part == graph.path else file.with_name(part.name))

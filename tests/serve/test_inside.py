@@ -197,6 +197,7 @@ class TestCopy:
         """Let a test import treeq_served anew, and leave what was imported before."""
         before = {name: module for name, module in sys.modules.items() if is_served(name)}
         monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
         for name in before:
             del sys.modules[name]
         yield
