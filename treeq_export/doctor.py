@@ -208,7 +208,7 @@ def _examine_nvcc() -> Finding:
         found = f"{release[1]}, {program}" if release else None
         problem = "" if release else f"{program} does not say its version"
     remedy = "conda install -c nvidia cuda-nvcc"
-    purpose = "the int4 kernel in CUDA C++; nothing else needs it"
+    purpose = "the int4 kernel of experimental/; nothing else needs it"
     return Finding("nvcc", found, purpose, remedy, required=False, problem=problem)
 
 
