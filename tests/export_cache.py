@@ -28,7 +28,10 @@ from treeq_export.model.zoo import Denoiser
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "test-exports"
-SOURCES = ("model/**/*.py", "quant/**/*.py", "plan*", "compile/export.py")
+SOURCES = (
+    *(f"treeq_export/{path}" for path in ("model/**/*.py", "quant/**/*.py", "plan*")),
+    *("treeq_export/ops.py", "treeq_export/compile/export.py", "treeq_served/denoise.py"),
+)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "numpy")
 _KNOWN = {"torch", "diffusers", "treeq_export"}  # packages whose classes the key covers
 _UNUSED_S = 3 * 24 * 3600
@@ -90,8 +93,7 @@ def _digest_code() -> str:
     digest = hashlib.sha256(platform.python_version().encode())
     for package in PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    package = ROOT / "treeq_export"
-    for path in [Path(__file__), *sorted(p for glob in SOURCES for p in package.glob(glob))]:
+    for path in [Path(__file__), *sorted(p for glob in SOURCES for p in ROOT.glob(glob))]:
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

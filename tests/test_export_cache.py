@@ -61,12 +61,15 @@ def test_formats_are_in_the_key(compiled_dit: Any):
 
 
 @pytest.mark.parametrize(
-    "source", ["model/qlinear.py", "quant/numerics.py", "plan.py", "compile/export.py"]
+    "source",
+    [
+        *(f"treeq_export/{path}" for path in ("model/qlinear.py", "quant/numerics.py", "plan.py")),
+        *("treeq_export/ops.py", "treeq_export/compile/export.py", "treeq_served/denoise.py"),
+    ],
 )
 def test_the_exporter_s_sources_are_in_the_key(source: str):
-    package = export_cache.ROOT / "treeq_export"
-    found = {path for glob in export_cache.SOURCES for path in package.glob(glob)}
-    assert package / source in found
+    root = export_cache.ROOT
+    assert root / source in {path for glob in export_cache.SOURCES for path in root.glob(glob)}
 
 
 def test_classes_of_others_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
