@@ -31,7 +31,7 @@ ENGINE = Path("engines/tensorrt-rtx/tensorrt/sm_89")
 
 def invoke(run: Path, *args: str) -> Result:
     base = ["build", "--run", str(run), "--runtime", "tensorrt-rtx"]
-    return CliRunner().invoke(main, [*base, *args])
+    return CliRunner().invoke(main, [*base, *args], env={"COLUMNS": "200"})
 
 
 def build_quick(run: Path, cache: Path | None = None, gpu: str = "sm_89") -> BuildRecord:
