@@ -43,6 +43,7 @@ NOT_COMPARED = re.compile(
     r".*(_s|_ms|_us|seconds|_bytes_per_s|peak.*_bytes|rss.*|memory.*)|time|times|seconds|created"
     r"|environment|engine_sha256|machine|processor|threads|rounds|bench|timings|raw|speedup.*|interval|date"
 )
+MODE_BLS = ("--mode", "bls", "--target", "portable")
 BY_NAME = {".engine", ".png", ".html", ".so", ".lock", ".log", ".timing"}
 
 
@@ -72,15 +73,9 @@ def make(folder: Path, command: str, names: list[str]) -> None:
             ["run", str(folder / name / "recipe.yaml"), "--out", run],
             ["build", *again, "--runtime", "tensorrt-rtx", "--gpu", "sm_80"],
             ["serve", *again],
-            [
-                "serve",
-                *again,
-                "--out",
-                f"{run}/triton-bls",
-                *("--mode", "bls", "--target", "portable"),
-            ],
+            ["serve", *again, *MODE_BLS, "--out", f"{run}/triton-bls"],
         ):
-            print(name, *arguments[:1], flush=True)
+            print(name, arguments[0], flush=True)
             status = subprocess.run([command, *arguments], check=False).returncode
             if status not in (0, 3):  # 3: a random model misses a gate
                 sys.exit(f"{' '.join(arguments)}: exit status {status}.")
@@ -89,30 +84,27 @@ def make(folder: Path, command: str, names: list[str]) -> None:
 def without_times(value: Any) -> Any:
     """Return a JSON value without what differs from run to run."""
     if isinstance(value, dict):
-        value = {key: part for key, part in value.items() if not has_times(key, part)}
         return {
-            key: without_times(part)
-            for key, part in value.items()
-            if not NOT_COMPARED.fullmatch(str(key))
+            key: without_times(part) for key, part in value.items() if not is_left_out(key, part)
         }
     if isinstance(value, list):
         return [without_times(part) for part in value]
     return value
 
 
-def has_times(key: str, part: Any) -> bool:
-    """Whether a value is the digest of a record that holds times, or the times of all stages."""
+def is_left_out(key: str, part: Any) -> bool:
+    """Whether a value is a time, the digest of a record that holds times, or what follows."""
     seal = key == "sha256" and isinstance(part, str)
     record = key.endswith((".json", ".html")) and isinstance(part, str) and len(part) == 64
     stages = key == "stages" and all(isinstance(each, float) for each in part.values())
-    return seal or record or stages
+    return seal or record or stages or NOT_COMPARED.fullmatch(key) is not None
 
 
 def digest(path: Path) -> str:
     """Return the digest of what is compared of a file."""
-    data = path.read_bytes()
     if path.suffix in BY_NAME:
         return "by name"
+    data = path.read_bytes()
     if path.suffix == ".json":
         data = json.dumps(without_times(json.loads(data))).encode()
     if path.suffix == ".safetensors":  # the order of its metadata is not the same twice

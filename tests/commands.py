@@ -30,6 +30,18 @@ validate: {batch_size: 2}
 bench: {batch_sizes: [1], rounds: 3, warmup: 1, threads: 1}
 evaluate: {num_samples: 2, runner: ort}
 """
+# The least that a comparison of this recipe can do.
+LEAST_WORK = (
+    "evaluate.num_samples=2",
+    "sampler.steps=2",
+    "calibrate.num_samples=2",
+    "calibrate.num_rows=4",
+    "finetune.steps=2",
+    "finetune.check_every=1",
+    "finetune.batch_size=2",
+    "finetune.num_trajectories=2",
+    "finetune.held_out_rows=2",
+)
 
 
 @pytest.fixture(scope="session")

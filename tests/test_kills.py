@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.commands import Driver, Outcome
+from tests.commands import LEAST_WORK, Driver, Outcome
 from tests.test_interruption import is_complete
 from treeq_export.artefacts import is_workplace, sha256_of_file
 from treeq_export.sealed import SEAL
@@ -37,18 +37,6 @@ KILLS = {
 }
 # How often a folder is replaced by two renamings where the system cannot exchange names.
 GAPS = {"serve over": 1, "build over": 2, "run compile": 2}
-
-SETTINGS = (
-    "evaluate.num_samples=2",
-    "sampler.steps=2",
-    "calibrate.num_samples=2",
-    "calibrate.num_rows=4",
-    "finetune.steps=2",
-    "finetune.check_every=1",
-    "finetune.batch_size=2",
-    "finetune.num_trajectories=2",
-    "finetune.held_out_rows=2",
-)
 VOLATILE = ("how", "seconds")  # keys in JSON files that differ after a kill, or from run to run
 REPORTED = ("model", "plan", "parity", "quality", "size")  # sections of report.json without times
 NOTES = "notes.txt"  # of an operator
@@ -140,7 +128,7 @@ def set_build_over(given: Given, place: Path) -> Args:
 def set_compare(given: Given, place: Path) -> Args:
     add_notes(place / "table")
     words = "--budgets 3 --strategies uniform --finetune peft --seeds 0"
-    settings = (word for setting in SETTINGS for word in ("--set", setting))
+    settings = (word for setting in LEAST_WORK for word in ("--set", setting))
     return ("compare", given.recipe, "--out", place / "table", *words.split(), *settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.commands import LEAST_WORK
 from treeq_export.cli import main
 from treeq_export.compare import peer_cells, stage
 from treeq_export.errors import TreeqError
@@ -19,18 +20,7 @@ from treeq_export.pipeline import run as pipeline
 from treeq_export.pipeline.workspace import read_run
 from treeq_export.records import CompareRecord, load_record
 
-SETTINGS = (
-    "evaluate.seeds=[0,1,2]",
-    "evaluate.num_samples=2",
-    "sampler.steps=2",
-    "calibrate.num_samples=2",
-    "calibrate.num_rows=4",
-    "finetune.steps=2",
-    "finetune.check_every=1",
-    "finetune.batch_size=2",
-    "finetune.num_trajectories=2",
-    "finetune.held_out_rows=2",
-)
+SETTINGS = ("evaluate.seeds=[0,1,2]", *LEAST_WORK)
 PEER = "modelopt_int8_max"
 
 
